@@ -1,0 +1,134 @@
+"""An architecture's tensors -> normalised coordinates v (Algorithms 2 and 3, step 3 and 4).
+
+v = [l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N]. The coordinates of one tensor are a grid:
+six numbers that depend on the layer, the input channel or the output channel alone, so they are
+kept per axis and combined only where a representation needs every pair. Knows no weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neumeta.architecture import Architecture, Space
+from neumeta.family import Layer
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sampled tensor: the layer it belongs to, its kind, and its raw integer coordinates.
+
+    `position` of `length` is l and L; `outputs` and `inputs` are C_out and C_in (inputs is 1 for
+    tensors without an input axis); `full_*` are the sizes at full width; `step` scales the last
+    convolution of a residual branch with depth, so that blocks are steps of an integrator.
+    """
+
+    name: str
+    role: str
+    kind: str
+    position: int
+    length: int
+    outputs: int
+    inputs: int
+    full_outputs: int
+    full_inputs: int
+    spatial: tuple[int, ...]
+    step: float
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The coordinates of one tensor, per axis; S is 1 or the number of noisy samples.
+
+    layer (S, 2) = [l/L, L/N], inputs (S, I, 2) = [c_in/C_in, C_in/N], outputs (S, O, 2) =
+    [c_out/C_out, C_out/N].
+    """
+
+    layer: Float[Tensor, "S 2"]
+    inputs: Float[Tensor, "S I 2"]
+    outputs: Float[Tensor, "S O 2"]
+
+    def vectors(self) -> Float[Tensor, "S O I 6"]:
+        """Every pair's v, in the order of the supplement."""
+        samples, outputs, inputs = len(self.layer), self.outputs.shape[1], self.inputs.shape[1]
+        shape = (samples, outputs, inputs, 2)
+        layer = self.layer[:, None, None].expand(shape)
+        across = self.inputs[:, None].expand(shape)
+        down = self.outputs[:, :, None].expand(shape)
+        parts = (layer[..., 0], across[..., 0], down[..., 0], layer[..., 1], across[..., 1], down[..., 1])  # fmt: skip  # noqa: E501
+        return torch.stack(parts, -1)
+
+
+KINDS = {False: ("weight", "bias"), True: ("weight", "gamma", "beta")}
+
+
+def sites(space: Space, architecture: Architecture, layer: Layer, *, norm: bool) -> tuple[Site, ...]:
+    """The tensors of one layer that the INR makes: weight and bias, or weight, gamma and beta."""
+    sizes = space.sizes(architecture)
+    full = space.table.full_sizes(architecture.depth, space.classes)
+    blocks = space.depth[layer.stage] if space.depth else 1
+    step = blocks / layer.blocks if layer.branch_end and space.blocks else 1.0
+    found = []
+    for kind in KINDS[norm and layer.norm is not None]:
+        weight = kind == "weight"
+        found.append(
+            Site(
+                f"{layer.name}.{kind}",
+                f"{layer.role}.{kind}",
+                kind,
+                layer.block,
+                layer.blocks,
+                sizes[layer.output_axis],
+                sizes[layer.input_axis] if weight else 1,
+                full[layer.output_axis],
+                full[layer.input_axis] if weight else 1,
+                layer.spatial if weight else (),
+                step,
+            )
+        )
+    return tuple(found)
+
+
+def coordinates(
+    site: Site,
+    scale: int,
+    *,
+    noise: float = 0.0,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    noise_free_first: bool = False,
+) -> Coordinates:
+    """The coordinates of `samples` noisy copies of one tensor; `scale` is N.
+
+    Noise is uniform in (-noise, noise) on the raw integer coordinates, drawn per index of each axis:
+    each single weight sees Algorithm 3's distribution, while pairs that share a channel share its
+    draw, which is what lets every representation work per axis. A layer or channel coordinate is
+    centred (index + 1/2 for layers) and clamped to its own cell, so noise never reaches another
+    layer's coordinates. `noise_free_first` leaves the first sample exact.
+
+    Raises ValueError if noise is outside [0, 0.5].
+    """
+    if not 0 <= noise <= 0.5:
+        raise ValueError(f"noise: {noise} is not within [0, 0.5]")
+
+    def draw(*shape: int) -> Tensor:
+        if not noise:
+            return torch.zeros(samples, *shape)
+        drawn = (torch.rand(samples, *shape, generator=generator) * 2 - 1) * noise
+        if noise_free_first:
+            drawn[0] = 0
+        return drawn
+
+    def channels(count: int) -> Tensor:
+        index = torch.arange(count, dtype=torch.float32) + draw(count)
+        total = (count + draw(1)).expand(samples, count) if count > 1 else torch.ones(samples, 1)
+        return torch.stack((index / total, total / scale), -1)
+
+    length = site.length + draw(1) if site.length > 1 else torch.ones(samples, 1)
+    # One draw per sample moves the block within its own cell: l in [position, position + 1].
+    position = site.position + 0.5 + draw(1) if site.length > 1 else torch.full((samples, 1), 0.5)
+    layer = torch.cat(((position / site.length).clamp(0, 1), length / scale), -1)
+    return Coordinates(layer, channels(site.inputs), channels(site.outputs))

@@ -1,0 +1,83 @@
+"""A manifold in memory: the space it covers, its representation, and what does not morph.
+
+Knows neither files nor requests: `checkpoint.py` reads and writes one, `sample.py` draws from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neumeta.architecture import Architecture, Space
+from neumeta.coordinates import Site, sites
+from neumeta.family import Layer
+from neumeta.inr import REPRESENTATIONS, size_features
+
+BN_EPS = 1e-5
+
+
+@dataclass
+class Manifold:
+    """Everything needed to sample weights of any architecture in `space`.
+
+    `frozen` are the source network's folded tensors outside the morphing scope. With `norm`, the
+    representation makes unnormalised weights, gamma and beta, and `statistics` holds each batch
+    norm's mean and log variance as polynomials of the size, (features, C), so that folding needs no
+    images. `noise` is a, `samples` the default K, `scale` N. `about` is the checkpoint's own
+    account: recipe, source, evaluation table, licence.
+    """
+
+    space: Space
+    representation: nn.Module
+    kind: str
+    options: dict[str, Any]
+    norm: bool
+    noise: float
+    samples: int
+    scale: int
+    normalisation: dict[str, list[float]]
+    labels: list[str]
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    def moments(self, layer: Layer, architecture: Architecture) -> tuple[Tensor, Tensor]:
+        """The batch norm mean and variance (C,) of one layer at this architecture, from size alone."""
+        full = [self.space.table.stages[stage] for stage in self.space.stages]
+        fractions = [c / f for c, f in zip(architecture.channels, full, strict=True)]
+        features = size_features(fractions).float()
+        count = self.space.sizes(architecture)[layer.output_axis]
+        mean = features @ self.statistics[f"{layer.name}.mean"][:, :count]
+        log_variance = features @ self.statistics[f"{layer.name}.log_variance"][:, :count]
+        return mean, log_variance.exp()
+
+
+def roles(space: Space, *, norm: bool) -> dict[str, Site]:
+    """Every parameter role the representation must make, with its site in the source network."""
+    found: dict[str, Site] = {}
+    for layer in space.table.layers(space.depth):
+        if space.morphing(layer):
+            for site in sites(space, space.full, layer, norm=norm):
+                found.setdefault(site.role, site)
+    return found
+
+
+def representation(kind: str, space: Space, options: dict[str, Any], *, norm: bool) -> nn.Module:
+    """A new representation of this kind. Raises ValueError for an unknown kind or option."""
+    if kind not in REPRESENTATIONS:
+        raise ValueError(f"representation: {kind!r} is not one of {sorted(REPRESENTATIONS)}")
+    try:
+        made: nn.Module = REPRESENTATIONS[kind](roles(space, norm=norm), **options)
+    except TypeError as error:
+        raise ValueError(f"representation: {kind}: {error}") from None
+    return made
+
+
+def fold(weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip  # noqa: E501
+    """Convolution weight (O, I, k, k) and batch norm (O,) -> folded weight and bias."""
+    scale = gamma * torch.rsqrt(variance + BN_EPS)
+    return weight * scale[:, None, None, None], beta - mean * scale

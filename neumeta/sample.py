@@ -1,0 +1,84 @@
+"""Algorithm 3: a manifold and an architecture -> (name, tensor), one tensor at a time.
+
+Knows no bytes and no HTTP. Tensors come in the order of the wire (by name).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from neumeta.architecture import Architecture
+from neumeta.coordinates import Site, coordinates, sites
+from neumeta.family import Layer
+from neumeta.manifold import Manifold, fold
+
+PAIRS_AT_ONCE = 1 << 14
+"""Working memory: at most this many coordinate vectors (times a layer's width) at once."""
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of one tensor's noise: independent of which tensors were sampled before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tensor:
+    """The mean of `samples` noisy evaluations of one tensor; the first one is noise-free.
+
+    One sample is therefore exact: the manifold's value at the integer coordinates.
+    """
+    generator = torch.Generator().manual_seed(seed_of(seed, site.name))
+    noise = manifold.noise if samples > 1 else 0.0
+    if noise == 0.0:
+        samples = 1
+    at_once = max(1, min(samples, PAIRS_AT_ONCE // (site.outputs * site.inputs)))
+    total: Tensor | None = None
+    for done in range(0, samples, at_once):
+        at = coordinates(
+            site,
+            manifold.scale,
+            noise=noise,
+            samples=min(at_once, samples - done),
+            generator=generator,
+            noise_free_first=done == 0,
+        )
+        part = manifold.representation(site, at).sum(0)
+        total = part if total is None else total + part
+    assert total is not None
+    shape = (site.outputs, site.inputs, *site.spatial) if site.kind == "weight" else (site.outputs,)
+    return (total / samples).reshape(shape)
+
+
+def sample_layer(
+    manifold: Manifold, architecture: Architecture, layer: Layer, samples: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The folded (weight, bias) of one layer."""
+    if not manifold.space.morphing(layer):
+        return manifold.frozen[f"{layer.name}.weight"], manifold.frozen[f"{layer.name}.bias"]
+    normed = manifold.norm and layer.norm is not None
+    made = [
+        sample_site(manifold, site, samples, seed)
+        for site in sites(manifold.space, architecture, layer, norm=manifold.norm)
+    ]
+    if not normed:
+        return made[0], made[1]
+    return fold(*made, *manifold.moments(layer, architecture))
+
+
+@torch.inference_mode()
+def sample(
+    manifold: Manifold, architecture: Architecture, *, samples: int | None = None, seed: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Every folded tensor of the network of this architecture, by name, as it becomes ready.
+
+    `samples` is K (None: the manifold's own default). Equal arguments give equal tensors.
+    """
+    count = manifold.samples if samples is None else samples
+    layers = manifold.space.table.layers(architecture.depth)
+    for layer in sorted(layers, key=lambda layer: layer.name):
+        weight, bias = sample_layer(manifold, architecture, layer, count, seed)
+        yield f"{layer.name}.bias", bias
+        yield f"{layer.name}.weight", weight

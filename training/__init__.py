@@ -1,0 +1,1 @@
+"""The offline pipeline: a pretrained network in, one manifold checkpoint out."""
