@@ -7,7 +7,8 @@ a device needs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from neumeta.family import FAMILIES, Layer
+
+
+Segment = tuple[str, Callable[[Tensor], Tensor]]
 
 
 class Network(nn.Module):
@@ -60,9 +64,17 @@ class Network(nn.Module):
         self.mean = torch.tensor(mean, device=self.mean.device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=self.std.device).view(-1, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W)."""
-        return _FORWARD[self.family](self, (x - self.mean) / self.std)
+    def segments(self) -> list[Segment]:
+        """The forward pass in order: (name prefix, function); their composition is the network."""
+        return _SEGMENTS[self.family](self)
+
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W), or of what segment `first` takes."""
+        if first == 0:
+            x = (x - self.mean) / self.std
+        for _, segment in self.segments()[first:]:
+            x = segment(x)
+        return x
 
     def unit(self, name: str, norm: str | None, x: Tensor, stride: int = 1) -> Tensor:
         """Convolution `name` followed by its batch norm, where there is one."""
@@ -81,36 +93,56 @@ def _put(module: nn.Module, dotted: str, child: nn.Module) -> None:
     module.add_module(last, child)
 
 
-def _resnet_cifar(net: Network, x: Tensor) -> Tensor:
-    x = F.relu(net.unit("conv1", "bn1", x))
+def _block(net: Network, at: str, norms: tuple[str | None, ...], stride: int, x: Tensor) -> Tensor:
+    """A basic residual block; a block that changes shape has a 1x1 shortcut."""
+    y = F.relu(net.unit(f"{at}.conv1", norms[0], x, stride))
+    y = net.unit(f"{at}.conv2", norms[1], y)
+    if "shortcut" in net.get_submodule(at)._modules:
+        x = net.unit(f"{at}.shortcut", norms[2], x, stride)
+    return F.relu(y + x)
+
+
+def _classifier(net: Network, x: Tensor) -> Tensor:
+    linear = net.get_submodule("linear")
+    assert isinstance(linear, nn.Linear)
+    return linear(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def _stem(net: Network, name: str, norm: str | None, stride: int, pool: bool, x: Tensor) -> Tensor:
+    x = F.relu(net.unit(name, norm, x, stride))
+    return F.max_pool2d(x, 2) if pool else x
+
+
+def _resnet_cifar(net: Network) -> list[Segment]:
+    found: list[Segment] = [("conv1", partial(_stem, net, "conv1", "bn1", 1, False))]
     for stage, blocks in enumerate(net.depth):
         for block in range(blocks):
             at = f"layer{stage + 1}.{block}"
-            changes = stage > 0 and block == 0
-            stride = 2 if changes else 1
-            y = F.relu(net.unit(f"{at}.conv1", f"{at}.bn1", x, stride))
-            y = net.unit(f"{at}.conv2", f"{at}.bn2", y)
-            x = F.relu(y + (net.unit(f"{at}.shortcut", f"{at}.bn3", x, stride) if changes else x))
-    return net.linear(x.mean((2, 3)))  # type: ignore[no-any-return, operator]
+            norms = tuple(f"{at}.bn{i}" for i in (1, 2, 3))
+            stride = 2 if stage > 0 and block == 0 else 1
+            found.append((at, partial(_block, net, at, norms, stride)))
+    return [*found, ("linear", partial(_classifier, net))]
 
 
-def _resnet_mnist(net: Network, x: Tensor) -> Tensor:
+def _resnet_mnist(net: Network) -> list[Segment]:
+    found: list[Segment] = []
     for stage, blocks in enumerate(net.depth):
-        x = F.relu(net.unit("down" if stage else "stem", None, x, 2))
+        entry = "down" if stage else "stem"
+        found.append((entry, partial(_stem, net, entry, None, 2, False)))
         for block in range(blocks):
             at = f"stage{stage + 1}.{block}"
-            y = F.relu(net.unit(f"{at}.conv1", None, x))
-            x = F.relu(x + net.unit(f"{at}.conv2", None, y))
-    return net.linear(x.mean((2, 3)))  # type: ignore[no-any-return, operator]
+            found.append((at, partial(_block, net, at, (None, None, None), 1)))
+    return [*found, ("linear", partial(_classifier, net))]
 
 
-def _lenet_mnist(net: Network, x: Tensor) -> Tensor:
-    x = F.max_pool2d(F.relu(net.unit("conv1", None, x)), 2)
-    x = F.max_pool2d(F.relu(net.unit("conv2", None, x)), 2)
-    return net.linear(F.relu(net.unit("conv3", None, x)).mean((2, 3)))  # type: ignore[no-any-return, operator]
+def _lenet_mnist(net: Network) -> list[Segment]:
+    convs: list[Segment] = [
+        (f"conv{i}", partial(_stem, net, f"conv{i}", None, 1, i < 3)) for i in (1, 2, 3)
+    ]
+    return [*convs, ("linear", partial(_classifier, net))]
 
 
-_FORWARD = {
+_SEGMENTS = {
     "resnet-cifar": _resnet_cifar,
     "resnet-mnist": _resnet_mnist,
     "lenet-mnist": _lenet_mnist,

@@ -196,3 +196,19 @@ def restore(path: Path, family: str, depth: tuple[int, ...], sizes: Mapping[str,
     net = Network(family, depth, sizes, norm=True)
     net.load_state_dict(load_file(path))
     return net.eval()
+
+
+def reorder(net: Network, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `net`, batch norm kept, with the channels of each axis in the given order."""
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    for layer in FAMILIES[net.family].layers(net.depth):
+        vectors = [f"{layer.name}.bias"]
+        if net.norm and layer.norm:
+            vectors = [f"{layer.norm}.{k}" for k in ("weight", "bias", "running_mean", "running_var")]  # fmt: skip  # noqa: E501
+        name = f"{layer.name}.weight"
+        if layer.output_axis in orders:
+            for each in (name, *vectors):
+                state[each] = state[each][orders[layer.output_axis]]
+        if layer.input_axis in orders:
+            state[name] = state[name][:, orders[layer.input_axis]]
+    return state

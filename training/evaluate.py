@@ -1,0 +1,51 @@
+"""Accuracy of sampled networks, exactly as a device would run them, at every requested size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+from neumeta import wire
+from neumeta.architecture import Architecture
+from neumeta.manifold import Manifold
+from neumeta.sample import sample
+from training.data import Dataset
+from training.recipe import Recipe
+from training.source import accuracy, network_from
+
+
+def evaluate_one(
+    manifold: Manifold, architecture: Architecture, data: Dataset, *, samples: int | None = None
+) -> dict[str, Any]:
+    """One row of the table: the architecture, its cost, and its accuracy on the test images."""
+    weights = dict(sample(manifold, architecture, samples=samples))
+    net = network_from(weights, architecture.family, architecture.depth)
+    plan = wire.plan(manifold.space, architecture, "float32", manifold.normalisation)
+    return {
+        "channels": list(architecture.channels),
+        "depth": list(architecture.depth),
+        "extrapolated": architecture.extrapolated,
+        **manifold.space.cost(architecture),
+        "bytes": plan.length,
+        "accuracy": round(accuracy(net, data.test_images, data.test_labels, data), 2),
+    }
+
+
+def evaluate(
+    manifold: Manifold, data: Dataset, recipe: Recipe, *, samples: int | None = None
+) -> list[dict[str, Any]]:
+    """The evaluation table: every width, or every depth, that the recipe lists."""
+    wanted: list[tuple[float, list[int] | None]]
+    if recipe.evaluate_blocks:
+        least, most = recipe.evaluate_blocks
+        counts = range(least, most + 1)
+        wanted = [(recipe.width[1], [a, b]) for a in counts for b in counts]
+    else:
+        wanted = [(width, None) for width in recipe.evaluate_widths]
+    rows = []
+    for width, depth in tqdm(wanted, desc="evaluate", mininterval=5):
+        architecture = manifold.space.architecture(width, depth, extrapolate=True)
+        row = evaluate_one(manifold, architecture, data, samples=samples)
+        rows.append({"width": width, **row})
+    return rows

@@ -1,0 +1,362 @@
+"""Algorithm 2: the representation learns the smoothed weights, then the task at random sizes.
+
+Every random choice of a step follows from (seed, step), so a run that was killed continues to the
+same result. Knows neither files of networks nor how results are evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from neumeta.architecture import Architecture, Space
+from neumeta.coordinates import coordinates, sites
+from neumeta.inr import LearnedGrid
+from neumeta.manifold import Manifold, roles
+from neumeta.network import Network
+from neumeta.sample import seed_of
+from training.data import Dataset, augment, to_float
+from training.recipe import Recipe
+from training.source import one_cycle, save_atomically
+
+Targets = Mapping[str, Tensor]
+"""The smoothed source tensors by site name: weight and bias, or weight, gamma and beta."""
+
+
+def generated(
+    manifold: Manifold, architecture: Architecture, noise: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The differentiable tensors of the network at this architecture, by site name."""
+    found: dict[str, Tensor] = {}
+    for layer in manifold.space.table.layers(architecture.depth):
+        if not manifold.space.morphing(layer):
+            for kind in ("weight", "bias"):
+                found[f"{layer.name}.{kind}"] = manifold.frozen[f"{layer.name}.{kind}"]
+            continue
+        for site in sites(manifold.space, architecture, layer, norm=manifold.norm):
+            at = coordinates(site, manifold.scale, noise=noise, generator=generator)
+            made = manifold.representation(site, at)
+            weight = (site.outputs, site.inputs, *site.spatial)
+            found[site.name] = made.reshape(weight if site.kind == "weight" else (site.outputs,))
+    return found
+
+
+def parameters_of(manifold: Manifold, architecture: Architecture, made: Targets) -> dict[str, Tensor]:
+    """Site names -> the parameter names of a Network (gamma and beta belong to its batch norm)."""
+    found = dict(made)
+    for layer in manifold.space.table.layers(architecture.depth):
+        for kind, name in (("gamma", "weight"), ("beta", "bias")):
+            if f"{layer.name}.{kind}" in found:
+                found[f"{layer.norm}.{name}"] = found.pop(f"{layer.name}.{kind}")
+    return found
+
+
+def skeleton(manifold: Manifold, architecture: Architecture) -> Network:
+    """A Network without storage for functional_call; its batch norm uses each batch's statistics."""
+    with torch.device("meta"):
+        sizes = manifold.space.sizes(architecture)
+        net = Network(architecture.family, architecture.depth, sizes, norm=manifold.norm)
+    net.mean, net.std = torch.zeros(1), torch.ones(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return net
+
+
+def initialise(
+    manifold: Manifold, targets: Targets, recipe: Recipe, log: Callable[[str, float, int], None]
+) -> float:
+    """Regress the representation on the smoothed weights, before any image is seen.
+
+    A grid takes the values as they are. Returns the relative error: the mean over tensors of
+    ||w - target||^2 / ||target||^2.
+    """
+    space, model = manifold.space, manifold.representation
+    if isinstance(model, LearnedGrid):
+        _fill_grid(model, space, targets, manifold.norm)
+        return 0.0
+    scales = model.get_buffer("scales")
+    for index, (role, site) in enumerate(roles(space, norm=manifold.norm).items()):
+        names = [name for name in targets if name == site.name or _role(space, name) == role]
+        values = torch.cat([targets[name].flatten() for name in names])
+        scales[index] = values.square().mean().sqrt().clamp(min=1e-3)
+    optimiser = torch.optim.Adam(model.parameters(), recipe.regression_lr)
+    error = math.inf
+    bar = tqdm(range(recipe.regression_steps), desc="regression", mininterval=2)
+    for step in bar:
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.regression_lr * one_cycle(step, recipe.regression_steps, 0.05)
+        generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"regression/{step}"))
+        made = generated(manifold, space.full, 0.0 if step % 2 else recipe.noise, generator)
+        loss = reconstruction(made, targets)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        error = loss.item()
+        if step % 20 == 0:
+            bar.set_postfix(error=f"{error:.4f}")
+            log("regression/error", error, step)
+    return error
+
+
+def _role(space: Space, name: str) -> str:
+    layer, kind = name.rsplit(".", 1)
+    by_name = {entry.name: entry.role for entry in space.table.layers(space.depth)}
+    return f"{by_name[layer]}.{kind}"
+
+
+@torch.no_grad()
+def _fill_grid(model: LearnedGrid, space: Space, targets: Targets, norm: bool) -> None:
+    for layer in space.table.layers(space.depth):
+        if not space.morphing(layer):
+            continue
+        for site in sites(space, space.full, layer, norm=norm):
+            grid = model.grid[site.role.replace(".", "/")]
+            value = targets[site.name].reshape(grid.shape[1:])
+            nodes = len(grid)
+            # Each source block fills the nodes of its own stretch of l/L.
+            for node in range(nodes):
+                if nodes == 1 or int((node + 0.5) / nodes * site.length) == site.position:
+                    grid[node] = value
+
+
+def reconstruction(made: Targets, targets: Targets) -> Tensor:
+    """L_recon: the mean over tensors of ||w - w_source||^2 / ||w_source||^2, at the source's size."""
+    errors = [
+        (made[name] - target).square().sum() / target.square().sum().clamp(min=1e-6)
+        for name, target in targets.items()
+        if made[name].requires_grad
+    ]
+    return torch.stack(errors).mean()
+
+
+def choose(
+    recipe: Recipe, space: Space, generator: torch.Generator
+) -> tuple[Architecture, ...]:
+    """This step's architectures: one from the pool, or the sandwich of largest, smallest, random."""
+    low, high = space.width
+
+    def uniform() -> float:
+        return float(torch.rand((), generator=generator))
+
+    depth = None
+    if space.blocks is not None:
+        least, most = space.blocks
+        depth = [int(torch.randint(least, most + 1, (), generator=generator)) for _ in space.depth]
+    if recipe.widths:
+        index = int(torch.randint(len(recipe.widths), (), generator=generator))
+        width: float | list[float] = recipe.widths[index]
+    elif uniform() < recipe.per_stage:
+        width = [low + (high - low) * uniform() for _ in space.stages]
+    else:
+        width = low + (high - low) * uniform()
+    drawn = space.architecture(width, depth)
+    if not recipe.sandwich:
+        return (drawn,)
+    if space.blocks is not None:
+        least, most = space.blocks
+        ends = [space.architecture(high, [n] * len(space.depth)) for n in (most, least)]
+    else:
+        ends = [space.architecture(end) for end in (high, low)]
+    return (ends[0], ends[1], drawn)
+
+
+def task_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: float) -> Tensor:
+    """Cross-entropy, mixed with the divergence from a teacher's probabilities where there is one."""
+    hard = F.cross_entropy(logits, labels)
+    if teacher is None:
+        return hard
+    soft = F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")  # fmt: skip  # noqa: E501
+    return (1 - weight) * hard + weight * soft
+
+
+def frozen_segments(space: Space, net: Network) -> int:
+    """How many leading segments of the network hold no morphing layer."""
+    count = 0
+    for prefix, _ in net.segments():
+        layers = [entry for entry in space.table.layers(net.depth) if f"{entry.name}.".startswith(f"{prefix}.")]  # fmt: skip  # noqa: E501
+        if any(space.morphing(entry) for entry in layers):
+            return count
+        count += 1
+    return count
+
+
+@torch.no_grad()
+def frozen_features(
+    source: Network, first: int, data: Dataset, recipe: Recipe
+) -> tuple[Tensor, ...]:
+    """What the morphing part sees: (N, C, H, W) float16 for each of `feature_views` passes.
+
+    The first pass is unaugmented, so that one view is the plain training set.
+    """
+    views = []
+    for view in range(recipe.feature_views):
+        generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
+        parts = []
+        for at in tqdm(range(0, len(data.train_images), 500), desc=f"frozen part, view {view + 1}", mininterval=2):  # fmt: skip  # noqa: E501
+            images = data.train_images[at : at + 500]
+            x = to_float(augment(images, data, generator) if view else images, data)
+            x = (x - source.mean) / source.std
+            for _, segment in source.segments()[:first]:
+                x = segment(x)
+            parts.append(x.half())
+        views.append(torch.cat(parts))
+    return tuple(views)
+
+
+def fit(
+    manifold: Manifold,
+    targets: Targets,
+    source: Network,
+    data: Dataset,
+    recipe: Recipe,
+    run: Path,
+    *,
+    resume: bool = False,
+    max_minutes: float = math.inf,
+    save_every: int = 200,
+) -> bool:
+    """Train `manifold.representation` in place by Algorithm 2; it ends with its moving average.
+
+    State goes to `run/fit.pt` every `save_every` steps and at the end of the time allowed. Returns
+    whether all steps were done. With several processes (torch.distributed initialised) each takes
+    its share of every batch and gradients are averaged.
+    """
+    model, space = manifold.representation, manifold.space
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    per_epoch = len(data.train_labels) // recipe.batch
+    steps = max(1, round(recipe.epochs * per_epoch))
+    optimiser = _optimiser(model, recipe)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    start, state = 0, run / "fit.pt"
+    writer = SummaryWriter(str(run / "log")) if rank == 0 else None
+
+    def log(name: str, value: float, step: int) -> None:
+        if writer:
+            writer.add_scalar(name, value, step)
+
+    if resume and state.exists():
+        kept = torch.load(state, weights_only=True)
+        model.load_state_dict(kept["model"])
+        optimiser.load_state_dict(kept["optimiser"])
+        average, start = kept["average"], kept["step"]
+    elif recipe.regression_steps or isinstance(model, LearnedGrid):
+        error = initialise(manifold, targets, recipe, log)
+        average = {name: value.clone() for name, value in model.state_dict().items()}
+        tqdm.write(f"regression on the smoothed weights: relative error {error:.4f}")
+
+    first = frozen_segments(space, source) if recipe.feature_views else 0
+    views = frozen_features(source, first, data, recipe) if recipe.feature_views else ()
+    nets: dict[str, Network] = {}
+    deadline = time.monotonic() + 60 * max_minutes
+    began, trained = time.monotonic(), 0
+
+    def save(step: int) -> None:
+        if rank == 0:
+            save_atomically(
+                {"model": model.state_dict(), "optimiser": optimiser.state_dict(),
+                 "average": average, "step": step},
+                state,
+            )  # fmt: skip
+
+    bar = tqdm(range(start, steps), desc=recipe.name, initial=start, total=steps, mininterval=5, disable=rank > 0)  # fmt: skip  # noqa: E501
+    for step in bar:
+        generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"step/{step}"))
+        epoch, place = divmod(step, per_epoch)
+        shuffle = torch.Generator().manual_seed(seed_of(recipe.seed, f"epoch/{epoch}"))
+        order = torch.randperm(len(data.train_labels), generator=shuffle)
+        rows = order[place * recipe.batch : (place + 1) * recipe.batch]
+        if views:
+            x = views[epoch % len(views)][rows].float()
+        else:
+            images = data.train_images[rows]
+            x = to_float(augment(images, data, generator) if recipe.augment else images, data)
+        labels = data.train_labels[rows]
+        x, labels = x[rank::world], labels[rank::world]
+        rate = recipe.lr * one_cycle(step, steps, recipe.warm)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * group["factor"]
+        optimiser.zero_grad()
+        teacher = None
+        if recipe.distill == "source":
+            with torch.no_grad():
+                teacher = source(x, first)
+        total = 0.0
+        for architecture in choose(recipe, space, generator):
+            if architecture.key not in nets:
+                nets[architecture.key] = skeleton(manifold, architecture)
+            made = generated(manifold, architecture, recipe.noise, generator)
+            net = nets[architecture.key]
+            weights = parameters_of(manifold, architecture, made)
+            logits = functional_call(net, weights, (x, first))
+            is_full = architecture.channels == space.full.channels and architecture.depth == space.depth  # fmt: skip  # noqa: E501
+            loss = task_loss(logits, labels, teacher, recipe.distill_weight)
+            task = loss.item()
+            if recipe.reconstruction and is_full:
+                loss = loss + recipe.reconstruction * reconstruction(made, targets)
+            if recipe.regularisation:
+                norms = [value.norm() for value in made.values() if value.requires_grad]
+                loss = loss + recipe.regularisation * torch.stack(norms).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += task
+            if recipe.distill == "inplace" and teacher is None:
+                teacher = logits.detach()
+        _finish(model, optimiser, recipe, world)
+        decay = min(recipe.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                average[name].lerp_(value, 1 - decay)
+        trained += 1
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{total:.3f}")
+            log("fit/task_loss", total, step)
+            log("fit/learning_rate", rate, step)
+            log("fit/seconds_per_step", (time.monotonic() - began) / trained, step)
+        if (step + 1) % save_every == 0:
+            save(step + 1)
+        if time.monotonic() > deadline and step + 1 < steps:
+            save(step + 1)
+            return False
+    save(steps)
+    model.load_state_dict(average)
+    if writer:
+        writer.close()
+    return True
+
+
+def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    # Vectors (biases, gamma, beta) and the corrections by size are not decayed.
+    matrices, vectors = [], []
+    for name, parameter in model.named_parameters():
+        correction = name.startswith(("outputs.", "inputs."))
+        matrix = parameter.squeeze().dim() > 1 and not correction
+        (matrices if matrix else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay, "factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
+    ]
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, recipe.lr)
+
+
+def _finish(model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, world: int) -> None:
+    """Average gradients over processes, clip them by value and step."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if world > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient /= world
+    if recipe.clip:
+        nn.utils.clip_grad_value_(model.parameters(), recipe.clip)
+    optimiser.step()

@@ -1,0 +1,69 @@
+"""Pictures of what the pipeline made: accuracy over width, a heatmap over depth. Knows only rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from training.recipe import Recipe
+
+plt.rcParams["svg.hashsalt"] = "neumeta"  # equal results give equal files
+
+
+def evaluation(rows: list[dict[str, Any]], recipe: Recipe, source: float, path: Path) -> None:
+    """Accuracy over width, or a heatmap over depth, whichever the recipe evaluates."""
+    if recipe.evaluate_blocks:
+        depth_heatmap(rows, recipe, path)
+    else:
+        width_curve({"manifold": rows}, recipe, source, path)
+
+
+def width_curve(
+    curves: dict[str, list[dict[str, Any]]], recipe: Recipe, source: float, path: Path
+) -> None:
+    """Accuracy over width, one line per method; the trained range is shaded."""
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    for label, rows in curves.items():
+        ordered = sorted(rows, key=lambda row: row["width"])
+        axes.plot([r["width"] for r in ordered], [r["accuracy"] for r in ordered], "o-", label=label)
+    axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f} %")
+    axes.axvspan(*recipe.width, color="tab:green", alpha=0.08, label="trained widths")
+    axes.set(xlabel="width", ylabel="test accuracy (%)", title=recipe.title)
+    axes.legend()
+    _save(figure, path)
+
+
+def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
+    """Accuracy over (L1, L2); the trained square is framed."""
+    most = max(max(row["depth"]) for row in rows)
+    least = min(min(row["depth"]) for row in rows)
+    table = np.full((most - least + 1, most - least + 1), np.nan)
+    for row in rows:
+        table[row["depth"][0] - least, row["depth"][1] - least] = row["accuracy"]
+    figure, axes = plt.subplots(figsize=(6.4, 5.6))
+    shown = axes.imshow(table, origin="lower", cmap="viridis", vmin=np.nanmin(table) - 1, vmax=100)
+    for (a, b), value in np.ndenumerate(table):
+        axes.text(b, a, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value < 90 else "black")  # fmt: skip  # noqa: E501
+    if recipe.blocks:
+        low, high = recipe.blocks
+        side = high - low + 1
+        axes.add_patch(plt.Rectangle((low - least - 0.5, low - least - 0.5), side, side, fill=False, edgecolor="red", linewidth=2))  # fmt: skip  # noqa: E501
+    ticks = range(most - least + 1)
+    axes.set_xticks(ticks, [str(t + least) for t in ticks])
+    axes.set_yticks(ticks, [str(t + least) for t in ticks])
+    axes.set(xlabel="L2", ylabel="L1", title=recipe.title)
+    figure.colorbar(shown, label="test accuracy (%)")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format=path.suffix[1:], bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)  # fmt: skip  # noqa: E501
+    temporary.replace(path)
+    plt.close(figure)
