@@ -1,0 +1,34 @@
+# make run   the service on the manifold that ships in models/, no Redis needed
+# make test  everything the tests need, and all of them
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+
+.PHONY: run test lint train clean
+
+$(VENV)/service.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[service]'
+	touch $@
+
+$(VENV)/dev.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+run: $(VENV)/service.done
+	$(BIN)/neumeta-serve --port $(PORT)
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+train: $(VENV)/dev.done
+	$(BIN)/neumeta-train tiny --resume
+
+clean:
+	rm -rf $(VENV) runs
