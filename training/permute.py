@@ -211,7 +211,7 @@ def _kick(path: Path, rng: np.random.Generator) -> Path:
     return np.concatenate((path[:a], path[b:c], path[a:b], path[c:]))
 
 
-# --- orders of a whole network ---------------------------------------------------------------------
+# --- orders of a whole network --------------------------------------------------------------------
 
 
 def order(
