@@ -36,7 +36,9 @@ class Architecture:
     @property
     def key(self) -> str:
         """The canonical name, e.g. 'resnet-cifar/3.3.3/8.16.32'."""
-        return "/".join((self.family, ".".join(map(str, self.depth)), ".".join(map(str, self.channels))))  # fmt: skip  # noqa: E501
+        return "/".join(
+            (self.family, ".".join(map(str, self.depth)), ".".join(map(str, self.channels)))
+        )
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,17 @@ class Space:
     @property
     def stages(self) -> tuple[int, ...]:
         """The stages with at least one morphing axis: a width list has one factor for each."""
-        found = {self.table.stage_of(axis) for axis in self.table.axes(self.depth) if self.morphs(axis)}
+        found = {
+            self.table.stage_of(axis) for axis in self.table.axes(self.depth) if self.morphs(axis)
+        }
         return tuple(sorted(stage for stage in found if stage is not None))
 
     @property
     def full(self) -> Architecture:
         """The source network's own architecture."""
-        return Architecture(self.family, self.depth, tuple(self.table.stages[s] for s in self.stages))
+        return Architecture(
+            self.family, self.depth, tuple(self.table.stages[s] for s in self.stages)
+        )
 
     def sizes(self, architecture: Architecture) -> dict[str, int]:
         """The size of every axis of the network of this architecture."""
@@ -137,12 +143,14 @@ class Space:
         outside = False
         for factor in factors or [float(width) if isinstance(width, (int, float)) else 1.0]:
             if not math.isfinite(factor) or not 0 < factor <= MAX_WIDTH:
-                limit = f"; with \"extrapolate\": true more than 0 and at most {MAX_WIDTH:g}"
+                limit = f'; with "extrapolate": true more than 0 and at most {MAX_WIDTH:g}'
                 raise BadArchitecture("width", factor, allowed + limit)
             if not low - 1e-9 <= factor <= high + 1e-9:
                 outside = True
                 if not extrapolate:
-                    raise BadArchitecture("width", factor, allowed + ' unless "extrapolate" is true')
+                    raise BadArchitecture(
+                        "width", factor, allowed + ' unless "extrapolate" is true'
+                    )
         full = [self.table.stages[stage] for stage in stages]
         return tuple(max(1, round(f * c)) for f, c in zip(factors, full, strict=True)), outside
 
@@ -170,5 +178,7 @@ class Space:
             if not low <= count <= high:
                 outside = True
                 if not extrapolate:
-                    raise BadArchitecture("depth", list(depth), allowed + ' unless "extrapolate" is true')  # fmt: skip  # noqa: E501
+                    raise BadArchitecture(
+                        "depth", list(depth), allowed + ' unless "extrapolate" is true'
+                    )
         return tuple(depth), outside

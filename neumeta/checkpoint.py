@@ -137,15 +137,21 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
         )
     blocks = tuple(given["blocks"]) if given["blocks"] else None
     space = Space(
-        given["family"], given["arch"], given["classes"], tuple(given["morph"]),
-        tuple(given["width"]), blocks,
-    )  # fmt: skip
+        given["family"],
+        given["arch"],
+        given["classes"],
+        tuple(given["morph"]),
+        tuple(given["width"]),
+        blocks,
+    )
     if space.arch not in space.table.architectures:
         raise BadCheckpoint(f"{path}: {space.arch!r} is no architecture of {space.family}")
 
     def group(prefix: str) -> dict[str, Tensor]:
         start = prefix + "."
-        return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+        return {
+            name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)
+        }
 
     kind, options = header["representation"]["kind"], header["representation"]["options"]
     try:
@@ -162,7 +168,17 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
         elif header["norm"] and layer.norm and f"{layer.name}.mean" not in statistics:
             raise BadCheckpoint(f"{path}: tensor statistics.{layer.name}.mean is missing")
     return Manifold(
-        space, made.eval().requires_grad_(False), kind, options, header["norm"], header["noise"],
-        header["samples"], header["scale"], header["normalisation"], header["labels"], frozen,
-        statistics, header["about"],
-    )  # fmt: skip
+        space,
+        made.eval().requires_grad_(False),
+        kind,
+        options,
+        header["norm"],
+        header["noise"],
+        header["samples"],
+        header["scale"],
+        header["normalisation"],
+        header["labels"],
+        frozen,
+        statistics,
+        header["about"],
+    )

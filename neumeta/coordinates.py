@@ -58,14 +58,23 @@ class Coordinates:
         layer = self.layer[:, None, None].expand(shape)
         across = self.inputs[:, None].expand(shape)
         down = self.outputs[:, :, None].expand(shape)
-        parts = (layer[..., 0], across[..., 0], down[..., 0], layer[..., 1], across[..., 1], down[..., 1])  # fmt: skip  # noqa: E501
+        parts = (
+            layer[..., 0],
+            across[..., 0],
+            down[..., 0],
+            layer[..., 1],
+            across[..., 1],
+            down[..., 1],
+        )
         return torch.stack(parts, -1)
 
 
 KINDS = {False: ("weight", "bias"), True: ("weight", "gamma", "beta")}
 
 
-def sites(space: Space, architecture: Architecture, layer: Layer, *, norm: bool) -> tuple[Site, ...]:
+def sites(
+    space: Space, architecture: Architecture, layer: Layer, *, norm: bool
+) -> tuple[Site, ...]:
     """The tensors of one layer that the INR makes: weight and bias, or weight, gamma and beta."""
     sizes = space.sizes(architecture)
     full = space.table.full_sizes(architecture.depth, space.classes)

@@ -76,7 +76,7 @@ class Family:
         """The folded tensors (weight and bias per layer) of the network of this depth."""
         found = []
         for layer in self.layers(depth):
-            axes = (layer.output_axis, layer.input_axis, *layer.spatial)
+            axes: tuple[str | int, ...] = (layer.output_axis, layer.input_axis, *layer.spatial)
             found.append(Tensor(f"{layer.name}.weight", layer, "weight", axes))
             found.append(Tensor(f"{layer.name}.bias", layer, "bias", (layer.output_axis,)))
         return tuple(found)
@@ -111,7 +111,9 @@ def macs(layers: tuple[Layer, ...], sizes: Mapping[str, int], image: int) -> int
     total = 0
     for layer in layers:
         positions = (-(-image // layer.resolution)) ** 2 if layer.kernel else 1
-        per_position = sizes[layer.output_axis] * sizes[layer.input_axis] * max(layer.kernel, 1) ** 2
+        per_position = (
+            sizes[layer.output_axis] * sizes[layer.input_axis] * max(layer.kernel, 1) ** 2
+        )
         total += positions * per_position
     return total
 
@@ -127,7 +129,9 @@ def _resnet_cifar(depth: tuple[int, ...]) -> tuple[Layer, ...]:
         for block in range(blocks):
             at, inner = f"{axis}.{block}", f"{axis}.{block}.inner"
             place = (stage, block, blocks, resolution)
-            layers.append(Layer(f"{at}.conv1", inner, before, 3, f"{at}.bn1", *place, f"{at}.conv1"))
+            layers.append(
+                Layer(f"{at}.conv1", inner, before, 3, f"{at}.bn1", *place, f"{at}.conv1")
+            )
             layers.append(
                 Layer(f"{at}.conv2", axis, inner, 3, f"{at}.bn2", *place, f"{at}.conv2", True)
             )

@@ -35,13 +35,17 @@ def module_key(role: str) -> str:
 class _Mlp(nn.Module):
     """Figure 3: a first layer over gamma(v), hidden layers with scaled residuals, k*k outputs."""
 
-    def __init__(self, spatial: int, layers: int, hidden: int, num_freq: int, residual: bool) -> None:
+    def __init__(
+        self, spatial: int, layers: int, hidden: int, num_freq: int, residual: bool
+    ) -> None:
         super().__init__()
         per_axis = (2 * num_freq + 1) * 2
         self.num_freq, self.residual = num_freq, residual
         # One linear map of (2*num_freq+1)*6 features, kept as its three per-axis column blocks:
         # a sum of three small products broadcast over pairs instead of one product per pair.
-        self.layer, self.inputs, self.outputs = (nn.Linear(per_axis, hidden, bias=b) for b in (True, False, False))  # fmt: skip  # noqa: E501
+        self.layer, self.inputs, self.outputs = (
+            nn.Linear(per_axis, hidden, bias=b) for b in (True, False, False)
+        )
         for part in (self.layer, self.inputs, self.outputs):
             nn.init.normal_(part.weight, std=1 / math.sqrt(3 * per_axis / 2))
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 2))
@@ -84,7 +88,10 @@ class ResidualMLP(nn.Module):
         shared = {"all": self.widest}
         networks = spatial if block_based else shared
         self.networks = nn.ModuleDict(
-            {module_key(role): _Mlp(size, layers, hidden, num_freq, residual) for role, size in networks.items()}  # fmt: skip  # noqa: E501
+            {
+                module_key(role): _Mlp(size, layers, hidden, num_freq, residual)
+                for role, size in networks.items()
+            }
         )
 
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
@@ -116,7 +123,11 @@ class LearnedGrid(nn.Module):
     def __init__(self, roles: Mapping[str, Site], *, nodes: int = 1, orders: int = 3) -> None:
         super().__init__()
         self.orders, self.nodes = orders, nodes
-        self.grid, self.outputs, self.inputs = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()  # fmt: skip  # noqa: E501
+        self.grid, self.outputs, self.inputs = (
+            nn.ParameterDict(),
+            nn.ParameterDict(),
+            nn.ParameterDict(),
+        )
         for role, site in roles.items():
             key, o, i = module_key(role), site.full_outputs, site.full_inputs
             depth = nodes if site.role != site.name else 1
@@ -143,7 +154,11 @@ class LearnedGrid(nn.Module):
         if site.kind != "weight":
             return (made + by_output[:, :, None, None]) * site.step
         by_input = self._correction(self.inputs[key], inputs, site.inputs / site.full_inputs)
-        return made * (1 + by_output)[:, :, None, None] * ((1 + by_input)[:, None, :, None] * site.step)  # fmt: skip  # noqa: E501
+        return (
+            made
+            * (1 + by_output)[:, :, None, None]
+            * ((1 + by_input)[:, None, :, None] * site.step)
+        )
 
     def _index(self, axis: Tensor, full: int, count: int) -> Tensor:
         # total / scale * (1 / scale) is unknown here; index = ratio * (count + noise), and the noise

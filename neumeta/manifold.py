@@ -77,7 +77,9 @@ def representation(kind: str, space: Space, options: dict[str, Any], *, norm: bo
     return made
 
 
-def fold(weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip  # noqa: E501
+def fold(
+    weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor
+) -> tuple[Tensor, Tensor]:
     """Convolution weight (O, I, k, k) and batch norm (O,) -> folded weight and bias."""
     scale = gamma * torch.rsqrt(variance + BN_EPS)
     return weight * scale[:, None, None, None], beta - mean * scale

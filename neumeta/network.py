@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from neumeta.family import FAMILIES, Layer
 
-
 Segment = tuple[str, Callable[[Tensor], Tensor]]
 
 
@@ -81,7 +80,7 @@ class Network(nn.Module):
         conv = self.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         x = F.conv2d(x, conv.weight, conv.bias, stride=stride, padding=conv.padding)
-        return self.get_submodule(norm)(x) if self.norm and norm else x  # type: ignore[no-any-return]
+        return self.get_submodule(norm)(x) if self.norm and norm else x
 
 
 def _put(module: nn.Module, dotted: str, child: nn.Module) -> None:

@@ -65,7 +65,8 @@ def sample_layer(
     ]
     if not normed:
         return made[0], made[1]
-    return fold(*made, *manifold.moments(layer, architecture))
+    weight, gamma, beta = made
+    return fold(weight, gamma, beta, *manifold.moments(layer, architecture))
 
 
 @torch.inference_mode()

@@ -60,7 +60,10 @@ def plan(
 
 
 def plan_tensors(
-    names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], dtype: str, metadata: dict[str, str]
+    names: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: str,
+    metadata: dict[str, str],
 ) -> Plan:
     """The plan of tensors of one dtype, names already sorted. The header is padded to 8 bytes."""
     _, code, width = DTYPES[dtype]
@@ -93,7 +96,9 @@ def stream(plan: Plan, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]
     for name, tensor in tensors:
         planned, dimensions = next(due, (None, ()))
         if name != planned or tuple(tensor.shape) != dimensions:
-            raise ValueError(f"{name} {tuple(tensor.shape)} where {planned} {dimensions} is planned")
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} where {planned} {dimensions} is planned"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name}: sampled weights are not finite")
         yield encode(tensor, plan.dtype)

@@ -25,12 +25,25 @@ def small(kind: str = "mlp") -> Manifold:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return Manifold(
-        space, model, kind, options, False, 0.5, 4, 64, {"mean": [0.3], "std": [0.4]}, list("0123456789")
-    )  # fmt: skip
+        space,
+        model,
+        kind,
+        options,
+        False,
+        0.5,
+        4,
+        64,
+        {"mean": [0.3], "std": [0.4]},
+        list("0123456789"),
+    )
 
 
 def test_imports_go_one_way() -> None:
-    allowed = {"neumeta": {"neumeta"}, "service": {"neumeta", "service"}, "training": {"neumeta", "training"}}  # fmt: skip  # noqa: E501
+    allowed = {
+        "neumeta": {"neumeta"},
+        "service": {"neumeta", "service"},
+        "training": {"neumeta", "training"},
+    }
     for package, may in allowed.items():
         for path in (ROOT / package).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -64,7 +77,9 @@ def test_checkpoint_round_trip_and_damage(tmp_path: Path) -> None:
     kept = checkpoint.read(path)
     assert kept.digest == digest
     architecture = manifold.space.architecture(0.5)
-    for (a, x), (b, y) in zip(sample(manifold, architecture), sample(kept, architecture), strict=True):
+    for (a, x), (b, y) in zip(
+        sample(manifold, architecture), sample(kept, architecture), strict=True
+    ):
         assert a == b and torch.equal(x, y)
     raw = path.read_bytes()
     broken = bytearray(raw)

@@ -29,8 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="neumeta-train", description=__doc__)
     parser.add_argument("recipe", help="a built-in recipe's name, or a .toml file")
     parser.add_argument("--run", type=Path, help="folder of this run (default runs/RECIPE)")
-    parser.add_argument("--data", type=Path, help="folder of the data sets (default $NEUMETA_DATA or data)")  # fmt: skip  # noqa: E501
-    parser.add_argument("--checkpoints", type=Path, help="folder of public checkpoints (default DATA/../checkpoints)")  # fmt: skip  # noqa: E501
+    parser.add_argument(
+        "--data", type=Path, help="folder of the data sets (default $NEUMETA_DATA or data)"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        help="folder of public checkpoints (default DATA/../checkpoints)",
+    )
     parser.add_argument("--out", type=Path, help="the manifold (default RUN/manifold.safetensors)")
     parser.add_argument("--resume", action="store_true", help="go on where this run stopped")
     parser.add_argument("--max-minutes", type=float, default=math.inf)
@@ -66,9 +72,15 @@ def _run(arguments: argparse.Namespace) -> int:
     manifold, targets, smoothed = prepare(asked, loaded, net)
     before = source.accuracy(net, loaded.test_images, loaded.test_labels, loaded)
     done = fit.fit(
-        manifold, targets, smoothed, loaded, asked, run,
-        resume=arguments.resume, max_minutes=arguments.max_minutes,
-    )  # fmt: skip
+        manifold,
+        targets,
+        smoothed,
+        loaded,
+        asked,
+        run,
+        resume=arguments.resume,
+        max_minutes=arguments.max_minutes,
+    )
     if not done:
         print(f"stopped after {arguments.max_minutes} minutes; --resume goes on", file=sys.stderr)
         return 3
@@ -80,8 +92,16 @@ def _run(arguments: argparse.Namespace) -> int:
     manifold.about.update(
         title=asked.title,
         recipe=asked.as_dict(),
-        source={"kind": asked.source, "file": asked.source_checkpoint, "accuracy": round(before, 2)},
-        data={"name": loaded.name, "sha256": loaded.digest(), "test_images": len(loaded.test_labels)},
+        source={
+            "kind": asked.source,
+            "file": asked.source_checkpoint,
+            "accuracy": round(before, 2),
+        },
+        data={
+            "name": loaded.name,
+            "sha256": loaded.digest(),
+            "test_images": len(loaded.test_labels),
+        },
         evaluation=rows,
         torch=torch.__version__,
     )
@@ -91,8 +111,13 @@ def _run(arguments: argparse.Namespace) -> int:
     (run / "evaluation.json").write_text(json.dumps(report, indent=1))
     plots.evaluation(rows, asked, before, run / "evaluation.svg")
     for row in rows:
-        print(f"width {row['width']:<5g} depth {row['depth']!s:<12} {row['parameters']:>8} parameters  {row['accuracy']:.2f} %")  # fmt: skip  # noqa: E501
-    print(f"source {before:.2f} %; {out} {out.stat().st_size} bytes; {time.monotonic() - began:.0f} s")
+        print(
+            f"width {row['width']:<5g} depth {row['depth']!s:<12}"
+            f" {row['parameters']:>8} parameters  {row['accuracy']:.2f} %"
+        )
+    print(
+        f"source {before:.2f} %; {out} {out.stat().st_size} bytes; {time.monotonic() - began:.0f} s"
+    )
     return 0
 
 
@@ -119,9 +144,14 @@ def trained_source(
         net = source.import_resnet_cifar(path)
     if asked.source != "import":
         source.train(
-            net, loaded, epochs=asked.source_epochs, lr=asked.source_lr, batch=asked.source_batch,
-            seed=asked.seed, state=run / "source.pt",
-        )  # fmt: skip
+            net,
+            loaded,
+            epochs=asked.source_epochs,
+            lr=asked.source_lr,
+            batch=asked.source_batch,
+            seed=asked.seed,
+            state=run / "source.pt",
+        )
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank == 0:
         source.save(net, kept)
@@ -161,8 +191,17 @@ def prepare(
         "total_variation": permute.total_variation(smooth),
     }
     manifold = Manifold(
-        space, model, asked.representation, asked.options, asked.norm, asked.noise, asked.samples,
-        asked.scale, {"mean": loaded.mean, "std": loaded.std}, list(loaded.classes), frozen,
+        space,
+        model,
+        asked.representation,
+        asked.options,
+        asked.norm,
+        asked.noise,
+        asked.samples,
+        asked.scale,
+        {"mean": loaded.mean, "std": loaded.std},
+        list(loaded.classes),
+        frozen,
         about={"permutation": tv},
-    )  # fmt: skip
+    )
     return manifold, targets, smoothed

@@ -81,9 +81,17 @@ def _digits() -> Dataset:
     train, test = order[:1297], order[1297:]
     names = tuple(str(digit) for digit in range(10))
     return Dataset(
-        "digits", images[train], labels[train], images[test], labels[test], names,
-        [0.3053], [0.3765], False, 1,
-    )  # fmt: skip
+        "digits",
+        images[train],
+        labels[train],
+        images[test],
+        labels[test],
+        names,
+        [0.3053],
+        [0.3765],
+        False,
+        1,
+    )
 
 
 def _idx(path: Path) -> Tensor:
@@ -99,7 +107,11 @@ def _idx(path: Path) -> Tensor:
 
 def _mnist(root: Path) -> Dataset | None:
     folder = root / "mnist"
-    files = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]  # fmt: skip  # noqa: E501
+    files = [
+        f"{part}-{kind}-ubyte.gz"
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    ]
     if not all((folder / file).exists() for file in files):
         return None
     a, b, c, d = (_idx(folder / file) for file in files)
@@ -118,15 +130,28 @@ def cache_folder() -> Path:
 
 def _cifar10(root: Path) -> Dataset | None:
     batches, folder, archive = (
-        root / "cifar-10-batches-py", root / "cifar10", root / "cifar10.tar.xz"
-    )  # fmt: skip
+        root / "cifar-10-batches-py",
+        root / "cifar10",
+        root / "cifar10.tar.xz",
+    )
     if batches.is_dir():
         parts = _cifar_batches(batches)
     elif folder.is_dir() or archive.is_file():
         parts = _decoded(folder, archive)
     else:
         return None
-    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")  # fmt: skip  # noqa: E501
+    names = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
     return Dataset("cifar10", *parts, names, *IMAGENET, True, 4)
 
 
@@ -145,7 +170,9 @@ def _cifar_batches(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _decoded(folder: Path, archive: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     source = folder if folder.is_dir() else archive
     stamp = source.stat()
-    key = hashlib.sha256(f"{source.resolve()}{stamp.st_size}{stamp.st_mtime_ns}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{source.resolve()}{stamp.st_size}{stamp.st_mtime_ns}".encode()
+    ).hexdigest()
     cached = cache_folder() / f"cifar10-{key[:12]}.npz"
     if not cached.exists():
         parts = _from_folder(folder) if folder.is_dir() else _from_archive(archive)

@@ -51,7 +51,9 @@ def generated(
     return found
 
 
-def parameters_of(manifold: Manifold, architecture: Architecture, made: Targets) -> dict[str, Tensor]:
+def parameters_of(
+    manifold: Manifold, architecture: Architecture, made: Targets
+) -> dict[str, Tensor]:
     """Site names -> the parameter names of a Network (gamma and beta belong to its batch norm)."""
     found = dict(made)
     for layer in manifold.space.table.layers(architecture.depth):
@@ -140,9 +142,7 @@ def reconstruction(made: Targets, targets: Targets) -> Tensor:
     return torch.stack(errors).mean()
 
 
-def choose(
-    recipe: Recipe, space: Space, generator: torch.Generator
-) -> tuple[Architecture, ...]:
+def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Architecture, ...]:
     """This step's architectures: one from the pool, or the sandwich of largest, smallest, random."""
     low, high = space.width
 
@@ -176,7 +176,9 @@ def task_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: fl
     hard = F.cross_entropy(logits, labels)
     if teacher is None:
         return hard
-    soft = F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")  # fmt: skip  # noqa: E501
+    soft = F.kl_div(
+        logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
+    )
     return (1 - weight) * hard + weight * soft
 
 
@@ -184,7 +186,11 @@ def frozen_segments(space: Space, net: Network) -> int:
     """How many leading segments of the network hold no morphing layer."""
     count = 0
     for prefix, _ in net.segments():
-        layers = [entry for entry in space.table.layers(net.depth) if f"{entry.name}.".startswith(f"{prefix}.")]  # fmt: skip  # noqa: E501
+        layers = [
+            entry
+            for entry in space.table.layers(net.depth)
+            if f"{entry.name}.".startswith(f"{prefix}.")
+        ]
         if any(space.morphing(entry) for entry in layers):
             return count
         count += 1
@@ -203,7 +209,11 @@ def frozen_features(
     for view in range(recipe.feature_views):
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
         parts = []
-        for at in tqdm(range(0, len(data.train_images), 500), desc=f"frozen part, view {view + 1}", mininterval=2):  # fmt: skip  # noqa: E501
+        for at in tqdm(
+            range(0, len(data.train_images), 500),
+            desc=f"frozen part, view {view + 1}",
+            mininterval=2,
+        ):
             images = data.train_images[at : at + 500]
             x = to_float(augment(images, data, generator) if view else images, data)
             x = (x - source.mean) / source.std
@@ -259,17 +269,28 @@ def fit(
     views = frozen_features(source, first, data, recipe) if recipe.feature_views else ()
     nets: dict[str, Network] = {}
     deadline = time.monotonic() + 60 * max_minutes
-    began, trained = time.monotonic(), 0
+    began = time.monotonic()
 
     def save(step: int) -> None:
         if rank == 0:
             save_atomically(
-                {"model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                 "average": average, "step": step},
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "average": average,
+                    "step": step,
+                },
                 state,
-            )  # fmt: skip
+            )
 
-    bar = tqdm(range(start, steps), desc=recipe.name, initial=start, total=steps, mininterval=5, disable=rank > 0)  # fmt: skip  # noqa: E501
+    bar = tqdm(
+        range(start, steps),
+        desc=recipe.name,
+        initial=start,
+        total=steps,
+        mininterval=5,
+        disable=rank > 0,
+    )
     for step in bar:
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"step/{step}"))
         epoch, place = divmod(step, per_epoch)
@@ -299,7 +320,9 @@ def fit(
             net = nets[architecture.key]
             weights = parameters_of(manifold, architecture, made)
             logits = functional_call(net, weights, (x, first))
-            is_full = architecture.channels == space.full.channels and architecture.depth == space.depth  # fmt: skip  # noqa: E501
+            is_full = (
+                architecture.channels == space.full.channels and architecture.depth == space.depth
+            )
             loss = task_loss(logits, labels, teacher, recipe.distill_weight)
             task = loss.item()
             if recipe.reconstruction and is_full:
@@ -316,12 +339,11 @@ def fit(
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 average[name].lerp_(value, 1 - decay)
-        trained += 1
         if step % 20 == 0:
             bar.set_postfix(loss=f"{total:.3f}")
             log("fit/task_loss", total, step)
             log("fit/learning_rate", rate, step)
-            log("fit/seconds_per_step", (time.monotonic() - began) / trained, step)
+            log("fit/seconds_per_step", (time.monotonic() - began) / (step - start + 1), step)
         if (step + 1) % save_every == 0:
             save(step + 1)
         if time.monotonic() > deadline and step + 1 < steps:
@@ -336,7 +358,8 @@ def fit(
 
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     # Vectors (biases, gamma, beta) and the corrections by size are not decayed.
-    matrices, vectors = [], []
+    matrices: list[Tensor] = []
+    vectors: list[Tensor] = []
     for name, parameter in model.named_parameters():
         correction = name.startswith(("outputs.", "inputs."))
         matrix = parameter.squeeze().dim() > 1 and not correction

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from training.recipe import Recipe
 
@@ -31,7 +32,9 @@ def width_curve(
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows in curves.items():
         ordered = sorted(rows, key=lambda row: row["width"])
-        axes.plot([r["width"] for r in ordered], [r["accuracy"] for r in ordered], "o-", label=label)
+        axes.plot(
+            [r["width"] for r in ordered], [r["accuracy"] for r in ordered], "o-", label=label
+        )
     axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f} %")
     axes.axvspan(*recipe.width, color="tab:green", alpha=0.08, label="trained widths")
     axes.set(xlabel="width", ylabel="test accuracy (%)", title=recipe.title)
@@ -49,11 +52,28 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
     figure, axes = plt.subplots(figsize=(6.4, 5.6))
     shown = axes.imshow(table, origin="lower", cmap="viridis", vmin=np.nanmin(table) - 1, vmax=100)
     for (a, b), value in np.ndenumerate(table):
-        axes.text(b, a, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value < 90 else "black")  # fmt: skip  # noqa: E501
+        axes.text(
+            b,
+            a,
+            f"{value:.1f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if value < 90 else "black",
+        )
     if recipe.blocks:
         low, high = recipe.blocks
         side = high - low + 1
-        axes.add_patch(plt.Rectangle((low - least - 0.5, low - least - 0.5), side, side, fill=False, edgecolor="red", linewidth=2))  # fmt: skip  # noqa: E501
+        axes.add_patch(
+            Rectangle(
+                (low - least - 0.5, low - least - 0.5),
+                side,
+                side,
+                fill=False,
+                edgecolor="red",
+                linewidth=2,
+            )
+        )
     ticks = range(most - least + 1)
     axes.set_xticks(ticks, [str(t + least) for t in ticks])
     axes.set_yticks(ticks, [str(t + least) for t in ticks])
@@ -64,6 +84,11 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
 
 def _save(figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format=path.suffix[1:], bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)  # fmt: skip  # noqa: E501
+    figure.savefig(
+        temporary,
+        format=path.suffix[1:],
+        bbox_inches="tight",
+        metadata={"Date": None} if path.suffix == ".svg" else None,
+    )
     temporary.replace(path)
     plt.close(figure)

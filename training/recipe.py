@@ -104,7 +104,9 @@ def load(name: str) -> Recipe:
     for key in given:
         if key not in known_keys:
             raise ValueError(f"{path}: {key!r} is no recipe key")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
+    }
     try:
         recipe = Recipe(**{"name": path.stem, **values})
     except TypeError as error:

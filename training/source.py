@@ -161,7 +161,9 @@ def train(
             factor = one_cycle(epoch * per_epoch + i, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
-            loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last)), data.train_labels[rows])  # fmt: skip  # noqa: E501
+            loss = F.cross_entropy(
+                net(x.contiguous(memory_format=torch.channels_last)), data.train_labels[rows]
+            )
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -169,7 +171,9 @@ def train(
                 bar.set_postfix(loss=f"{loss.item():.3f}")
         net.eval()
         score = accuracy(net, data.test_images, data.test_labels, data)
-        tqdm.write(f"{label} epoch {epoch + 1}/{epochs}: test {score:.2f} %  {time.monotonic() - began:.0f} s")  # fmt: skip  # noqa: E501
+        tqdm.write(
+            f"{label} epoch {epoch + 1}/{epochs}: test {score:.2f} %  {time.monotonic() - began:.0f} s"
+        )
         if state:
             save_atomically(
                 {
@@ -204,7 +208,9 @@ def reorder(net: Network, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer in FAMILIES[net.family].layers(net.depth):
         vectors = [f"{layer.name}.bias"]
         if net.norm and layer.norm:
-            vectors = [f"{layer.norm}.{k}" for k in ("weight", "bias", "running_mean", "running_var")]  # fmt: skip  # noqa: E501
+            vectors = [
+                f"{layer.norm}.{k}" for k in ("weight", "bias", "running_mean", "running_var")
+            ]
         name = f"{layer.name}.weight"
         if layer.output_axis in orders:
             for each in (name, *vectors):

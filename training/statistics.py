@@ -51,7 +51,12 @@ def calibrate(
 
 
 def fit_statistics(
-    manifold: Manifold, data: Dataset, recipe: Recipe, *, architectures: int = 96, images: int = 2000
+    manifold: Manifold,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    architectures: int = 96,
+    images: int = 2000,
 ) -> None:
     """Fill `manifold.statistics` by least squares over calibrated architectures of random sizes.
 
@@ -87,7 +92,11 @@ def fit_statistics(
                 value = value.clamp(min=1e-8).log() if part else value
                 scale = weights[has]
                 # A small ridge: a channel that few sizes have must not swing.
-                left = torch.cat((features[has] * scale, 1e-2 * torch.eye(features.shape[1]).double()))  # fmt: skip  # noqa: E501
-                right = torch.cat((value[:, None] * scale, torch.zeros(features.shape[1], 1).double()))  # fmt: skip  # noqa: E501
+                left = torch.cat(
+                    (features[has] * scale, 1e-2 * torch.eye(features.shape[1]).double())
+                )
+                right = torch.cat(
+                    (value[:, None] * scale, torch.zeros(features.shape[1], 1).double())
+                )
                 columns.append(torch.linalg.lstsq(left, right).solution[:, 0])
             manifold.statistics[f"{layer.name}.{name}"] = torch.stack(columns, 1).float()
