@@ -69,7 +69,7 @@ def sample_layer(
     return fold(weight, gamma, beta, *manifold.moments(layer, architecture))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
     manifold: Manifold, architecture: Architecture, *, samples: int | None = None, seed: int = 0
 ) -> Iterator[tuple[str, Tensor]]:

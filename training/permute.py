@@ -22,7 +22,7 @@ from training.cliques import Side
 
 Matrix = NDArray[np.float64]
 Path = NDArray[np.int64]
-Weights = Mapping[str, Float[Tensor, "..."]]
+Weight = Float[Tensor, "..."]
 Orders = dict[str, Int64[Tensor, " axis"]]
 
 EXACT = 16
@@ -46,12 +46,14 @@ def tv_in(weight: Float[Tensor, "O ..."]) -> float:
     return float(weight.double().diff(dim=1).abs().sum()) if weight.ndim > 1 else 0.0
 
 
-def total_variation(weights: Weights) -> float:
+def total_variation(weights: Mapping[str, Weight]) -> float:
     """TV_in + TV_out, summed over all tensors of the network (supplement, section 2)."""
     return sum(tv_out(weight) + tv_in(weight) for weight in weights.values())
 
 
-def distances(weights: Weights, sides: Sequence[Side]) -> Float64[np.ndarray, "axis axis"]:
+def distances(
+    weights: Mapping[str, Weight], sides: Sequence[Side]
+) -> Float64[np.ndarray, "axis axis"]:
     """L1 distance between every two channels of an axis, summed over `sides`.
 
     The total variation along these sides is the length of the path through this matrix.
@@ -85,7 +87,8 @@ def _layer_greedy(whole: Matrix, layer: Matrix, rng: np.random.Generator) -> Pat
 
 
 def _layer_2opt(whole: Matrix, layer: Matrix, rng: np.random.Generator) -> Path:
-    return _descend(_nearest(layer, 0)[None], layer, longest=0)[0]
+    path: Path = _descend(_nearest(layer, 0)[None], layer, longest=0)[0]
+    return path
 
 
 def _mshp(whole: Matrix, layer: Matrix, rng: np.random.Generator) -> Path:
@@ -100,7 +103,7 @@ def _mshp(whole: Matrix, layer: Matrix, rng: np.random.Generator) -> Path:
         tried = _descend(np.stack([_kick(path, rng) for path in kept]), whole, longest=3)
         better = [length(a, whole) < length(b, whole) for a, b in zip(tried, kept, strict=True)]
         kept = np.where(np.array(better)[:, None], tried, kept)
-    best = min(kept, key=lambda path: length(path, whole))
+    best: Path = min(kept, key=lambda path: length(path, whole))
     return best if best[0] < best[-1] else best[::-1]  # both directions are equally long
 
 
@@ -215,7 +218,7 @@ def _kick(path: Path, rng: np.random.Generator) -> Path:
 
 
 def order(
-    weights: Weights,
+    weights: Mapping[str, Weight],
     cliques: Mapping[str, Sequence[Side]],
     strategy: str,
     seed: int = 0,
@@ -247,8 +250,8 @@ def order(
 
 
 def apply(
-    weights: Weights, cliques: Mapping[str, Sequence[Side]], orders: Orders
-) -> dict[str, Float[Tensor, "..."]]:
+    weights: Mapping[str, Weight], cliques: Mapping[str, Sequence[Side]], orders: Orders
+) -> dict[str, Weight]:
     """Copies of `weights` with every side of each axis in its new order (Algorithm 1, line 4)."""
     permuted = {name: weight.clone() for name, weight in weights.items()}
     for axis, new in orders.items():
