@@ -1,0 +1,102 @@
+"""Total variation of the public CIFAR-10 ResNets under every permutation strategy.
+
+    NEUMETA_DATA=... python benchmarks/permutation.py
+
+Needs the four public checkpoints (github.com/akamaster/pytorch_resnet_cifar10) in --checkpoints.
+Prints a markdown table; the last line is one JSON object. One thread, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from neumeta.family import FAMILIES
+from training.cliques import cliques
+from training.permute import STRATEGIES, apply, order, total_variation
+from training.source import fold, import_resnet_cifar, network_from
+
+
+def hardware() -> str:
+    """The processor's name, where the system tells it, and the threads used."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, 1 thread used, torch {torch.__version__}"
+
+
+@torch.no_grad()
+def measure(path: Path, seed: int) -> list[dict[str, object]]:
+    """One row per strategy for the network in `path`."""
+    net = import_resnet_cifar(path)
+    family = FAMILIES[net.family]
+    weights, groups = fold(net), cliques(family, net.depth)
+    # The source network takes normalised images: mean 0 and deviation 1 in each channel.
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    logits = network_from(weights, family.name, net.depth)(images)
+    before = total_variation(weights)
+    rows: list[dict[str, object]] = []
+    for strategy in STRATEGIES:
+        began = time.perf_counter()
+        orders = order(weights, groups, strategy, seed)
+        seconds = time.perf_counter() - began
+        permuted = apply(weights, groups, orders)
+        after = total_variation(permuted)
+        difference = network_from(permuted, family.name, net.depth)(images) - logits
+        rows.append(
+            {
+                "network": path.name.split("-")[0],
+                "cliques": len(groups),
+                "strategy": strategy,
+                "tv_before": round(before, 2),
+                "tv_after": round(after, 2),
+                "change_percent": round(100 * (after / before - 1), 2),
+                "seconds": round(seconds, 2),
+                "max_logit_difference": float(f"{difference.abs().max():.1e}"),
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    data = os.environ.get("NEUMETA_DATA")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        default=Path(data).parent / "checkpoints" if data else None,
+        help="folder of the .th files (default: $NEUMETA_DATA/../checkpoints)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    paths = sorted(asked.checkpoints.glob("resnet*.th")) if asked.checkpoints else []
+    if not paths:
+        parser.error(
+            f"no resnet*.th in {asked.checkpoints}: pass --checkpoints or set NEUMETA_DATA"
+        )
+    torch.set_num_threads(1)
+    print("| network | strategy | TV before | TV after | change | seconds | max logit difference |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    rows = []
+    for path in paths:
+        for row in measure(path, asked.seed):
+            rows.append(row)
+            print(
+                f"| {row['network']} | {row['strategy']} | {row['tv_before']:.2f} "
+                f"| {row['tv_after']:.2f} | {row['change_percent']:+.2f} % | {row['seconds']:.2f} "
+                f"| {row['max_logit_difference']:.1e} |",
+                flush=True,
+            )
+    print(json.dumps({"hardware": hardware(), "seed": asked.seed, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
