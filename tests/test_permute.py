@@ -179,7 +179,7 @@ def test_total_variation_falls_from_strategy_to_strategy(
     for axis, sides in groups.items():
         distance = permute.distances(weights, sides)
         along = {name: permute.length(orders[name][axis].numpy(), distance) for name in orders}
-        assert along["mshp"] == min(along.values())
+        assert along["mshp"] <= min(along.values()) + 1e-9
 
 
 def test_layer_2opt_is_no_longer_than_greedy_along_its_own_layer(
