@@ -22,8 +22,9 @@ class Site:
     """One sampled tensor: the layer it belongs to, its kind, and its raw integer coordinates.
 
     `position` of `length` is l and L; `outputs` and `inputs` are C_out and C_in (inputs is 1 for
-    tensors without an input axis); `full_*` are the sizes at full width; `step` scales the last
-    convolution of a residual branch with depth, so that blocks are steps of an integrator.
+    tensors without an input axis); `full_*` are the sizes at full width. `gain` scales the output: by
+    the fan-in (a sum over fewer inputs needs larger terms; batch norm makes that needless), and the
+    last convolution of a residual branch by depth, so that blocks are steps of an integrator.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Site:
     full_outputs: int
     full_inputs: int
     spatial: tuple[int, ...]
-    step: float
+    gain: float
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def sites(
     full = space.table.full_sizes(architecture.depth, space.classes)
     blocks = space.depth[layer.stage] if space.depth else 1
     step = blocks / layer.blocks if layer.branch_end and space.blocks else 1.0
+    fan_in = 1.0 if norm else full[layer.input_axis] / sizes[layer.input_axis]
     found = []
     for kind in KINDS[norm and layer.norm is not None]:
         weight = kind == "weight"
@@ -95,7 +97,7 @@ def sites(
                 full[layer.output_axis],
                 full[layer.input_axis] if weight else 1,
                 layer.spatial if weight else (),
-                step,
+                step * fan_in if weight else step,
             )
         )
     return tuple(found)

@@ -108,7 +108,7 @@ class ResidualMLP(nn.Module):
             if size < self.widest:
                 start = (self.widest - size) // 2
                 out = out[..., start : start + size]
-        return out * (self.scales[index] * site.step)  # type: ignore[index, no-any-return]
+        return out * (self.scales[index] * site.gain)  # type: ignore[index, no-any-return]
 
 
 class LearnedGrid(nn.Module):
@@ -152,12 +152,12 @@ class LearnedGrid(nn.Module):
         size = site.outputs / site.full_outputs
         by_output = self._correction(self.outputs[key], outputs, size)
         if site.kind != "weight":
-            return (made + by_output[:, :, None, None]) * site.step
+            return (made + by_output[:, :, None, None]) * site.gain
         by_input = self._correction(self.inputs[key], inputs, site.inputs / site.full_inputs)
         return (
             made
             * (1 + by_output)[:, :, None, None]
-            * ((1 + by_input)[:, None, :, None] * site.step)
+            * ((1 + by_input)[:, None, :, None] * site.gain)
         )
 
     def _index(self, axis: Tensor, full: int, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from neumeta.family import FAMILIES
@@ -148,7 +148,11 @@ def train(
         optimiser.load_state_dict(kept["optimiser"])
         generator.set_state(kept["generator"])
         start = kept["epoch"]
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Channels-last convolutions are faster on CPUs, but with channel counts that are no multiple of
+    # 8 their backward pass has corrupted memory (torch 2.13, oneDNN): the plain layout for those.
+    even = all(conv.out_channels % 8 == 0 for conv in net.modules() if isinstance(conv, nn.Conv2d))
+    layout = torch.channels_last if even else torch.contiguous_format
+    net.to(memory_format=layout)  # type: ignore[call-overload]
     per_epoch = count // batch
     for epoch in range(start, epochs):
         net.train()
@@ -162,7 +166,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
             loss = F.cross_entropy(
-                net(x.contiguous(memory_format=torch.channels_last)), data.train_labels[rows]
+                net(x.contiguous(memory_format=layout)), data.train_labels[rows]
             )
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,37 @@
+"""What several tests share: small manifolds, and the real data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from neumeta.architecture import Space
+from neumeta.manifold import Manifold, representation
+
+torch.set_num_threads(1)  # two busy test processes on two cores: more threads only wait
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real data sets, $NEUMETA_DATA; the tests that need it are skipped without it."""
+    root = os.environ.get("NEUMETA_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("NEUMETA_DATA does not name a folder of data sets: real-data tests are skipped")
+    return Path(root)
+
+
+def lenet(kind: str = "mlp", seed: int = 0) -> Manifold:
+    """A manifold of random parameters over LeNet's widths."""
+    torch.manual_seed(seed)
+    space = Space("lenet-mnist", "lenet", 10, ("*",), (0.25, 1.0))
+    options = {"layers": 3, "hidden": 16, "num_freq": 4} if kind == "mlp" else {}
+    model = representation(kind, space, options, norm=False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    normalisation = {"mean": [0.3], "std": [0.4]}
+    return Manifold(
+        space, model, kind, options, False, 0.5, 4, 64, normalisation, list("0123456789")
+    )

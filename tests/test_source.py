@@ -1,0 +1,117 @@
+"""Importing and folding: the imported network computes what the published one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neumeta.family import FAMILIES
+from neumeta.network import Network
+from training import data, source
+
+FILES = {
+    "resnet20-12fca82f.th": 3,
+    "resnet32-d509ac18.th": 5,
+    "resnet44-014dd654.th": 7,
+    "resnet56-4bfd9763.th": 9,
+}
+
+
+def published_forward(state: dict[str, Tensor], n: int, x: Tensor) -> Tensor:
+    """The published ResNet, written straight from its definition: option A shortcuts, batch norm."""
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    x = F.relu(norm("bn1", F.conv2d(x, state["conv1.weight"], padding=1)))
+    for stage in range(3):
+        for block in range(n):
+            at = f"layer{stage + 1}.{block}"
+            stride = 2 if stage and block == 0 else 1
+            y = F.conv2d(x, state[f"{at}.conv1.weight"], stride=stride, padding=1)
+            y = F.relu(norm(f"{at}.bn1", y))
+            y = norm(f"{at}.bn2", F.conv2d(y, state[f"{at}.conv2.weight"], padding=1))
+            if stride == 2:
+                pad = x.shape[1] // 2
+                x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, pad, pad))
+            x = F.relu(y + x)
+    return F.linear(x.mean((2, 3)), state["linear.weight"], state["linear.bias"])
+
+
+@pytest.mark.parametrize(("file", "n"), FILES.items())
+def test_import_equals_the_published_network(file: str, n: int, data_root: Path) -> None:
+    path = data_root.parent / "checkpoints" / file
+    state = {
+        key.removeprefix("module."): value
+        for key, value in torch.load(path, map_location="cpu", weights_only=True)[
+            "state_dict"
+        ].items()
+    }
+    net = source.import_resnet_cifar(path)
+    folded = source.network_from(source.fold(net), "resnet-cifar", net.depth)
+    images = data.load("cifar10", data_root)
+    x = data.to_float(images.test_images[:64], images)
+    with torch.no_grad():
+        expected = published_forward(state, n, x)
+        # 1e-4 on logits of magnitude 10: float32 rounding through up to 56 folded layers.
+        torch.testing.assert_close(net(x), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(folded(x), expected, atol=1e-4, rtol=0)
+
+
+def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.th"
+    torch.save({"state_dict": {"module.fc.weight": torch.zeros(3)}}, path)
+    with pytest.raises(ValueError, match="not a CIFAR ResNet"):
+        source.import_resnet_cifar(path)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_folding_changes_nothing(family: str) -> None:
+    torch.manual_seed(1)
+    table = FAMILIES[family]
+    depth = next(iter(table.architectures.values()))
+    net = Network(family, depth, table.full_sizes(depth, 10), norm=True).eval()
+    for name, value in [*net.named_parameters(), *net.named_buffers()]:
+        if name.endswith("running_var"):
+            value.data.uniform_(0.5, 2)
+        elif "bn" in name and value.dtype.is_floating_point:
+            value.data.normal_()
+    x = torch.randn(4, table.input_channels, table.input_size, table.input_size)
+    folded = source.network_from(source.fold(net), family, depth)
+    with torch.no_grad():
+        expected = net(x)
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(folded(x), expected, atol=1e-5 * max(scale, 1), rtol=1e-4)
+
+
+def test_training_resumes_to_the_same_network(tmp_path: Path) -> None:
+    digits = data.load("digits")
+    table = FAMILIES["lenet-mnist"]
+
+    def fresh() -> Network:
+        torch.manual_seed(0)
+        return Network("lenet-mnist", (), table.full_sizes((), 10), norm=True)
+
+    whole = source.train(fresh(), digits, epochs=2, lr=0.05)
+
+    class Killed(Exception):
+        pass
+
+    def killed_after_one(value: object, path: Path) -> None:
+        real(value, path)
+        raise Killed
+
+    real, source.save_atomically = source.save_atomically, killed_after_one
+    try:
+        with pytest.raises(Killed):
+            source.train(fresh(), digits, epochs=2, lr=0.05, state=tmp_path / "s.pt")
+    finally:
+        source.save_atomically = real
+    resumed = source.train(fresh(), digits, epochs=2, lr=0.05, state=tmp_path / "s.pt")
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
