@@ -122,6 +122,18 @@ def test_local_search_finds_the_optimum_of_cliques_that_can_be_solved_exactly(
         assert permute.length(searched, distance) == pytest.approx(exact, rel=1e-9)
 
 
+def test_the_search_is_never_above_layer_2opt_or_the_present_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(permute, "STARTS", 0)
+    monkeypatch.setattr(permute, "KICKS", 0)
+    for seed in range(20):
+        distance = matrix(seed, 24)
+        paths = {name: STRATEGIES[name](distance, distance, _rng()) for name in STRATEGIES}
+        along = {name: permute.length(path, distance) for name, path in paths.items()}
+        assert along["mshp"] <= min(along["layer-2opt"], along["none"]) + 1e-9
+
+
 @given(SEEDS, st.integers(2, 9), st.sampled_from([0, 3]))
 @settings(max_examples=50, deadline=None)
 def test_descent_ends_where_no_move_shortens_the_path(seed: int, n: int, longest: int) -> None:
