@@ -52,6 +52,10 @@ class Coordinates:
     inputs: Float[Tensor, "S I 2"]
     outputs: Float[Tensor, "S O 2"]
 
+    def to(self, device: torch.device) -> Coordinates:
+        """The same coordinates on this device. Noise is drawn on the CPU: equal on every device."""
+        return Coordinates(*(part.to(device) for part in (self.layer, self.inputs, self.outputs)))
+
     def vectors(self) -> Float[Tensor, "S O I 6"]:
         """Every pair's v, in the order of the supplement."""
         samples, outputs, inputs = len(self.layer), self.outputs.shape[1], self.inputs.shape[1]

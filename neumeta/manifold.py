@@ -45,6 +45,11 @@ class Manifold:
     about: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the representation computes."""
+        return next(self.representation.parameters()).device
+
     def moments(self, layer: Layer, architecture: Architecture) -> tuple[Tensor, Tensor]:
         """The batch norm mean and variance (C,) of one layer at this architecture, from size alone."""
         full = [self.space.table.stages[stage] for stage in self.space.stages]

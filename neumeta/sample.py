@@ -45,11 +45,11 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
             generator=generator,
             noise_free_first=done == 0,
         )
-        part = manifold.representation(site, at).sum(0)
+        part = manifold.representation(site, at.to(manifold.device)).sum(0)
         total = part if total is None else total + part
     assert total is not None
     shape = (site.outputs, site.inputs, *site.spatial) if site.kind == "weight" else (site.outputs,)
-    return (total / samples).reshape(shape)
+    return (total / samples).reshape(shape).cpu()
 
 
 def sample_layer(

@@ -1,0 +1,1 @@
+"""The online path: a request in, weights of exactly that size out."""

@@ -1,0 +1,70 @@
+"""Errors as application/problem+json (RFC 9457). Knows no route; prints any input without failing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi.responses import Response
+
+MEDIA = "application/problem+json"
+TITLES = {
+    400: "Malformed request",
+    404: "Not found",
+    405: "Method not allowed",
+    413: "Body too large",
+    415: "Unsupported media type",
+    416: "Range not satisfiable",
+    422: "Request not allowed",
+    500: "Internal error",
+    503: "Not ready",
+}
+
+
+class Problem(Exception):
+    """A refused request: the status and, per field, what was given and what is allowed."""
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        errors: list[dict[str, str]] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+        self.errors, self.headers = errors or [], headers or {}
+
+
+def field(name: str, given: object, allowed: str) -> dict[str, str]:
+    """One refused field. What was given is printed in ASCII and cut short."""
+    text = ascii(given)
+    return {
+        "field": name,
+        "given": text if len(text) <= 80 else text[:77] + "...",
+        "allowed": allowed,
+    }
+
+
+def refuse(name: str, given: object, allowed: str, status: int = 422) -> Problem:
+    """A Problem about a single field."""
+    entry = field(name, given, allowed)
+    return Problem(status, f"{name}: {entry['given']} is not allowed; {allowed}", [entry])
+
+
+def body(problem: Problem) -> bytes:
+    """The problem as JSON bytes."""
+    content: dict[str, Any] = {
+        "type": "about:blank",
+        "title": TITLES.get(problem.status, "Error"),
+        "status": problem.status,
+        "detail": problem.detail,
+    }
+    if problem.errors:
+        content["errors"] = problem.errors
+    return json.dumps(content).encode()
+
+
+def response(problem: Problem) -> Response:
+    """The problem as a response."""
+    return Response(body(problem), problem.status, problem.headers, media_type=MEDIA)

@@ -1,0 +1,46 @@
+"""Every setting of the service: its environment variable, its flag, its meaning. Knows no request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MODELS = Path(__file__).parent.parent / "models"
+
+
+class Settings(BaseSettings):
+    """Settings; `NEUMETA_<NAME>` in the environment, `--<name>` as a flag."""
+
+    model_config = SettingsConfigDict(env_prefix="NEUMETA_", extra="ignore")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: a free one)")
+    models: str = Field(
+        str(MODELS), description="manifold files or folders of them, separated by commas"
+    )
+    device: str = Field("auto", description="'auto' (CUDA where there is one), 'cpu' or 'cuda'")
+    cache_bytes: int = Field(256 << 20, ge=0, description="bound of the in-memory cache, in bytes")
+    max_body_bytes: int = Field(16 << 10, ge=256, description="largest request body, in bytes")
+    max_file_bytes: int = Field(
+        256 << 20, ge=1 << 10, description="largest file that is materialized, in bytes"
+    )
+    max_samples: int = Field(64, ge=1, description="largest K a request may ask for")
+    samplers: int = Field(1, ge=1, le=64, description="materializations that run at once")
+    log_level: str = Field("info", description="uvicorn's log level")
+
+    def files(self) -> list[Path]:
+        """The manifold files these settings name. Raises FileNotFoundError naming what is absent."""
+        found: list[Path] = []
+        for name in filter(None, (part.strip() for part in self.models.split(","))):
+            path = Path(name)
+            if path.is_dir():
+                found.extend(sorted(path.glob("*.safetensors")))
+            elif path.is_file():
+                found.append(path)
+            else:
+                raise FileNotFoundError(f"models: {path} is neither a file nor a folder")
+        if not found:
+            raise FileNotFoundError(f"models: no *.safetensors in {self.models}")
+        return found
