@@ -12,20 +12,22 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
+from neumeta import __version__
 from service import problem
-from service.cache import Body, Cache
+from service.cache import Busy, Cache
 from service.engine import Engine, Job
 from service.guard import Guard
 from service.metrics import Metrics
 from service.problem import Problem, refuse
-from service.request import WeightsRequest, from_json, from_query
+from service.request import ALLOWED, WeightsRequest, from_json, from_query, no_query
 from service.settings import Settings
 
 MEDIA = "application/vnd.safetensors"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": problem.TITLES[status], "content": {problem.MEDIA: {}}}
-    for status in (400, 404, 413, 415, 422)
+    for status in (400, 404, 413, 415, 422, 429)
 }
 BODY = {
     "requestBody": {
@@ -33,8 +35,18 @@ BODY = {
         "content": {"application/json": {"schema": WeightsRequest.model_json_schema()}},
     }
 }
+QUERY = {
+    "parameters": [
+        {"name": name, "in": "query", "schema": {"type": "string"}, "description": allowed}
+        for name, allowed in ALLOWED.items()
+        if name not in ("arch", "budget")
+    ]
+}
 FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "the weights, as safetensors", "content": {MEDIA: {}}},
+    206: {"description": "the range asked for", "content": {MEDIA: {}}},
+    304: {"description": "the file the client has is current"},
+    416: {"description": problem.TITLES[416], "content": {problem.MEDIA: {}}},
     **PROBLEMS,
 }
 
@@ -47,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     engine = Engine(
         settings.files(),
         device=settings.device,
+        threads=settings.threads,
         max_samples=settings.max_samples,
         max_file_bytes=settings.max_file_bytes,
     )
@@ -54,19 +67,25 @@ def create_app(settings: Settings) -> FastAPI:
     for name, manifold in engine.manifolds.items():
         info = {"sha256": manifold.digest, "family": manifold.space.family}
         metrics.checkpoint.labels(name).info(info)
+    cache = Cache(
+        settings.cache_bytes,
+        samplers=settings.samplers,
+        max_flights=settings.max_flights,
+        prepare=engine.prepare_thread,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.cache = Cache(settings.cache_bytes, settings.samplers)
         yield
-        await app.state.cache.close()
+        await cache.close()
 
     app = FastAPI(
         title="NeuMeta Serve",
         description="Weights of any width and depth, sampled from one manifold.",
+        version=__version__,
         lifespan=lifespan,
     )
-    app.state.engine, app.state.metrics = engine, metrics
+    app.state.engine, app.state.metrics, app.state.cache = engine, metrics, cache
 
     @app.exception_handler(Problem)
     async def refused(request: Request, error: Problem) -> Response:
@@ -75,64 +94,73 @@ def create_app(settings: Settings) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
-        detail = f"{request.method} on this path: {error.detail}"
-        return problem.response(Problem(error.status_code, detail, headers=headers))
+        if error.status_code == 405:
+            # Starlette names the first matching route's methods only.
+            headers["Allow"] = ", ".join(_methods(app, request))
+        entry = problem.field("path", f"{request.method} {request.url.path}", "see GET /docs")
+        detail = f"{entry['given'][1:-1]}: {str(error.detail).lower()}"
+        return problem.response(Problem(error.status_code, detail, [entry], headers))
 
     def produce(job: Job) -> Iterator[bytes]:
         began = time.perf_counter()
         try:
-            yield from engine.chunks(job)
+            yield from engine.weights(job)
         except Exception:
             metrics.failures.inc()
             raise
         metrics.sampling.observe(time.perf_counter() - began)
 
     def weights(request: Request, job: Job) -> Response:
-        cache: Cache = app.state.cache
+        head, length = job.plan.header, job.plan.length
         headers = {
-            "ETag": f'"{job.key}"',
+            "ETag": job.etag,
             "Accept-Ranges": "bytes",
             "Content-Location": job.location,
             # The same URL has other bytes once another manifold is loaded: keep, but ask first.
             "Cache-Control": "public, no-cache",
-            "X-NeuMeta-Architecture": job.architecture.key,
+            "X-Neumeta-Architecture": job.architecture.key,
         }
         if job.architecture.extrapolated:
-            headers["X-NeuMeta-Extrapolated"] = "true"
-        get = request.method in ("GET", "HEAD")
-        if get and _matches(request.headers.get("if-none-match"), headers["ETag"]):
+            headers["X-Neumeta-Extrapolated"] = "true"
+        safe = request.method in ("GET", "HEAD")
+        if safe and _matches(request.headers.get("if-none-match"), job.etag):
             return Response(status_code=304, headers=headers)
-        start, stop, partial = 0, job.plan.length, False
-        if get and "range" in request.headers:
-            condition = request.headers.get("if-range")
-            if condition is None or condition == headers["ETag"]:
-                start, stop, partial = _range(request.headers["range"], job.plan.length)
-        if partial:
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{job.plan.length}"
-        headers["Content-Length"] = str(stop - start)
-        status = 206 if partial else 200
         if request.method == "HEAD":
-            kept = cache.finished.get(job.key)
-            if kept and kept.repr_digest:
-                headers["Repr-Digest"] = kept.repr_digest
-            return Response(status_code=status, headers=headers, media_type=MEDIA)
-        body, tier = cache.get(job.key, job.plan.length, lambda: produce(job))
+            if job.key in cache.digests:
+                headers["Repr-Digest"] = cache.digests[job.key]
+            headers["Content-Length"] = str(length)
+            return Response(headers=headers, media_type=MEDIA)
+        status, start, stop = 200, 0, length
+        # A range is of GET alone (RFC 9110, 14.2), and If-Range compares strongly.
+        ranged = safe and request.headers.get("if-range", job.etag) == job.etag
+        if ranged and (asked := _range(request.headers.get("range", ""), length)):
+            status, (start, stop) = 206, asked
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{length}"
+        headers["Content-Length"] = str(stop - start)
+        if stop <= len(head) and job.key not in cache.finished:
+            # The header alone: who reads shapes by range makes nobody sample.
+            metrics.cache.labels("plan").inc()
+            headers["X-Neumeta-Cache"] = "plan"
+            return Response(head[start:stop], status, headers, MEDIA)
+        try:
+            body, tier = cache.get(job.key, head, length, lambda: produce(job))
+        except Busy as error:
+            raise Problem(429, f"busy: {error}", headers={"Retry-After": "1"}) from None
         metrics.cache.labels(tier).inc()
-        headers["X-NeuMeta-Cache"] = tier
+        headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
             headers["Repr-Digest"] = body.repr_digest
-        return StreamingResponse(_read(body, start, stop), status, headers, MEDIA)
+        return StreamingResponse(body.read(start, stop), status, headers, MEDIA)
 
     @app.post("/weights", responses=FILE, openapi_extra=BODY, response_class=Response)
     async def post_weights(request: Request) -> Response:
         """Weights of the requested architecture, streamed as safetensors."""
         return weights(request, engine.job(from_json(await _json(request))))
 
-    @app.api_route(
-        "/weights/{arch}", methods=["GET", "HEAD"], responses=FILE, response_class=Response
-    )
+    @app.get("/weights/{arch}", responses=FILE, openapi_extra=QUERY, response_class=Response)
+    @app.head("/weights/{arch}", include_in_schema=False)
     async def get_weights(request: Request, arch: str) -> Response:
-        """The same bytes by URL: width, depth, dtype, samples, seed, extrapolate; resumable."""
+        """The same bytes by URL, resumable. HEAD samples nothing."""
         return weights(request, engine.job(from_query(arch, request.query_params)))
 
     @app.post("/plan", responses=PROBLEMS, openapi_extra=BODY)
@@ -141,47 +169,60 @@ def create_app(settings: Settings) -> FastAPI:
         return JSONResponse(engine.describe(engine.job(from_json(await _json(request)))))
 
     @app.get("/models")
-    async def models() -> JSONResponse:
+    @app.head("/models", include_in_schema=False)
+    async def models(request: Request) -> JSONResponse:
         """What is served."""
+        no_query(request.query_params)
         return JSONResponse({"models": [engine.model(name) for name in sorted(engine.manifolds)]})
 
     @app.get("/models/{arch}", responses=PROBLEMS)
-    async def model(arch: str) -> JSONResponse:
+    @app.head("/models/{arch}", include_in_schema=False)
+    async def model(request: Request, arch: str) -> JSONResponse:
         """One served architecture: ranges, parameters, MACs, accuracy by size."""
+        no_query(request.query_params)
         return JSONResponse(engine.model(arch))
 
     @app.get("/livez")
+    @app.head("/livez", include_in_schema=False)
     async def livez() -> JSONResponse:
         """The process answers."""
         return JSONResponse({"status": "live"})
 
     @app.get("/readyz")
+    @app.head("/readyz", include_in_schema=False)
     async def readyz() -> JSONResponse:
         """The manifolds are loaded and requests are welcome."""
         return JSONResponse({"status": "ready", "models": sorted(engine.manifolds)})
 
     @app.get("/metrics", response_class=Response)
+    @app.head("/metrics", include_in_schema=False)
     async def scrape() -> Response:
         """Prometheus metrics."""
-        metrics.cache_bytes.set(app.state.cache.bytes)
+        metrics.cache_bytes.set(cache.bytes)
+        metrics.flights.set(len(cache.flights))
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes)
     return app
 
 
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """Every method that some route answers on this path."""
+    found: set[str] = set()
+    for route in app.routes:
+        if route.matches(request.scope)[0] != Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return sorted(found)
+
+
 async def _json(request: Request) -> bytes:
     """The body of a JSON request. Raises Problem 415 for another declared type."""
+    no_query(request.query_params)
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     # curl -d declares a form unless told otherwise; the body decides, as long as it is JSON.
     if kind not in ("application/json", "application/x-www-form-urlencoded", ""):
         raise refuse("content-type", kind, "application/json", 415)
     return await request.body()
-
-
-async def _read(body: Body, start: int, stop: int) -> AsyncIterator[bytes]:
-    async for chunk in body.read(start, stop):
-        yield chunk
 
 
 def _matches(header: str | None, etag: str) -> bool:
@@ -192,26 +233,23 @@ def _matches(header: str | None, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
-def _range(header: str, length: int) -> tuple[int, int, bool]:
-    """(start, stop, partial) of a Range field; several ranges or another unit mean the whole file.
+def _range(header: str, length: int) -> tuple[int, int] | None:
+    """(start, stop) of a Range field; None, the whole file, for none, several or another unit.
 
     Raises Problem 416 if a single byte range lies outside the file.
     """
-    found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header.strip())
+    found = re.fullmatch(r"bytes=[ \t]*(\d{0,18})-(\d{0,18})", header.strip(), re.ASCII | re.I)
     if not found or found.groups() == ("", ""):
-        return 0, length, False
+        return None
     first, last = found.groups()
-    if first == "":
-        start, stop = max(0, length - int(last)), length
-    else:
+    if first and last and int(last) < int(first):
+        return None
+    if first:
         start, stop = int(first), min(int(last) + 1, length) if last else length
-        if last and int(last) < int(first):
-            return 0, length, False
+    else:
+        start, stop = max(0, length - int(last)), length
     if start >= stop:
-        raise Problem(
-            416,
-            f"range: {header[:60]} is outside the file of {length} bytes",
-            [problem.field("range", header, f"bytes within 0-{length - 1}")],
-            {"Content-Range": f"bytes */{length}"},
-        )
-    return start, stop, True
+        entry = problem.field("range", header, f"bytes within 0-{length - 1}")
+        detail = f"range: {entry['given']} is outside the file of {length} bytes"
+        raise Problem(416, detail, [entry], {"Content-Range": f"bytes */{length}"})
+    return start, stop

@@ -7,22 +7,25 @@ its length and its identity.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neumeta import checkpoint, wire
-from neumeta.architecture import Architecture, BadArchitecture
+from neumeta import __version__, checkpoint, wire
+from neumeta.architecture import Architecture, BadArchitecture, Space
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
-from service.problem import refuse
+from service.problem import Problem, refuse
 from service.request import WeightsRequest
 
-CHUNK = 256 << 10
+Row = tuple[int, float]
+"""Parameters and measured accuracy of one evaluated architecture."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,17 @@ class Job:
     """Equal keys have equal bytes: architecture, dtype, K, seed, checkpoint and engine."""
 
     @property
+    def etag(self) -> str:
+        """The strong entity tag; known before any weight is."""
+        return f'"{self.key}"'
+
+    @property
     def location(self) -> str:
         """The canonical URL of the same bytes."""
-        space = self.manifold.space
-        full = space.full.channels
-        pairs = zip(self.architecture.channels, full, strict=True)
-        parts = [f"width={','.join(repr(c / f) for c, f in pairs)}"]
+        space, parts = self.manifold.space, []
+        if factors := _factors(space, self.architecture):
+            one = len(set(factors)) == 1
+            parts.append(f"width={','.join(map(repr, factors[:1] if one else factors))}")
         if space.blocks:
             parts.append(f"depth={','.join(map(str, self.architecture.depth))}")
         parts += [f"dtype={self.dtype}", f"samples={self.samples}", f"seed={self.seed}"]
@@ -61,21 +69,24 @@ class Engine:
         files: list[Path],
         *,
         device: str = "auto",
+        threads: int = 1,
         max_samples: int = 64,
-        max_file_bytes: int = 256 << 20,
+        max_file_bytes: int = 64 << 20,
     ) -> None:
         """Read and verify every file.
 
         Raises BadCheckpoint naming the tensor or digest, or ValueError for a name served twice or
         a device that is not there.
         """
+        if device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device: {device!r} is not 'auto', 'cpu' or 'cuda'")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: 'cuda' was asked for, but torch sees no CUDA device")
-        self.device, self.max_samples, self.max_file_bytes = device, max_samples, max_file_bytes
-        # Rounding differs between builds and processors: equal bytes are promised within one.
-        self.identity = f"torch-{torch.__version__}/{device}/{platform.machine()}"
+        self.device, self.threads = device, threads
+        self.max_samples, self.max_file_bytes = max_samples, max_file_bytes
+        self.identity = identity(device, threads)
         self.manifolds: dict[str, Manifold] = {}
         for path in files:
             manifold = checkpoint.read(path)
@@ -84,24 +95,30 @@ class Engine:
                 raise ValueError(f"{path}: {name!r} is served by an earlier file already")
             manifold.representation.to(device)
             self.manifolds[name] = manifold
+        self._measured = {name: _measured(found) for name, found in self.manifolds.items()}
+        # A header takes a millisecond to make, which is most of a cached answer's time.
+        self._plan = lru_cache(maxsize=256)(self._make_plan)
+
+    def prepare_thread(self) -> None:
+        """To be called first in every thread that samples: bytes depend on torch's thread count."""
+        torch.set_num_threads(self.threads)
 
     def job(self, asked: WeightsRequest) -> Job:
         """The job of a request. Raises Problem naming the field and what is allowed."""
-        manifold = self.manifolds.get(asked.arch)
-        if manifold is None:
-            raise refuse("arch", asked.arch, f"one of {sorted(self.manifolds)}", 404)
-        space = manifold.space
-        if asked.samples is not None and asked.samples > self.max_samples:
-            raise refuse("samples", asked.samples, f"a whole number from 1 to {self.max_samples}")
+        manifold = self.manifold(asked.arch)
+        most = max(self.max_samples, manifold.samples)
+        if asked.samples is not None and asked.samples > most:
+            raise refuse("samples", asked.samples, f"a whole number from 1 to {most}")
         try:
             if asked.budget is not None:
                 architecture = self._largest(manifold, asked)
             else:
-                width = space.width[1] if asked.width is None else asked.width
-                architecture = space.architecture(width, asked.depth, extrapolate=asked.extrapolate)
+                width = manifold.space.width[1] if asked.width is None else asked.width
+                architecture = _architecture(manifold.space, width, asked.depth, asked.extrapolate)
         except BadArchitecture as error:
-            raise refuse(error.field, error.given, error.allowed) from None
-        plan = wire.plan(space, architecture, asked.dtype, manifold.normalisation)
+            entry = {"field": error.field, "given": error.given, "allowed": error.allowed}
+            raise Problem(422, str(error), [entry]) from None
+        plan = self._plan(asked.arch, architecture, asked.dtype)
         if plan.length > self.max_file_bytes:
             allowed = f"a network of at most {self.max_file_bytes} bytes"
             raise refuse("width", f"{plan.length} bytes", allowed)
@@ -120,34 +137,48 @@ class Engine:
         key = hashlib.sha256("|".join(parts).encode()).hexdigest()
         return Job(manifold, architecture, asked.dtype, samples, seed, plan, key)
 
+    def manifold(self, name: str) -> Manifold:
+        """The manifold of this name. Raises Problem 404 with the names there are."""
+        if name not in self.manifolds:
+            raise refuse("arch", name, f"one of {sorted(self.manifolds)}", 404)
+        return self.manifolds[name]
+
+    def _make_plan(self, name: str, architecture: Architecture, dtype: str) -> wire.Plan:
+        manifold = self.manifolds[name]
+        return wire.plan(manifold.space, architecture, dtype, manifold.normalisation)
+
     def _largest(self, manifold: Manifold, asked: WeightsRequest) -> Architecture:
-        """The architecture with the most parameters that fits the budget."""
+        """The largest architecture within the budget, found by bisection: cost grows with size."""
         space = manifold.space
         assert asked.budget is not None
         ((bound, limit),) = asked.budget.model_dump(exclude_none=True).items()
-        smallest: int | None = None
-        best: tuple[int, Architecture] | None = None
-        for architecture in _candidates(manifold, asked.depth):
-            cost = space.cost(architecture)
-            if bound == "max_bytes":
-                need = wire.plan(space, architecture, asked.dtype, manifold.normalisation).length
-            else:
-                need = cost["parameters" if bound == "max_params" else "macs"]
-            smallest = need if smallest is None else min(smallest, need)
-            if need <= limit and (best is None or cost["parameters"] > best[0]):
-                best = (cost["parameters"], architecture)
-        if best is None:
-            raise BadArchitecture("budget", {bound: limit}, f"{bound} of at least {smallest}")
-        return best[1]
 
-    def chunks(self, job: Job) -> Iterator[bytes]:
-        """The file's bytes: the header at once, then each tensor as it is sampled."""
-        weights = sample(job.manifold, job.architecture, samples=job.samples, seed=job.seed)
-        yield from wire.stream(job.plan, weights)
+        def need(architecture: Architecture) -> int:
+            if bound == "max_bytes":
+                return self._make_plan(space.arch, architecture, asked.dtype).length
+            return space.cost(architecture)["parameters" if bound == "max_params" else "macs"]
+
+        depth = None if asked.depth is None else tuple(asked.depth)
+        sizes = growing(space, depth, asked.extrapolate)
+        if (least := need(sizes[0])) > limit:
+            raise BadArchitecture("budget", {bound: limit}, f"{bound} of at least {least}")
+        low, high = 0, len(sizes)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if need(sizes[middle]) <= limit else (low, middle)
+        return sizes[low]
+
+    def weights(self, job: Job) -> Iterator[bytes]:
+        """The file's bytes after its header, each tensor as soon as it is sampled."""
+        tensors = sample(job.manifold, job.architecture, samples=job.samples, seed=job.seed)
+        chunks = wire.stream(job.plan, tensors)
+        next(chunks)  # the header, which the plan has
+        yield from chunks
 
     def describe(self, job: Job) -> dict[str, Any]:
         """The plan of a job as JSON values: size, cost and expected accuracy."""
         space = job.manifold.space
+        accuracy, measured = self.expected_accuracy(space.arch, job.architecture)
         return {
             "arch": space.arch,
             "architecture": job.architecture.key,
@@ -159,67 +190,127 @@ class Engine:
             "seed": job.seed,
             **space.cost(job.architecture),
             "bytes": job.plan.length,
-            "etag": f'"{job.key}"',
+            "accuracy": accuracy,
+            "accuracy_measured": measured,
+            "etag": job.etag,
             "location": job.location,
-            "accuracy": expected_accuracy(job.manifold, job.architecture),
         }
+
+    def expected_accuracy(self, name: str, architecture: Architecture) -> tuple[float | None, bool]:
+        """The accuracy measured at this architecture, or interpolated over parameters; whether
+        it was measured. None outside the measured range, or where depth morphs, as accuracy is no
+        function of the size alone there."""
+        rows = self._measured[name]
+        if architecture.key in rows:
+            return rows[architecture.key][1], True
+        space = self.manifolds[name].space
+        if space.blocks:
+            return None, False
+        count = space.cost(architecture)["parameters"]
+        points = sorted(rows.values())
+        for (a, low), (b, high) in zip(points, points[1:], strict=False):
+            if a <= count <= b:
+                part = (count - a) / (b - a) if b > a else 0.0
+                return round(low + part * (high - low), 2), False
+        return None, False
 
     def model(self, name: str) -> dict[str, Any]:
         """What is served under one name: ranges, cost at full size, accuracy by size."""
-        if name not in self.manifolds:
-            raise refuse("arch", name, f"one of {sorted(self.manifolds)}", 404)
-        manifold = self.manifolds[name]
+        manifold = self.manifold(name)
         space, about = manifold.space, manifold.about
         return {
             "arch": name,
             "family": space.family,
             "title": about.get("title", ""),
             "checkpoint": manifold.digest,
-            "width": list(space.width),
+            "width": list(space.width) if space.stages else None,
             "stages": [space.table.stages[stage] for stage in space.stages],
             "depth": list(space.depth),
             "blocks": list(space.blocks) if space.blocks else None,
+            "dtypes": list(wire.DTYPES),
+            "samples": manifold.samples,
             "classes": manifold.labels,
             "normalisation": manifold.normalisation,
-            "samples": manifold.samples,
-            "full": space.cost(space.full),
+            "full": {
+                **space.cost(space.full),
+                "bytes": self._plan(name, space.full, "float32").length,
+            },
             "source": about.get("source", {}),
             "evaluation": about.get("evaluation", []),
         }
 
 
-def _candidates(manifold: Manifold, depth: list[int] | None) -> Iterator[Architecture]:
-    space = manifold.space
+def identity(device: str, threads: int) -> str:
+    """The engine as far as bytes depend on it: sums round differently between builds of torch,
+    processors and thread counts (measured), so equal bytes are promised within one engine only."""
+    if device == "cuda":
+        unit = torch.cuda.get_device_name()
+    else:
+        unit = f"{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}/{threads}"
+    return f"neumeta-{__version__}/torch-{torch.__version__}/{device}/{unit}"
+
+
+def _factors(space: Space, architecture: Architecture) -> list[float]:
+    """Width factors, one per morphing stage, that round to the architecture's channels.
+
+    The channels of a trained width may be a smaller fraction than that width, and less than is
+    allowed: such a factor is moved to the range's end, which rounds to the same channels.
+    """
     low, high = space.width
-    if space.blocks and depth is None:
+    pairs = zip(architecture.channels, space.full.channels, strict=True)
+    factors = [count / full for count, full in pairs]
+    return factors if architecture.extrapolated else [min(max(f, low), high) for f in factors]
+
+
+def _architecture(
+    space: Space, width: float | list[float], depth: list[int] | None, extrapolate: bool
+) -> Architecture:
+    """The canonical architecture; marked as extrapolated only if no trained width gives it."""
+    found = space.architecture(width, depth, extrapolate=extrapolate)
+    if not found.extrapolated:
+        return found
+    inside = Architecture(found.family, found.depth, found.channels)
+    try:
+        again = space.architecture(_factors(space, inside) or 1.0, found.depth)
+    except BadArchitecture:
+        return found
+    return inside if again == inside else found
+
+
+@lru_cache(maxsize=64)
+def growing(
+    space: Space, depth: tuple[int, ...] | None, extrapolate: bool
+) -> tuple[Architecture, ...]:
+    """The architectures a budget chooses from, smallest first: every scalar width; or, where depth
+    alone morphs and none is given, every depth, grown by one block at a time, the first stage first.
+    """
+    if space.blocks and depth is None and not space.stages:
         least, most = space.blocks
-        for count in range(least, most + 1):
-            yield space.architecture(high, [count] * len(space.depth))
-        return
-    finest = max(space.full.channels, default=1)
-    seen = set()
-    for step in range(finest * 2 + 1):
-        architecture = space.architecture(low + (high - low) * step / (finest * 2), depth)
-        if architecture.key not in seen:
-            seen.add(architecture.key)
-            yield architecture
+        stages = len(space.depth)
+        found = []
+        for step in range(stages * (most - least) + 1):
+            depth = tuple(least + (step + stages - 1 - s) // stages for s in range(stages))
+            found.append(space.architecture(space.width[1], depth))
+        return tuple(found)
+    low, high = space.width
+    # The channels of a stage of C change where width passes (c + 1/2) / C. With stages that are
+    # powers of two apart, quarters of the finest stage's step lie on and between all such points.
+    finest = 4 * max(space.full.channels, default=1)
+    inside = range(math.ceil(low * finest), math.floor(high * finest) + 1)
+    widths = [low, *(step / finest for step in inside), high]
+    found = [space.architecture(width, depth, extrapolate=extrapolate) for width in widths]
+    return tuple(dict.fromkeys(found))
 
 
-def expected_accuracy(manifold: Manifold, architecture: Architecture) -> float | None:
-    """Measured accuracy of this architecture, else interpolated over parameters; None if unknown."""
-    rows = manifold.about.get("evaluation", [])
-    for row in rows:
-        same = tuple(row["channels"]) == architecture.channels
-        if same and tuple(row["depth"]) == architecture.depth:
-            return float(row["accuracy"])
-    if manifold.space.blocks or len(rows) < 2 or len(set(architecture.channels)) == 0:
-        return None
-    points = sorted((row["parameters"], row["accuracy"]) for row in rows)
-    count = manifold.space.cost(architecture)["parameters"]
-    if not points[0][0] <= count <= points[-1][0]:
-        return None
-    for (a, low), (b, high) in zip(points, points[1:], strict=False):
-        if a <= count <= b:
-            part = (count - a) / (b - a) if b > a else 0.0
-            return round(float(low + part * (high - low)), 2)
-    return None
+def _measured(manifold: Manifold) -> dict[str, Row]:
+    """The evaluation table by architecture key; rows of other tables are left out."""
+    space, found = manifold.space, {}
+    for row in manifold.about.get("evaluation", []):
+        try:
+            depth, channels = tuple(row.get("depth", space.depth)), tuple(row["channels"])
+            architecture = Architecture(space.family, depth, channels)
+            cost = space.cost(architecture)["parameters"]
+            found[architecture.key] = (cost, float(row["accuracy"]))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found

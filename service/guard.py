@@ -5,6 +5,8 @@ Knows no route's meaning.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -17,6 +19,7 @@ from service.metrics import Metrics
 from service.problem import Problem
 
 ROUTES = ("/weights", "/models", "/plan", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
+DRAIN_BYTES, DRAIN_SECONDS = 8 << 20, 2.0
 log = logging.getLogger("neumeta")
 
 
@@ -77,15 +80,18 @@ class Guard:
                 raise TooLarge
             await self.app(scope, bounded, observed)
         except TooLarge:
+            if started:
+                raise
+            if b"expect" not in headers:
+                await _drain(receive)
             allowed = f"at most {self.max_body_bytes} bytes"
             refused = Problem(
                 413,
-                f"the body is too large; {allowed}",
+                f"body: too large; {allowed}",
                 [problem.field("body", f"more than {self.max_body_bytes} bytes", allowed)],
                 {"connection": "close"},
             )
-            if not started:
-                await problem.response(refused)(scope, receive, observed)
+            await problem.response(refused)(scope, receive, observed)
         except Exception:
             log.exception("request %s failed", request_id)
             if started:
@@ -96,3 +102,16 @@ class Guard:
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.latency.labels(route).observe(time.perf_counter() - began)
             self.metrics.sent.labels(route).inc(size)
+
+
+async def _drain(receive: Receive) -> None:
+    """Read on for a moment and forget what comes: a client that is still sending when the
+    connection closes would see a reset instead of its answer."""
+    seen = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while seen < DRAIN_BYTES:
+                message = await receive()
+                seen += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return

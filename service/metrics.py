@@ -39,5 +39,6 @@ class Metrics:
         self.failures = Counter("neumeta_sampling_failures", "Failed materializations", registry=r)
         self.sent = Counter("neumeta_sent_bytes", "Body bytes sent", ["route"], registry=r)
         self.in_flight = Gauge("neumeta_in_flight_requests", "Requests under way", registry=r)
+        self.flights = Gauge("neumeta_flights", "Materializations that run or wait", registry=r)
         self.cache_bytes = Gauge("neumeta_cache_bytes", "Bytes in the memory cache", registry=r)
         self.checkpoint = Info("neumeta_checkpoint", "Served manifolds", ["arch"], registry=r)

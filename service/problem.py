@@ -16,6 +16,7 @@ TITLES = {
     415: "Unsupported media type",
     416: "Range not satisfiable",
     422: "Request not allowed",
+    429: "Too many requests",
     500: "Internal error",
     503: "Not ready",
 }
@@ -36,14 +37,18 @@ class Problem(Exception):
         self.errors, self.headers = errors or [], headers or {}
 
 
+def printed(given: object) -> str:
+    """What was given, in ASCII and cut short; any object can be printed."""
+    try:
+        text = ascii(given)
+    except ValueError:  # Python refuses to print an integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def field(name: str, given: object, allowed: str) -> dict[str, str]:
-    """One refused field. What was given is printed in ASCII and cut short."""
-    text = ascii(given)
-    return {
-        "field": name,
-        "given": text if len(text) <= 80 else text[:77] + "...",
-        "allowed": allowed,
-    }
+    """One refused field."""
+    return {"field": name, "given": printed(given), "allowed": allowed}
 
 
 def refuse(name: str, given: object, allowed: str, status: int = 422) -> Problem:

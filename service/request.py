@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import QueryParams
 
-from service.problem import Problem, field
+from service.problem import Problem, field, refuse
 
 Factor = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
 Blocks = Annotated[int, Field(ge=1, le=64, strict=True)]
@@ -54,22 +54,24 @@ class WeightsRequest(BaseModel):
     budget: Budget | None = None
 
 
-def _problem(error: ValidationError, status: int) -> Problem:
+def _problem(error: ValidationError) -> Problem:
     found: dict[str, dict[str, str]] = {}
     for each in error.errors(include_url=False, include_context=False):
         name = str(each["loc"][0]) if each["loc"] else "body"
         if each["type"] == "json_invalid":
-            return Problem(400, "the body is not JSON", [field("body", "", "one JSON object")])
+            why = each["msg"].removeprefix("Invalid JSON: ").encode("ascii", "replace").decode()
+            entry = {"field": "body", "given": why[:80], "allowed": "one JSON object"}
+            return Problem(400, f"the body is not JSON: {why[:80]}", [entry])
         if each["type"] == "extra_forbidden" and name not in ALLOWED:
             entry = field(name[:64], each["input"], f"no such field; allowed are {sorted(ALLOWED)}")
         elif each["type"] == "missing":
-            entry = field(name, "nothing", ALLOWED.get(name, "required"))
+            entry = {"field": name, "given": "nothing", "allowed": ALLOWED[name]}
         else:
             entry = field(name, each["input"], ALLOWED.get(name, "one JSON object"))
         found.setdefault(ascii(name), entry)
     first = next(iter(found.values()))
     detail = f"{ascii(first['field'])[1:-1]}: {first['given']} is not allowed; {first['allowed']}"
-    return Problem(status, detail, list(found.values())[:8])
+    return Problem(422, detail, list(found.values())[:8])
 
 
 def from_json(raw: bytes) -> WeightsRequest:
@@ -77,11 +79,7 @@ def from_json(raw: bytes) -> WeightsRequest:
     try:
         asked = WeightsRequest.model_validate_json(raw)
     except ValidationError as error:
-        raise _problem(error, 422) from None
-    return _consistent(asked)
-
-
-def _consistent(asked: WeightsRequest) -> WeightsRequest:
+        raise _problem(error) from None
     if asked.budget is not None:
         bounds = asked.budget.model_dump(exclude_none=True)
         if len(bounds) != 1 or asked.width is not None:
@@ -90,8 +88,10 @@ def _consistent(asked: WeightsRequest) -> WeightsRequest:
     return asked
 
 
-_NUMBER = re.compile(r"[+-]?\d{1,400}(\.\d{0,400})?([eE][+-]?\d{1,5})?|[+-]?(nan|inf|NaN|Infinity)")
-_WHOLE = re.compile(r"[+-]?\d{1,20}")
+_NUMBER = re.compile(
+    r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,5})?|[+-]?(nan|inf|NaN|Infinity)", re.ASCII
+)
+_WHOLE = re.compile(r"-?\d{1,20}", re.ASCII)
 
 
 def _parsed(name: str, text: str) -> object:
@@ -113,11 +113,18 @@ def from_query(arch: str, query: QueryParams) -> WeightsRequest:
     """The request in a query string; the same names, lists separated by commas, no budget."""
     given: dict[str, object] = {"arch": arch}
     for name, text in query.multi_items():
-        if name in given or name == "budget":
-            entry = field(name[:64], text, "once, and not 'arch' or 'budget' in a query")
-            raise Problem(422, f"{ascii(name[:64])}: {entry['allowed']}", [entry])
+        if name in given:
+            raise refuse(name[:64], text, "each name once")
+        if name == "budget":
+            raise refuse(name, text, "a budget is asked for with POST")
         given[name] = _parsed(name, text)
     try:
         return WeightsRequest.model_validate(given)
     except ValidationError as error:
-        raise _problem(error, 422) from None
+        raise _problem(error) from None
+
+
+def no_query(query: QueryParams) -> None:
+    """Raise Problem if there is a query string where none has a meaning."""
+    for name, text in query.multi_items():
+        raise refuse(name[:64], text, "no query parameters on this path")

@@ -24,10 +24,16 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(256 << 20, ge=0, description="bound of the in-memory cache, in bytes")
     max_body_bytes: int = Field(16 << 10, ge=256, description="largest request body, in bytes")
     max_file_bytes: int = Field(
-        256 << 20, ge=1 << 10, description="largest file that is materialized, in bytes"
+        64 << 20, ge=1 << 10, description="largest file that is materialized, in bytes"
     )
-    max_samples: int = Field(64, ge=1, description="largest K a request may ask for")
+    max_samples: int = Field(64, ge=1, le=4096, description="largest K a request may ask for")
     samplers: int = Field(1, ge=1, le=64, description="materializations that run at once")
+    max_flights: int = Field(
+        64, ge=1, description="materializations that run or wait; beyond them the answer is 429"
+    )
+    threads: int = Field(
+        1, ge=1, le=256, description="torch threads per materialization; bytes and ETag follow it"
+    )
     log_level: str = Field("info", description="uvicorn's log level")
 
     def files(self) -> list[Path]:
