@@ -1,0 +1,189 @@
+"""A real uvicorn on a free port, the real client, and a server that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from base64 import b64encode
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from neumeta import checkpoint, network
+from service import client
+from tests.conftest import lenet
+
+
+def start(file: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "service.cli", "--models", str(file), "--port", "0", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
+    )
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            found = re.search(r"curl .*(http://[\d.:]+)/weights", line)
+            if found:
+                return process, found.group(1)
+    process.kill()
+    process.wait()
+    raise AssertionError("the server did not start")
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    path = tmp_path_factory.mktemp("models") / "lenet.safetensors"
+    checkpoint.write(lenet(), path)
+    process, address = start(path)
+    yield address
+    stop(process)
+
+
+def test_pull_gives_a_network_that_runs(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "folder" / "net.safetensors"
+    digest = client.pull(url, "lenet", out, parameters={"width": "0.5"})
+    assert hashlib.sha256(out.read_bytes()).hexdigest() == digest
+    assert network.load(out)(torch.rand(3, 1, 28, 28)).shape == (3, 10)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_the_command_says_what_is_wrong_and_keeps_the_last_good_file(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "net.safetensors"
+    asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
+    assert client.main([*asked, "--width", "7"]) == 2
+    assert "width" in capsys.readouterr().err and not out.exists()
+    assert client.main([*asked, "--width", "0.5"]) == 0
+    good = out.read_bytes()
+    assert client.main(["--arch", "vgg", "--url", url, "--out", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert "last good file" in told and len(told.strip().splitlines()) == 1
+    assert out.read_bytes() == good
+
+
+def test_a_failure_while_sampling_breaks_the_connection(tmp_path: Path) -> None:
+    manifold = lenet()
+    with torch.no_grad():
+        for parameter in manifold.representation.parameters():
+            parameter.fill_(float("nan"))
+    path = tmp_path / "nan.safetensors"
+    checkpoint.write(manifold, path)
+    process, address = start(path)
+    try:
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(f"{address}/weights/lenet?width=0.5")
+        assert httpx.get(f"{address}/livez").status_code == 200
+        assert "neumeta_sampling_failures_total 1.0" in httpx.get(f"{address}/metrics").text
+    finally:
+        stop(process)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "family", "missing", "no manifold"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "m.safetensors"
+    checkpoint.write(lenet(), path)
+    raw = path.read_bytes()
+    expected = "damaged"
+    if damage == "truncated":
+        path.write_bytes(raw[:-1000])
+    elif damage == "flipped":
+        path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:])
+        expected = "tensor inr."
+    elif damage == "family":
+        # A whole, sealed file whose tensors are another family's.
+        wrong = lenet()
+        object.__setattr__(wrong.space, "family", "resnet-mnist")
+        object.__setattr__(wrong.space, "arch", "resnet-mnist")
+        checkpoint.write(wrong, path)
+        expected = "does not fit resnet-mnist"
+    elif damage == "missing":
+        path.unlink()
+        expected = "neither a file nor a folder"
+    else:
+        path.write_bytes(b"not a manifold at all" * 100)
+        expected = "damaged"
+    ran = subprocess.run(
+        [sys.executable, "-m", "service.cli", "--models", str(path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 2
+    assert expected in ran.stderr and len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+
+
+class Faulty(BaseHTTPRequestHandler):
+    """Serves a good file badly: cuts it short, flips a bit, or ignores the Range."""
+
+    body = b""
+    mode = ""
+    calls = 0
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("ETag", '"tag"')
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        kind.calls += 1
+        body, start = kind.body, 0
+        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and kind.mode != "ignores range":
+            start = int(asked.group(1))
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("ETag", '"tag"')
+        digest = b64encode(hashlib.sha256(body).digest()).decode()
+        self.send_header("Repr-Digest", f"sha-256=:{digest}:")
+        self.end_headers()
+        sent = body[start:]
+        if kind.mode in ("cuts", "ignores range") and kind.calls <= 2:
+            self.wfile.write(sent[: len(sent) // 2])
+            self.close_connection = True
+            return
+        if kind.mode == "flips":
+            sent = sent[:-3] + bytes([sent[-3] ^ 1]) + sent[-2:]
+        self.wfile.write(sent)
+
+
+@pytest.mark.parametrize("mode", ["cuts", "ignores range", "flips"])
+def test_a_faulty_server_never_leaves_a_bad_file(url: str, tmp_path: Path, mode: str) -> None:
+    good = httpx.get(f"{url}/weights/lenet?width=0.5").content
+    Faulty.body, Faulty.mode, Faulty.calls = good, mode, 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    out = tmp_path / "net.safetensors"
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        if mode == "flips":
+            with pytest.raises(client.PullError, match="digest"):
+                client.pull(address, "lenet", out, sleep=lambda _: None)
+            assert list(tmp_path.iterdir()) == []
+        else:
+            client.pull(address, "lenet", out, sleep=lambda _: None)
+            assert out.read_bytes() == good
+            assert Faulty.calls == 3
+    finally:
+        server.shutdown()
+        server.server_close()
