@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import socket
 import sys
 from typing import Any
 
@@ -10,6 +13,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from service.app import create_app
+from service.engine import Engine
 from service.settings import Settings
 
 
@@ -33,22 +37,9 @@ def serve(argv: list[str] | None = None) -> int:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
-        print(f"neumeta-serve: {name}: {first['input']!r}: {first['msg']}", file=sys.stderr)
-        return 2
+        return _refuse(f"{name}: {first['input']!r}: {first['msg']}")
     except (ValueError, OSError) as error:
-        print(f"neumeta-serve: {error}", file=sys.stderr)
-        return 2
-    engine = app.state.engine
-    name = sorted(engine.manifolds)[-1]
-    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host  # noqa: S104
-    space = engine.manifolds[name].space
-    width = max(space.width[0], min(0.5, space.width[1]))
-    print(f"serving {', '.join(sorted(engine.manifolds))} on {engine.device}; try\n")
-    print(
-        f"  curl -sS http://{host}:{settings.port}/weights -H 'content-type: application/json'"
-        f' -d \'{{"arch":"{name}","width":{width:g}}}\' -o net.safetensors\n',
-        flush=True,
-    )
+        return _refuse(str(error))
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -56,8 +47,42 @@ def serve(argv: list[str] | None = None) -> int:
         log_level=settings.log_level,
         timeout_graceful_shutdown=10,
     )
-    uvicorn.Server(config).run()
+    Server(config).run()
     return 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which says how to reach it once it can be reached."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Bind and listen; exits the process with one logged line where that fails."""
+        await super().startup(sockets)
+        if self.started:
+            host, port, *_ = self.servers[0].sockets[0].getsockname()
+            text = welcome(self.config.app.state.engine, host, port)  # type: ignore[union-attr]
+            with contextlib.suppress(OSError):  # who started it may have stopped reading
+                sys.stdout.write(text)
+                sys.stdout.flush()
+
+
+def welcome(engine: Engine, host: str, port: int) -> str:
+    """What is served, and a command that works when it is pasted."""
+    name = sorted(engine.manifolds)[-1]
+    space = engine.manifolds[name].space
+    body: dict[str, Any] = {"arch": name}
+    if space.stages:
+        body["width"] = max(space.width[0], min(0.5, space.width[1]))
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return (
+        f"serving {', '.join(sorted(engine.manifolds))} on {engine.device}; try\n\n"
+        f"  curl -sS http://{shown}:{port}/weights -H 'content-type: application/json'"
+        f" -d '{json.dumps(body, separators=(',', ':'))}' -o net.safetensors\n\n"
+    )
+
+
+def _refuse(why: str) -> int:
+    print(f"neumeta-serve: {why}".replace("\n", " "), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`neumeta-pull`: one verified file on a device, or the file that was there before.
 
-Needs httpx and the wire format only; knows neither torch nor the service's code.
+Needs httpx, the axis tables and the wire format; knows neither torch nor the service's code.
 """
 
 from __future__ import annotations
@@ -9,20 +9,38 @@ import argparse
 import base64
 import hashlib
 import json
+import math
 import os
 import random
+import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import httpx
 
-RETRIED = {429, 500, 502, 503, 504}
+from neumeta.family import FAMILIES, shape
+
+RETRIED = {408, 429, 500, 502, 503, 504}
+ITEM = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+LONGEST_WAIT = 60.0
+"""Seconds: a Retry-After beyond it is not waited out."""
 
 
 class PullError(RuntimeError):
-    """The file could not be had; one sentence says why. The last good file is untouched."""
+    """The file could not be had; one sentence says why. The last good file is untouched.
+
+    `refused`: the service understood and said no, so that asking again is no use.
+    """
+
+    def __init__(self, why: str, *, refused: bool = False) -> None:
+        super().__init__(why)
+        self.refused = refused
 
 
 def pull(
@@ -38,43 +56,56 @@ def pull(
 ) -> str:
     """Download the weights of `arch` to `out`, whole and verified; returns their sha256.
 
-    A temporary file in the same folder is hashed while it streams; length, digest and header are
-    checked, then it is synced and renamed over `out`. A broken transfer is resumed by Range where
-    the ETag still holds. Raises PullError; `out` is then what it was before.
+    `parameters` are those of `GET /weights/{arch}`. A temporary file in the same folder is hashed
+    while it streams; length, digest, header and shapes are checked, then it is synced and renamed
+    over `out`, and the folder synced. A broken transfer is resumed by Range where the ETag still
+    holds. Raises PullError, or OSError of the file system; `out` is then what it was before.
     """
+    asked = dict(parameters or {})
+    dtype = DTYPES.get(asked.get("dtype", "float32"))
+    if dtype is None:
+        raise PullError(
+            f"dtype: {asked['dtype'][:40]!r} is not one of {list(DTYPES)}", refused=True
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.incomplete")
-    own = client is None
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.incomplete")
     http = client or httpx.Client(base_url=url, timeout=timeout)
     try:
-        transfer = _Transfer(temporary)
+        transfer = _Transfer(temporary, http, arch, asked)
         for attempt in range(retries + 1):
             try:
-                if transfer.attempt(http, arch, dict(parameters or {})):
-                    break
+                transfer.attempt()
+                break
+            except httpx.UnsupportedProtocol as error:
+                raise PullError(f"{url}: {error}", refused=True) from None
             except (httpx.TransportError, _Retry) as error:
-                if attempt == retries:
+                after = error.after if isinstance(error, _Retry) else 0.0
+                if attempt == retries or after > LONGEST_WAIT:
                     raise PullError(f"{url}: {error or type(error).__name__}") from None
-                wait = error.after if isinstance(error, _Retry) and error.after else 0.0
                 # Full jitter, so that a fleet that lost its server does not return as one.
-                sleep(max(wait, random.uniform(0, min(10.0, 0.25 * 2**attempt))))  # noqa: S311
-        check_file(temporary)
-        digest = transfer.hash.hexdigest()
+                sleep(after + random.uniform(0, min(10.0, 0.25 * 2**attempt)))  # noqa: S311
+        check_file(temporary, arch, dtype)
         temporary.replace(out)
-        folder = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        return digest
+        _sync_folder(out.parent)
+        return transfer.hash.hexdigest()
     finally:
         temporary.unlink(missing_ok=True)
-        if own:
+        if client is None:
             http.close()
 
 
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 class _Retry(Exception):
-    def __init__(self, why: str, after: float | None = None) -> None:
+    """This attempt failed in a way that another may not; `after` are the seconds to wait first."""
+
+    def __init__(self, why: str, after: float = 0.0) -> None:
         super().__init__(why)
         self.after = after
 
@@ -82,105 +113,151 @@ class _Retry(Exception):
 class _Transfer:
     """What has arrived so far: bytes on disk, their hash, and the ETag they belong to."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.etag, self.size = path, "", 0
-        self.hash = hashlib.sha256()
+    def __init__(self, path: Path, http: httpx.Client, arch: str, asked: dict[str, str]) -> None:
+        self.path, self.http, self.arch, self.asked = path, http, arch, asked
+        self._restart()
 
     def _restart(self) -> None:
-        self.size, self.hash = 0, hashlib.sha256()
+        self.size, self.total, self.etag, self.promised = 0, -1, "", ""
+        self.hash = hashlib.sha256()
         self.path.unlink(missing_ok=True)
 
-    def attempt(self, http: httpx.Client, arch: str, parameters: dict[str, str]) -> bool:
-        """One request; True if the file is complete and verified. Raises _Retry or PullError."""
+    def attempt(self) -> None:
+        """One try to have the file complete and verified. Raises _Retry or PullError."""
+        if self.size != self.total:
+            self._fetch()
+        # A cold answer starts before its digest is known; by now it is.
+        promised = self.promised or self._asked_digest()
+        arrived = f"sha-256=:{base64.b64encode(self.hash.digest()).decode()}:"
+        if promised and promised != arrived:
+            self._restart()
+            raise _Retry("the bytes that arrived do not have the digest the service states")
+
+    def _fetch(self) -> None:
         headers = {"Accept-Encoding": "identity"}
         if self.size and self.etag:
             headers |= {"Range": f"bytes={self.size}-", "If-Range": self.etag}
-        with http.stream("GET", f"/weights/{arch}", params=parameters, headers=headers) as answer:
-            if answer.status_code in RETRIED:
-                after = answer.headers.get("retry-after", "")
-                wait = float(after) if after.isdigit() else None
-                raise _Retry(f"status {answer.status_code}", wait)
-            if answer.status_code not in (200, 206):
-                answer.read()
-                raise PullError(_reason(answer))
+        with self._request("GET", headers) as answer:
             etag = answer.headers.get("etag", "")
-            total = _total(answer)
-            if answer.status_code == 200 or etag != self.etag:
+            if answer.status_code in (200, 416):
                 self._restart()
-            if answer.status_code == 206 and not answer.headers.get("content-range", "").startswith(
-                f"bytes {self.size}-"
-            ):
+            start, total = _extent(answer)
+            if answer.status_code == 206 and (start, etag) != (self.size, self.etag):
                 self._restart()
-                raise _Retry("the server answered another range than was asked for")
-            self.etag = etag
+                raise _Retry("the service answered another range than was asked for")
+            self.etag, self.total = etag, total
+            self.promised = answer.headers.get("repr-digest", "")
+            if shutil.disk_usage(self.path.parent).free < total - self.size:
+                raise PullError(f"{self.path.parent}: no space for {total} bytes")
             with self.path.open("ab") as file:
-                for chunk in answer.iter_raw():
-                    file.write(chunk)
-                    self.hash.update(chunk)
-                    self.size += len(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            if self.size != total:
-                raise _Retry(f"{self.size} of {total} bytes arrived")
-            promised = answer.headers.get("repr-digest") or self._digest(http, arch, parameters)
-            arrived = f"sha-256=:{base64.b64encode(self.hash.digest()).decode()}:"
-            if promised and promised != arrived:
+                try:
+                    for chunk in answer.iter_raw():
+                        file.write(chunk)
+                        self.hash.update(chunk)
+                        self.size += len(chunk)
+                finally:
+                    file.flush()
+                    os.fsync(file.fileno())
+        if self.size != self.total:
+            why = f"{self.size} of {self.total} bytes arrived"
+            if self.size > self.total:
                 self._restart()
-                raise _Retry("the bytes that arrived do not have the digest the server states")
-        return True
+            raise _Retry(why)
 
-    def _digest(self, http: httpx.Client, arch: str, parameters: dict[str, str]) -> str:
-        # A cold answer starts before its digest is known; by now it is.
-        answer = http.head(f"/weights/{arch}", params=parameters)
-        same = answer.headers.get("etag", "") == self.etag
-        return answer.headers.get("repr-digest", "") if same else ""
+    def _request(self, method: str, headers: dict[str, str]) -> Any:
+        path = f"/weights/{quote(self.arch, safe='')}"
+        return self.http.stream(method, path, params=self.asked, headers=headers)
+
+    def _asked_digest(self) -> str:
+        with self._request("HEAD", {"Accept-Encoding": "identity"}) as answer:
+            same = self.etag and answer.headers.get("etag", "") == self.etag
+            return str(answer.headers.get("repr-digest", "")) if same else ""
 
 
-def _total(answer: httpx.Response) -> int:
+def _extent(answer: httpx.Response) -> tuple[int, int]:
+    """Where the answer's bytes start and how long the whole file is; raises where it says no."""
+    status, headers = answer.status_code, answer.headers
+    if status in RETRIED:
+        after = headers.get("retry-after", "")
+        raise _Retry(f"status {status}", float(after) if after.isdecimal() else 0.0)
+    if status == 416:
+        raise _Retry("the file has become shorter")
+    if status not in (200, 206):
+        raise PullError(_reason(answer), refused=400 <= status < 500)
+    if headers.get("content-encoding", "identity") != "identity":
+        raise _Retry(f"the answer is compressed ({headers['content-encoding'][:20]})")
     try:
-        if answer.status_code == 206:
-            return int(answer.headers["content-range"].rpartition("/")[2])
-        return int(answer.headers["content-length"])
+        if status == 200:
+            return 0, int(headers["content-length"])
+        extent, _, total = headers["content-range"].removeprefix("bytes ").partition("/")
+        return int(extent.partition("-")[0]), int(total)
     except (KeyError, ValueError):
         raise _Retry("the answer does not state its length") from None
 
 
 def _reason(answer: httpx.Response) -> str:
+    answer.read()
     try:
-        return f"status {answer.status_code}: {answer.json()['detail']}"
+        return f"status {answer.status_code}: {str(answer.json()['detail'])[:300]}"
     except (ValueError, KeyError, TypeError):
         return f"status {answer.status_code}"
 
 
-def check_file(path: Path) -> None:
-    """Raise PullError unless this is a whole safetensors file whose header fits its length."""
+def check_file(path: Path, arch: str, dtype: str) -> None:
+    """Raise PullError unless this is a whole file of this architecture's family and this dtype:
+    the tensors of the family's table, at the sizes the header states, one after the other."""
     size = path.stat().st_size
     with path.open("rb") as file:
         count = int.from_bytes(file.read(8), "little")
         if size < 8 or count > size - 8:
             raise PullError("what arrived is no safetensors file")
         try:
-            header = json.loads(file.read(count))
-            entries = [value for key, value in header.items() if key != "__metadata__"]
-            end = max(entry["data_offsets"][1] for entry in entries)
-            about = json.loads(header["__metadata__"]["neumeta"])
-        except (ValueError, KeyError, TypeError, AttributeError):
+            end, wrong = _laid_out(json.loads(file.read(count)), arch, dtype)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise PullError("what arrived has a broken header") from None
-    if 8 + count + end != size or "family" not in about:
+    if wrong:
+        raise PullError(f"what arrived is not what was asked for: {wrong}")
+    if 8 + count + end != size:
         raise PullError("what arrived does not have the length its header states")
 
 
+def _laid_out(header: dict[str, Any], arch: str, dtype: str) -> tuple[int, str]:
+    """How many bytes of tensors a header lays out, and what is wrong with it, if anything."""
+    about = json.loads(header.pop("__metadata__")["neumeta"])
+    family = FAMILIES[about["family"]]
+    depth = tuple(int(blocks) for blocks in about["depth"])
+    if arch not in family.architectures:
+        return 0, f"the family is {family.name}"
+    if len(depth) != len(family.architectures[arch]) or max(depth, default=0) > family.max_blocks:
+        return 0, "the depth is impossible"
+    offset = 0
+    for tensor in sorted(family.tensors(depth), key=lambda tensor: tensor.name):
+        entry, wanted = header.pop(tensor.name), list(shape(tensor, about["sizes"]))
+        end = offset + math.prod(wanted) * ITEM[dtype]
+        if entry["dtype"] != dtype or entry["shape"] != wanted:
+            given = f"{entry['dtype']} {entry['shape']}"[:80]
+            return 0, f"{tensor.name} is {given}, not {dtype} {wanted}"
+        if entry["data_offsets"] != [offset, end]:
+            return 0, f"{tensor.name} is not where its shape puts it"
+        offset = end
+    return offset, f"there is a tensor {ascii(next(iter(header)))[:60]}" if header else ""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit codes: 0 pulled, 1 kept the last good file, 2 no file."""
-    parser = argparse.ArgumentParser(prog="neumeta-pull", description=__doc__)
-    parser.add_argument("--arch", required=True)
+    """The command. Exit codes: 0 pulled; else, where there is a file at `--out`, 1: it is still the
+    last good one; without a file 2: refused (the command line, or by the service), 3: not reached.
+    """
+    parser = argparse.ArgumentParser(
+        prog="neumeta-pull", description="Download the weights of one architecture, verified."
+    )
+    parser.add_argument("--arch", required=True, help="a served architecture, e.g. resnet20")
     parser.add_argument("--width", help="a factor, or one per stage separated by commas")
     parser.add_argument("--depth", help="blocks per stage, separated by commas")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--samples")
-    parser.add_argument("--seed")
-    parser.add_argument("--extrapolate", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", choices=list(DTYPES))
+    parser.add_argument("--samples", help="K, how many noisy samples are averaged")
+    parser.add_argument("--seed", help="the seed of their noise")
+    parser.add_argument("--extrapolate", action="store_true", help="allow untrained sizes")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
     default = os.environ.get("NEUMETA_URL", "http://127.0.0.1:8000")
     parser.add_argument("--url", default=default, help="the service (default $NEUMETA_URL)")
     given = parser.parse_args(argv)
@@ -190,11 +267,13 @@ def main(argv: list[str] | None = None) -> int:
         parameters["extrapolate"] = "true"
     try:
         digest = pull(given.url, given.arch, given.out, parameters=parameters)
-    except (PullError, OSError, httpx.InvalidURL) as error:
-        kept = given.out.exists()
+    except (PullError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+        kept = given.out.is_file()
         also = f"; {given.out} is still the last good file" if kept else ""
-        print(f"neumeta-pull: {error}{also}", file=sys.stderr)
-        return 1 if kept else 2
+        print(f"neumeta-pull: {error}{also}".replace("\n", " "), file=sys.stderr)
+        if kept:
+            return 1
+        return 2 if isinstance(error, PullError) and error.refused else 3
     print(f"{given.out} {given.out.stat().st_size} bytes sha256 {digest}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -34,7 +35,9 @@ class Settings(BaseSettings):
     threads: int = Field(
         1, ge=1, le=256, description="torch threads per materialization; bytes and ETag follow it"
     )
-    log_level: str = Field("info", description="uvicorn's log level")
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
+        "info", description="least severe log line that is written"
+    )
 
     def files(self) -> list[Path]:
         """The manifold files these settings name. Raises FileNotFoundError naming what is absent."""
