@@ -160,9 +160,7 @@ def test_every_scalar_width_is_a_budget_candidate(engine: Engine) -> None:
     steps = 20_000
     for space in (WHOLE, LAST):
         low, high = space.width
-        found = {
-            space.architecture(low + (high - low) * step / steps) for step in range(steps + 1)
-        }
+        found = {space.architecture(low + (high - low) * step / steps) for step in range(steps + 1)}
         assert found <= set(growing(space, None, False))
 
 
