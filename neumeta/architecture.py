@@ -111,6 +111,13 @@ class Space:
             "macs": macs(self.table.layers(architecture.depth), sizes, self.table.input_size),
         }
 
+    def scaled(self, depth: Sequence[int] | None = None) -> tuple[Architecture, ...]:
+        """Every distinct architecture that one scalar width within the trained range can ask for."""
+        low, high = self.width
+        steps = 4 * max(self.full.channels, default=1)
+        found = (self.architecture(low + (high - low) * i / steps, depth) for i in range(steps + 1))
+        return tuple({each.key: each for each in found}.values())
+
     def architecture(
         self,
         width: float | Sequence[float] = 1.0,

@@ -21,16 +21,17 @@ from neumeta.family import Layer
 class Site:
     """One sampled tensor: the layer it belongs to, its kind, and its raw integer coordinates.
 
-    `position` of `length` is l and L; `outputs` and `inputs` are C_out and C_in (inputs is 1 for
-    tensors without an input axis); `full_*` are the sizes at full width. `gain` scales the output: by
-    the fan-in (a sum over fewer inputs needs larger terms; batch norm makes that needless), and the
-    last convolution of a residual branch by depth, so that blocks are steps of an integrator.
+    `cell` is the layer's stretch of its stage, [l/L, (l+1)/L], and `length` L; `outputs` and
+    `inputs` are C_out and C_in (inputs is 1 for tensors without an input axis); `full_*` are the
+    sizes at full width. `gain` scales the output: by the fan-in (a sum over fewer inputs needs
+    larger terms; batch norm makes that needless), and the last convolution of a residual branch by
+    its cell, so that blocks are steps of an integrator.
     """
 
     name: str
     role: str
     kind: str
-    position: int
+    cell: tuple[float, float]
     length: int
     outputs: int
     inputs: int
@@ -78,13 +79,22 @@ KINDS = {False: ("weight", "bias"), True: ("weight", "gamma", "beta")}
 
 
 def sites(
-    space: Space, architecture: Architecture, layer: Layer, *, norm: bool
+    space: Space,
+    architecture: Architecture,
+    layer: Layer,
+    *,
+    norm: bool,
+    cell: tuple[float, float] | None = None,
 ) -> tuple[Site, ...]:
-    """The tensors of one layer that the INR makes: weight and bias, or weight, gamma and beta."""
+    """The tensors of one layer that the INR makes: weight and bias, or weight, gamma and beta.
+
+    `cell` replaces the block's even share of its stage, [l/L, (l+1)/L].
+    """
     sizes = space.sizes(architecture)
     full = space.table.full_sizes(architecture.depth, space.classes)
     blocks = space.depth[layer.stage] if space.depth else 1
-    step = blocks / layer.blocks if layer.branch_end and space.blocks else 1.0
+    low, high = cell or (layer.block / layer.blocks, (layer.block + 1) / layer.blocks)
+    step = blocks * (high - low) if layer.branch_end and space.blocks else 1.0
     fan_in = 1.0 if norm else full[layer.input_axis] / sizes[layer.input_axis]
     found = []
     for kind in KINDS[norm and layer.norm is not None]:
@@ -94,7 +104,7 @@ def sites(
                 f"{layer.name}.{kind}",
                 f"{layer.role}.{kind}",
                 kind,
-                layer.block,
+                (low, high),
                 layer.blocks,
                 sizes[layer.output_axis],
                 sizes[layer.input_axis] if weight else 1,
@@ -118,11 +128,11 @@ def coordinates(
 ) -> Coordinates:
     """The coordinates of `samples` noisy copies of one tensor; `scale` is N.
 
-    Noise is uniform in (-noise, noise) on the raw integer coordinates, drawn per index of each axis:
-    each single weight sees Algorithm 3's distribution, while pairs that share a channel share its
-    draw, which is what lets every representation work per axis. A layer or channel coordinate is
-    centred (index + 1/2 for layers) and clamped to its own cell, so noise never reaches another
-    layer's coordinates. `noise_free_first` leaves the first sample exact.
+    Noise is uniform in (-noise, noise) on the raw integer coordinates, drawn per index of each
+    axis: each single weight sees Algorithm 3's distribution, while pairs that share a channel share
+    its draw, which is what lets every representation work per axis. A layer's coordinate is the
+    middle of its cell and its noise stays within the cell, so it never reaches another layer's.
+    `noise_free_first` leaves the first sample exact.
 
     Raises ValueError if noise is outside [0, 0.5].
     """
@@ -143,7 +153,8 @@ def coordinates(
         return torch.stack((index / total, total / scale), -1)
 
     length = site.length + draw(1) if site.length > 1 else torch.ones(samples, 1)
-    # One draw per sample moves the block within its own cell: l in [position, position + 1].
-    position = site.position + 0.5 + draw(1) if site.length > 1 else torch.full((samples, 1), 0.5)
-    layer = torch.cat(((position / site.length).clamp(0, 1), length / scale), -1)
+    # One draw per sample moves the block within its own cell, never into the next one.
+    low, high = site.cell
+    within = 0.5 + draw(1) if site.length > 1 else torch.full((samples, 1), 0.5)
+    layer = torch.cat((low + (high - low) * within, length / scale), -1)
     return Coordinates(layer, channels(site.inputs), channels(site.outputs))

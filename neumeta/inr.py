@@ -9,7 +9,7 @@ data and no file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -185,10 +185,3 @@ def interpolate(values: Tensor, index: Float[Tensor, " M"], axis: int) -> Tensor
 
 
 REPRESENTATIONS: dict[str, Any] = {"mlp": ResidualMLP, "grid": LearnedGrid}
-
-
-def size_features(fractions: Sequence[float]) -> Tensor:
-    """Polynomial features of an architecture's size (one fraction per stage): 1, s, s_a*s_b, s^3."""
-    s = torch.tensor([1 - f for f in fractions], dtype=torch.float64)
-    products = torch.outer(s, s)[torch.triu_indices(len(s), len(s)).unbind()]
-    return torch.cat((torch.ones(1, dtype=torch.float64), s, products, s**3))

@@ -87,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if rank > 0:
         return 0
     if asked.norm:
-        statistics.fit_statistics(manifold, loaded, asked)
+        statistics.measure_statistics(manifold, loaded, asked)
     rows = evaluate.evaluate(manifold, loaded, asked)
     manifold.about.update(
         title=asked.title,

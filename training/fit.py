@@ -6,6 +6,7 @@ same result. Knows neither files of networks nor how results are evaluated.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -33,17 +34,34 @@ Targets = Mapping[str, Tensor]
 """The smoothed source tensors by site name: weight and bias, or weight, gamma and beta."""
 
 
+def partition(blocks: int, noise: float, generator: torch.Generator) -> list[tuple[float, float]]:
+    """The cells [l/L, (l+1)/L] of one stage's blocks, inner bounds moved by up to `noise` / L.
+
+    Algorithm 2's coordinate noise on l: the network learns that a stage is an integral, whatever
+    steps it is cut into.
+    """
+    moved = (torch.rand(blocks - 1, generator=generator) * 2 - 1) * noise
+    bounds = [0.0, *((i + 1 + float(e)) / blocks for i, e in enumerate(moved)), 1.0]
+    return list(itertools.pairwise(bounds))
+
+
 def generated(
-    manifold: Manifold, architecture: Architecture, noise: float, generator: torch.Generator
+    manifold: Manifold,
+    architecture: Architecture,
+    noise: float,
+    generator: torch.Generator,
+    depth_noise: float = 0.0,
 ) -> dict[str, Tensor]:
     """The differentiable tensors of the network at this architecture, by site name."""
+    cells = [partition(blocks, depth_noise, generator) for blocks in architecture.depth]
     found: dict[str, Tensor] = {}
     for layer in manifold.space.table.layers(architecture.depth):
         if not manifold.space.morphing(layer):
             for kind in ("weight", "bias"):
                 found[f"{layer.name}.{kind}"] = manifold.frozen[f"{layer.name}.{kind}"]
             continue
-        for site in sites(manifold.space, architecture, layer, norm=manifold.norm):
+        cell = cells[layer.stage][layer.block] if depth_noise and layer.blocks > 1 else None
+        for site in sites(manifold.space, architecture, layer, norm=manifold.norm, cell=cell):
             at = coordinates(site, manifold.scale, noise=noise, generator=generator)
             made = manifold.representation(site, at)
             weight = (site.outputs, site.inputs, *site.spatial)
@@ -128,7 +146,7 @@ def _fill_grid(model: LearnedGrid, space: Space, targets: Targets, norm: bool) -
             nodes = len(grid)
             # Each source block fills the nodes of its own stretch of l/L.
             for node in range(nodes):
-                if nodes == 1 or int((node + 0.5) / nodes * site.length) == site.position:
+                if nodes == 1 or site.cell[0] <= (node + 0.5) / nodes < site.cell[1]:
                     grid[node] = value
 
 
@@ -316,7 +334,7 @@ def fit(
         for architecture in choose(recipe, space, generator):
             if architecture.key not in nets:
                 nets[architecture.key] = skeleton(manifold, architecture)
-            made = generated(manifold, architecture, recipe.noise, generator)
+            made = generated(manifold, architecture, recipe.noise, generator, recipe.depth_noise)
             net = nets[architecture.key]
             weights = parameters_of(manifold, architecture, made)
             logits = functional_call(net, weights, (x, first))

@@ -50,6 +50,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     norm: bool = False
     noise: float = 0.5
+    depth_noise: float = 0.0
     samples: int = 16
     scale: int = 64
     # regression on the smoothed weights, before any image

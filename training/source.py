@@ -165,9 +165,7 @@ def train(
             factor = one_cycle(epoch * per_epoch + i, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
-            loss = F.cross_entropy(
-                net(x.contiguous(memory_format=layout)), data.train_labels[rows]
-            )
+            loss = F.cross_entropy(net(x.contiguous(memory_format=layout)), data.train_labels[rows])
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

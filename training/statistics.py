@@ -1,17 +1,18 @@
-"""Batch norm across sizes: exact statistics of one architecture, and polynomials of all of them.
+"""Batch norm across sizes: the statistics of one architecture, and of all that need them.
 
 A device never sees batch norm and the service never sees an image, so each channel's mean and log
-variance are fitted over size here, once. Knows no training.
+variance are measured over size here, once. Knows no training.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from neumeta.architecture import Architecture
-from neumeta.inr import size_features
 from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import seed_of
@@ -50,53 +51,33 @@ def calibrate(
     return found
 
 
-def fit_statistics(
-    manifold: Manifold,
-    data: Dataset,
-    recipe: Recipe,
-    *,
-    architectures: int = 96,
-    images: int = 2000,
+def measure_statistics(
+    manifold: Manifold, data: Dataset, recipe: Recipe, *, mixed: int = 64, images: int = 2000
 ) -> None:
-    """Fill `manifold.statistics` by least squares over calibrated architectures of random sizes.
+    """Fill `manifold.statistics`: calibrated at every scalar width and at `mixed` random sizes.
 
-    Half of them scale all stages together, half each stage by its own factor; a channel is fitted
-    on the architectures that have it. The full size counts ten times.
+    The same augmented training images serve all sizes. Channels that a size lacks are NaN.
     """
     space = manifold.space
     generator = torch.Generator().manual_seed(seed_of(recipe.seed, "statistics"))
     rows = torch.randperm(len(data.train_labels), generator=generator)[:images]
     x = to_float(augment(data.train_images[rows], data, generator), data)
     low, high = space.width
-    drawn = [space.full]
-    for index in range(architectures):
-        factors = (low + (high - low) * torch.rand(len(space.stages), generator=generator)).tolist()
-        even = low + (high - low) * (index + 0.5) / architectures
-        drawn.append(space.architecture(even if index % 2 else factors))
-    full = [space.table.stages[stage] for stage in space.stages]
-    features = torch.stack(
-        [size_features([c / f for c, f in zip(a.channels, full, strict=True)]) for a in drawn]
-    )
-    weights = torch.ones(len(drawn), 1, dtype=torch.float64)
-    weights[0] = 10.0
-    measured = [calibrate(manifold, a, x) for a in tqdm(drawn, desc="statistics", mininterval=5)]
-    for layer in space.table.layers(space.depth):
-        if layer.norm is None:
-            continue
-        count = len(measured[0][layer.name][0])
-        for part, name in enumerate(("mean", "log_variance")):
-            columns = []
-            for channel in range(count):
-                has = [i for i, each in enumerate(measured) if len(each[layer.name][0]) > channel]
-                value = torch.stack([measured[i][layer.name][part][channel] for i in has]).double()
-                value = value.clamp(min=1e-8).log() if part else value
-                scale = weights[has]
-                # A small ridge: a channel that few sizes have must not swing.
-                left = torch.cat(
-                    (features[has] * scale, 1e-2 * torch.eye(features.shape[1]).double())
-                )
-                right = torch.cat(
-                    (value[:, None] * scale, torch.zeros(features.shape[1], 1).double())
-                )
-                columns.append(torch.linalg.lstsq(left, right).solution[:, 0])
-            manifold.statistics[f"{layer.name}.{name}"] = torch.stack(columns, 1).float()
+    factors = low + (high - low) * torch.rand(mixed, len(space.stages), generator=generator)
+    anchors = [*space.scaled(), *(space.architecture(row.tolist()) for row in factors)]
+    full = torch.tensor([space.table.stages[stage] for stage in space.stages])
+    channels = torch.tensor([each.channels for each in anchors])
+    tensors = {"anchors": (channels / full).float()}
+    for index, each in enumerate(tqdm(anchors, desc="statistics", mininterval=5)):
+        for name, (mean, variance) in calibrate(manifold, each, x).items():
+            for kind, value in (("mean", mean), ("log_variance", variance.clamp(min=1e-8).log())):
+                empty = torch.full((len(anchors), _full_size(manifold, name)), math.nan)
+                table = tensors.setdefault(f"{name}.{kind}", empty)
+                table[index, : len(value)] = value
+    manifold.statistics.update(tensors)
+
+
+def _full_size(manifold: Manifold, name: str) -> int:
+    space = manifold.space
+    axis = {layer.name: layer.output_axis for layer in space.table.layers(space.depth)}[name]
+    return space.sizes(space.full)[axis]

@@ -1,0 +1,34 @@
+"""The `tiny` recipe from images to a network on a device, through the commands a person types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from neumeta import checkpoint, network
+from service import client
+from tests.integration.test_server import start, stop
+from training import cli, data
+
+
+def test_tiny_from_digits_to_a_pulled_network(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["tiny", "--run", str(run)]) == 0
+    report = json.loads((run / "evaluation.json").read_text())
+    accuracy = {row["width"]: row["accuracy"] for row in report["evaluation"]}
+    assert accuracy[1.0] >= 97 and accuracy[0.5] >= 90 and accuracy[0.25] >= 80
+    assert (run / "evaluation.svg").read_text().startswith("<?xml")
+    path = run / "manifold.safetensors"
+    assert checkpoint.read(path).digest == report["checkpoint"]
+    assert cli.main(["tiny", "--run", str(run)]) == 2  # never over an earlier run by accident
+
+    process, url = start(path)
+    try:
+        out = tmp_path / "net.safetensors"
+        client.pull(url, "lenet", out, parameters={"width": "0.5"})
+    finally:
+        stop(process)
+    net = network.load(out)
+    digits = data.load("digits")
+    right = net(digits.test_images.float() / 255).argmax(1) == digits.test_labels
+    assert round(100 * right.float().mean().item(), 2) == accuracy[0.5]

@@ -1,0 +1,235 @@
+"""Coordinates, representations and Algorithm 3 against plain references written with loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neumeta.architecture import Space
+from neumeta.coordinates import coordinates, sites
+from neumeta.family import FAMILIES, macs, parameters
+from neumeta.inr import LearnedGrid, _Mlp, fourier_features, interpolate
+from neumeta.manifold import representation, roles
+from neumeta.network import Network
+from neumeta.sample import sample, sample_site, seed_of
+from tests.conftest import lenet
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_table_gives_the_module_shapes_parameters_and_macs(family: str) -> None:
+    table = FAMILIES[family]
+    for depth in table.architectures.values():
+        sizes = {axis: size - 3 for axis, size in table.full_sizes(depth, 13).items()}
+        sizes["image"] = table.input_channels
+        net = Network(family, depth, sizes)
+        shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}
+        assert {
+            tensor.name: tuple(a if isinstance(a, int) else sizes[a] for a in tensor.axes)
+            for tensor in table.tensors(depth)
+        } == shapes
+        counted = sum(value.numel() for value in net.parameters())
+        assert parameters(table.tensors(depth), sizes) == counted
+        done = 0
+
+        def count(module: torch.nn.Module, given: object, made: torch.Tensor) -> None:
+            nonlocal done
+            assert isinstance(module, torch.nn.Linear)
+            done += module.weight.numel()
+
+        for module in net.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(count)
+        real = torch.nn.functional.conv2d
+
+        def conv2d(
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            convolve: Callable[..., torch.Tensor] = real,
+            **rest: int,
+        ) -> torch.Tensor:
+            nonlocal done
+            made = convolve(x, weight, bias, **rest)
+            done += made[0, 0].numel() * weight.numel()
+            return made
+
+        torch.nn.functional.conv2d = conv2d
+        try:
+            net(torch.zeros(1, table.input_channels, table.input_size, table.input_size))
+        finally:
+            torch.nn.functional.conv2d = real
+        assert macs(table.layers(depth), sizes, table.input_size) == done
+
+
+@given(st.integers(0, 2**32), st.floats(0, 0.5), st.floats(0.25, 1.0))
+@settings(max_examples=50, deadline=None)
+def test_noise_stays_in_its_cell_and_follows_algorithm_3(
+    seed: int, noise: float, width: float
+) -> None:
+    space = Space("resnet-mnist", "resnet-mnist", 10, ("*",), (0.25, 1.0), (1, 3))
+    architecture = space.architecture(width, [3, 2])
+    for layer in space.table.layers(architecture.depth):
+        for site in sites(space, architecture, layer, norm=False):
+            generator = torch.Generator().manual_seed(seed)
+            at = coordinates(
+                site, 64, noise=noise, samples=3, generator=generator, noise_free_first=True
+            )
+            v = at.vectors()
+            assert v.shape == (3, site.outputs, site.inputs, 6)
+            # Each coordinate is within its noise of the integer one, and the first sample exact.
+            for axis, count in ((1, site.inputs), (2, site.outputs)):
+                index = v[..., axis] * v[..., axis + 3] * 64
+                exact = torch.arange(count, dtype=torch.float32)
+                exact = exact[None, None] if axis == 1 else exact[None, :, None]
+                assert (index - exact).abs().max() <= noise + 1e-3
+                assert (index - exact)[0].abs().max() <= 1e-3
+            if site.length > 1:
+                low, high = layer.block / layer.blocks, (layer.block + 1) / layer.blocks
+                assert (v[..., 0] >= low - 1e-6).all() and (v[..., 0] <= high + 1e-6).all()
+
+
+def test_noise_beyond_half_a_step_is_refused() -> None:
+    manifold = lenet()
+    space = manifold.space
+    site = sites(space, space.full, space.table.layers(())[0], norm=False)[0]
+    with pytest.raises(ValueError, match="noise"):
+        coordinates(site, 64, noise=0.6)
+
+
+def test_the_split_first_layer_is_the_supplements_mlp() -> None:
+    """Figure 3 written plainly: one matrix over (2*num_freq+1)*6 features per coordinate vector."""
+    torch.manual_seed(0)
+    mlp = _Mlp(9, layers=4, hidden=8, num_freq=3, residual=True).double()
+    space = lenet().space
+    site = sites(space, space.architecture(0.3), space.table.layers(())[1], norm=False)[0]
+    at = coordinates(site, 64, noise=0.4, samples=2, generator=torch.Generator().manual_seed(1))
+    at = type(at)(at.layer.double(), at.inputs.double(), at.outputs.double())
+    made = mlp(at)
+    v = at.vectors()
+    columns = {
+        0: (mlp.layer, 0), 3: (mlp.layer, 1), 1: (mlp.inputs, 0),
+        4: (mlp.inputs, 1), 2: (mlp.outputs, 0), 5: (mlp.outputs, 1),
+    }  # fmt: skip
+    for index in [(0, 0, 0), (1, 3, 2), (0, site.outputs - 1, site.inputs - 1)]:
+        h = mlp.layer.bias.clone()
+        inputs = 0
+        for d, (block, within) in columns.items():
+            value = v[(*index, d)]
+            features = [(value, within)]
+            for i in range(3):
+                angle = value * 2**i * math.pi
+                features += [
+                    (angle.sin(), 2 + 6 * within + i),
+                    (angle.cos(), 2 + 6 * within + 3 + i),
+                ]
+            for feature, column in features:
+                h = h + block.weight[:, column] * feature
+                inputs += 1
+        assert inputs == (2 * 3 + 1) * 6
+        h = h.relu()
+        for linear, scale in zip(mlp.hidden, mlp.scale, strict=True):
+            h = h + scale * (linear.weight @ h + linear.bias).relu()
+        expected = mlp.last.weight @ h + mlp.last.bias
+        # float64, the same sums in another order
+        torch.testing.assert_close(made[index], expected, atol=1e-12, rtol=1e-10)
+
+
+def test_fourier_features_count() -> None:
+    assert fourier_features(torch.zeros(5, 6), 16).shape == (5, (2 * 16 + 1) * 6)
+
+
+@given(st.lists(st.floats(-2, 9), min_size=1, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_interpolation_equals_the_loop(index: list[float]) -> None:
+    values = torch.arange(24.0).reshape(3, 8).square()
+    made = interpolate(values, torch.tensor(index), 1)
+    for column, at in enumerate(index):
+        clamped = min(max(float(torch.tensor(at)), 0.0), 7.0)
+        low = math.floor(clamped)
+        high = min(low + 1, 7)
+        part = clamped - low
+        expected = values[:, low] * (1 - part) + values[:, high] * part
+        torch.testing.assert_close(made[:, column], expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "grid"])
+@pytest.mark.parametrize("block_based", [True, False])
+def test_sampling_is_the_mean_of_single_evaluations(kind: str, block_based: bool) -> None:
+    manifold = lenet(kind)
+    if kind == "mlp" and not block_based:
+        options = {**manifold.options, "block_based": False}
+        manifold.representation = representation("mlp", manifold.space, options, norm=False)
+    architecture = manifold.space.architecture(0.5)
+    layer = manifold.space.table.layers(())[1]
+    site = sites(manifold.space, architecture, layer, norm=False)[0]
+    made = sample_site(manifold, site, 5, seed=3)
+    generator = torch.Generator().manual_seed(seed_of(3, site.name))
+    total = torch.zeros_like(made)
+    at = coordinates(site, 64, noise=0.5, samples=5, generator=generator, noise_free_first=True)
+    for k in range(5):
+        one = type(at)(at.layer[k : k + 1], at.inputs[k : k + 1], at.outputs[k : k + 1])
+        total += manifold.representation(site, one).reshape(made.shape) / 5
+    # float32 sums in another order, values of order one
+    torch.testing.assert_close(made, total, atol=1e-5, rtol=1e-4)
+
+
+def test_one_sample_is_noise_free_and_seeds_matter_only_with_noise() -> None:
+    manifold = lenet()
+    a, b = (dict(sample(manifold, manifold.space.full, samples=1, seed=s)) for s in (0, 1))
+    c, d = (dict(sample(manifold, manifold.space.full, samples=4, seed=s)) for s in (0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(c[name], d[name]) for name in c)
+
+
+def test_a_grid_is_nested_in_the_absolute_channel_index() -> None:
+    """Without correction a narrow network is the first channels of a wide one (fan-in apart)."""
+    manifold = lenet("grid")
+    model = manifold.representation
+    assert isinstance(model, LearnedGrid)
+    with torch.no_grad():
+        for group in (model.outputs, model.inputs):
+            for parameter in group.parameters():
+                parameter.zero_()
+    wide, narrow = (
+        dict(sample(manifold, manifold.space.architecture(w), samples=1)) for w in (1.0, 0.5)
+    )
+    gain = 64 / 32
+    torch.testing.assert_close(narrow["conv3.weight"], wide["conv3.weight"][:32, :32] * gain)
+    torch.testing.assert_close(narrow["conv3.bias"], wide["conv3.bias"][:32])
+
+
+def test_deeper_branches_are_finer_steps() -> None:
+    space = Space("resnet-mnist", "resnet-mnist", 10, ("*",), (1.0, 1.0), (1, 3))
+    for blocks in range(1, 10):
+        architecture = space.architecture(1.0, [blocks, 1], extrapolate=True)
+        ends = [
+            site.gain
+            for layer in space.table.layers(architecture.depth)
+            if layer.branch_end and layer.stage == 0
+            for site in sites(space, architecture, layer, norm=False)
+        ]
+        assert sum(ends) == pytest.approx(2 * 2)  # weight and bias, the source's two blocks
+
+
+def test_roles_are_shared_over_depth_and_scoped_by_morph() -> None:
+    deep = Space("resnet-mnist", "resnet-mnist", 10, ("*",), (1.0, 1.0), (1, 3))
+    assert len(roles(deep, norm=False)) == 2 * 7
+    last = Space("resnet-cifar", "resnet20", 10, ("layer3.2.inner",), (0.5, 1.0))
+    assert sorted(roles(last, norm=False)) == [
+        f"layer3.2.{conv}.{kind}" for conv in ("conv1", "conv2") for kind in ("bias", "weight")
+    ]
+    assert last.architecture(0.5).channels == (32,)
+    assert last.sizes(last.architecture(0.5))["layer3.1.inner"] == 64
+
+
+def test_every_width_between_is_one_channel_apart() -> None:
+    space = lenet().space
+    counts = [space.architecture(0.25 + 0.75 * i / 300).channels[2] for i in range(301)]
+    assert all(0 <= b - a <= 1 for a, b in pairwise(counts))
+    assert counts[0] == 16 and counts[-1] == 64
