@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import problem
@@ -19,7 +20,10 @@ from service.metrics import Metrics
 from service.problem import Problem
 
 ROUTES = ("/weights", "/models", "/plan", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
-DRAIN_BYTES, DRAIN_SECONDS = 8 << 20, 2.0
+DRAIN_BYTES, DRAIN_SECONDS = 8 << 20, 0.5
+GONE = 499
+"""nginx's number for a client that left before its answer; it is counted, never sent."""
+
 log = logging.getLogger("neumeta")
 
 
@@ -47,7 +51,7 @@ class Guard:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
         route, began = route_of(scope["path"]), time.perf_counter()
-        status, started, size = 500, False, 0
+        status, started, size, promised = 500, False, 0, 0
 
         async def observed(message: Message) -> None:
             nonlocal status, started, size
@@ -76,13 +80,14 @@ class Guard:
         self.metrics.in_flight.inc()
         try:
             length = headers.get(b"content-length", b"0")
-            if length.isdigit() and int(length[:20]) > self.max_body_bytes:
+            promised = int(length[:20]) if length.isdigit() else 0
+            if promised > self.max_body_bytes:
                 raise TooLarge
             await self.app(scope, bounded, observed)
         except TooLarge:
             if started:
                 raise
-            if b"expect" not in headers:
+            if b"expect" not in headers and promised <= DRAIN_BYTES:
                 await _drain(receive)
             allowed = f"at most {self.max_body_bytes} bytes"
             refused = Problem(
@@ -92,6 +97,8 @@ class Guard:
                 {"connection": "close"},
             )
             await problem.response(refused)(scope, receive, observed)
+        except ClientDisconnect:
+            status = GONE
         except Exception:
             log.exception("request %s failed", request_id)
             if started:
