@@ -149,6 +149,43 @@ def test_a_weak_if_range_or_a_second_range_gives_the_whole_file(folder: Path, fi
     asyncio.run(check())
 
 
+def test_conditions_and_ranges_mean_nothing_to_post(folder: Path) -> None:
+    async def check() -> None:
+        async with served(folder) as (client, _):
+            tag = (await client.head("/weights/lenet")).headers["etag"]
+            for name, value in (("If-None-Match", tag), ("Range", "bytes=0-9")):
+                answer = await client.post(
+                    "/weights", json={"arch": "lenet"}, headers={name: value}
+                )
+                assert answer.status_code == 200
+                assert len(answer.content) == int(answer.headers["content-length"]) > 10
+
+    asyncio.run(check())
+
+
+def test_samplers_have_the_threads_that_the_etag_names(folder: Path) -> None:
+    async def check() -> None:
+        for threads in (3, 1):
+            async with served(folder, threads=threads) as (client, app):
+                weights, seen = app.state.engine.weights, []
+
+                def counted(
+                    job: Any, weights: Any = weights, seen: list[int] = seen
+                ) -> Iterator[bytes]:
+                    seen.append(torch.get_num_threads())
+                    yield from weights(job)
+
+                app.state.engine.weights = counted
+                assert (await client.get("/weights/lenet")).status_code == 200
+                assert seen == [threads]
+
+    before = torch.get_num_threads()
+    try:
+        asyncio.run(check())
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("asked", ["bytes=-0", "bytes=99999999-", "BYTES=99999999-999999999"])
 def test_a_range_outside_says_what_is_inside(folder: Path, asked: str) -> None:
     async def check() -> None:
