@@ -40,9 +40,11 @@ def manifold_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def served(file: Path, **changes: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
     app = create_app(Settings(models=str(file), **changes))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with app.router.lifespan_context(app):
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield client, app
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client, app
 
 
 def run(coroutine: Any) -> Any:
