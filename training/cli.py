@@ -71,6 +71,8 @@ def _run(arguments: argparse.Namespace) -> int:
     net = trained_source(asked, loaded, arguments.checkpoints or root.parent / "checkpoints", run)
     manifold, targets, smoothed = prepare(asked, loaded, net)
     before = source.accuracy(net, loaded.test_images, loaded.test_labels, loaded)
+    if torch.cuda.is_available():
+        manifold.representation.to(f"cuda:{rank % torch.cuda.device_count()}")
     done = fit.fit(
         manifold,
         targets,
@@ -84,6 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not done:
         print(f"stopped after {arguments.max_minutes} minutes; --resume goes on", file=sys.stderr)
         return 3
+    manifold.representation.cpu()
     if rank > 0:
         return 0
     if asked.norm:

@@ -58,12 +58,13 @@ def generated(
     for layer in manifold.space.table.layers(architecture.depth):
         if not manifold.space.morphing(layer):
             for kind in ("weight", "bias"):
-                found[f"{layer.name}.{kind}"] = manifold.frozen[f"{layer.name}.{kind}"]
+                name = f"{layer.name}.{kind}"
+                found[name] = manifold.frozen[name].to(manifold.device)
             continue
         cell = cells[layer.stage][layer.block] if depth_noise and layer.blocks > 1 else None
         for site in sites(manifold.space, architecture, layer, norm=manifold.norm, cell=cell):
             at = coordinates(site, manifold.scale, noise=noise, generator=generator)
-            made = manifold.representation(site, at)
+            made = manifold.representation(site, at.to(manifold.device))
             weight = (site.outputs, site.inputs, *site.spatial)
             found[site.name] = made.reshape(weight if site.kind == "weight" else (site.outputs,))
     return found
@@ -86,7 +87,8 @@ def skeleton(manifold: Manifold, architecture: Architecture) -> Network:
     with torch.device("meta"):
         sizes = manifold.space.sizes(architecture)
         net = Network(architecture.family, architecture.depth, sizes, norm=manifold.norm)
-    net.mean, net.std = torch.zeros(1), torch.ones(1)
+    net.mean = torch.zeros(1, device=manifold.device)
+    net.std = torch.ones(1, device=manifold.device)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean = module.running_var = module.num_batches_tracked = None
@@ -234,10 +236,10 @@ def frozen_features(
         ):
             images = data.train_images[at : at + 500]
             x = to_float(augment(images, data, generator) if view else images, data)
-            x = (x - source.mean) / source.std
+            x = (x.to(source.mean.device) - source.mean) / source.std
             for _, segment in source.segments()[:first]:
                 x = segment(x)
-            parts.append(x.half())
+            parts.append(x.half().cpu())
         views.append(torch.cat(parts))
     return tuple(views)
 
@@ -260,7 +262,9 @@ def fit(
     whether all steps were done. With several processes (torch.distributed initialised) each takes
     its share of every batch and gradients are averaged.
     """
-    model, space = manifold.representation, manifold.space
+    model, space, device = manifold.representation, manifold.space, manifold.device
+    source = source.to(device)
+    targets = {name: target.to(device) for name, target in targets.items()}
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     per_epoch = len(data.train_labels) // recipe.batch
     steps = max(1, round(recipe.epochs * per_epoch))
@@ -274,7 +278,7 @@ def fit(
             writer.add_scalar(name, value, step)
 
     if resume and state.exists():
-        kept = torch.load(state, weights_only=True)
+        kept = torch.load(state, weights_only=True, map_location=device)
         model.load_state_dict(kept["model"])
         optimiser.load_state_dict(kept["optimiser"])
         average, start = kept["average"], kept["step"]
@@ -321,7 +325,7 @@ def fit(
             images = data.train_images[rows]
             x = to_float(augment(images, data, generator) if recipe.augment else images, data)
         labels = data.train_labels[rows]
-        x, labels = x[rank::world], labels[rank::world]
+        x, labels = x[rank::world].to(device), labels[rank::world].to(device)
         rate = recipe.lr * one_cycle(step, steps, recipe.warm)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["factor"]

@@ -105,15 +105,23 @@ def load(name: str) -> Recipe:
     for key in given:
         if key not in known_keys:
             raise ValueError(f"{path}: {key!r} is no recipe key")
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
-    }
+    types = {entry.name: str(entry.type) for entry in fields(Recipe)}
+    values = {key: _typed(types[key], value) for key, value in given.items()}
     try:
         recipe = Recipe(**{"name": path.stem, **values})
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from None
     _check(path, recipe)
     return recipe
+
+
+def _typed(kind: str, value: Any) -> Any:
+    """A TOML value as the field's type: whole numbers may stand for real ones, lists for tuples."""
+    if isinstance(value, list):
+        return tuple(_typed("float" if "float" in kind else kind, each) for each in value)
+    if kind == "float" and type(value) is int:
+        return float(value)
+    return value
 
 
 def _check(path: Path, recipe: Recipe) -> None:

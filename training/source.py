@@ -137,16 +137,18 @@ def train(
     `state` is written after each epoch; a run started again with it goes on after the last whole
     epoch to the same result as an uninterrupted one.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.SGD(
         net.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
     )
     start, count = 0, len(data.train_labels)
     if state and state.exists():
-        kept = torch.load(state, weights_only=True)
+        kept = torch.load(state, weights_only=True, map_location=device)
         net.load_state_dict(kept["net"])
         optimiser.load_state_dict(kept["optimiser"])
-        generator.set_state(kept["generator"])
+        generator.set_state(kept["generator"].cpu())
         start = kept["epoch"]
     # Channels-last convolutions are faster on CPUs, but with channel counts that are no multiple of
     # 8 their backward pass has corrupted memory (torch 2.13, oneDNN): the plain layout for those.
@@ -161,11 +163,12 @@ def train(
         bar = tqdm(range(per_epoch), desc=f"{label} {epoch + 1}/{epochs}", mininterval=5)
         for i in bar:
             rows = order[i * batch : (i + 1) * batch]
-            x = to_float(augment(data.train_images[rows], data, generator), data)
+            x = to_float(augment(data.train_images[rows], data, generator), data).to(device)
             factor = one_cycle(epoch * per_epoch + i, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
-            loss = F.cross_entropy(net(x.contiguous(memory_format=layout)), data.train_labels[rows])
+            logits = net(x.contiguous(memory_format=layout))
+            loss = F.cross_entropy(logits, data.train_labels[rows].to(device))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -186,7 +189,7 @@ def train(
                 },
                 state,
             )
-    return net.eval()
+    return net.cpu().eval()
 
 
 def save(net: Network, path: Path) -> None:
