@@ -53,3 +53,17 @@ class Settings(BaseSettings):
         if not found:
             raise FileNotFoundError(f"models: no *.safetensors in {self.models}")
         return found
+
+
+def table() -> str:
+    """All settings as a markdown table: what the README shows, and a test compares."""
+    rows = ["| environment | flag | default | meaning |", "|---|---|---|---|"]
+    for name, entry in Settings.model_fields.items():
+        default = "the shipped `models/`" if name == "models" else f"`{entry.default}`"
+        flag = name.replace("_", "-")
+        rows.append(f"| `NEUMETA_{name.upper()}` | `--{flag}` | {default} | {entry.description} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

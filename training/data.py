@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import pickle
 import struct
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -184,7 +184,7 @@ def _decoded(folder: Path, archive: Path) -> tuple[Tensor, Tensor, Tensor, Tenso
     return a, b, c, d
 
 
-def _pixels(file: IO[bytes] | Path) -> np.ndarray:
+def _pixels(file: io.BytesIO | Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(file) as image:
@@ -212,7 +212,8 @@ def _from_archive(archive: Path) -> tuple[np.ndarray, ...]:
         for member in tar:
             file = tar.extractfile(member) if member.isfile() else None
             if file is not None:
-                found.append((member.name.removeprefix("./").split("/", 1)[1], _pixels(file)))
+                name = member.name.removeprefix("./").split("/", 1)[1]
+                found.append((name, _pixels(io.BytesIO(file.read()))))
     return _stack(sorted(found, key=lambda row: row[0]))
 
 

@@ -82,6 +82,17 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
     _save(figure, path)
 
 
+def kernels(shown: dict[str, Any], name: str, path: Path) -> None:
+    """Mean weight of each kernel over (output, input) channel, one panel per channel order."""
+    figure, panels = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)
+    for axes, (label, weight) in zip(panels[0], shown.items(), strict=True):
+        table = weight.flatten(2).mean(2).numpy()
+        limit = np.quantile(np.abs(table), 0.98)
+        axes.imshow(table, cmap="RdBu", vmin=-limit, vmax=limit)
+        axes.set(title=f"{name}, {label}", xlabel="input channel", ylabel="output channel")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(

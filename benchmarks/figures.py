@@ -1,0 +1,69 @@
+"""The README's pictures, from what training runs and benchmarks left behind.
+
+    python benchmarks/figures.py --runs runs --checkpoints ../checkpoints --out docs/figures
+
+Draws what it finds: RUNS/<recipe>/evaluation.json, RUNS/individual/individual.json, and the source
+network of RUNS/cifar10-resnet20 for the weights before and after permutation. Equal results give
+equal files. Last line: one JSON object with the files written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training import cliques, permute, plots, recipe, source
+
+TENSOR = "layer3.1.conv1.weight"
+
+
+def rows_of(path: Path) -> Any:
+    """The JSON of a result file, or None where the run was not made."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def permuted(run: Path, asked: recipe.Recipe) -> dict[str, torch.Tensor]:
+    """One tensor of the run's source network under 'none' and under the recipe's strategy."""
+    sizes = {**asked.space.table.full_sizes(asked.space.depth, 10), "image": 3}
+    net = source.restore(run / "source.safetensors", asked.family, asked.space.depth, sizes)
+    folded = source.fold(net)
+    found = cliques.cliques(asked.space.table, asked.space.depth)
+    orders = permute.order(folded, found, asked.permutation, seed=asked.seed)
+    after = permute.apply(folded, found, orders)
+    return {"as trained": folded[TENSOR], f"after {asked.permutation}": after[TENSOR]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in ("tiny", "cifar10-resnet20", "cifar10-resnet20-last-block", "mnist-resnet-depth"):
+        run, asked = arguments.runs / name, recipe.load(name)
+        report = rows_of(run / "evaluation.json")
+        if report is None:
+            continue
+        path = arguments.out / f"{name}.svg"
+        rows, before = report["evaluation"], report["source_accuracy"]
+        singles = rows_of(arguments.runs / "individual" / "individual.json")
+        if name == "cifar10-resnet20" and singles:
+            curves = {"one manifold": rows, "trained individually, as many epochs": singles}
+            plots.width_curve(curves, asked, before, path)
+        else:
+            plots.evaluation(rows, asked, before, path)
+        written.append(str(path))
+        if name == "cifar10-resnet20" and (run / "source.safetensors").exists():
+            path = arguments.out / "permutation.svg"
+            plots.kernels(permuted(run, asked), TENSOR, path)
+            written.append(str(path))
+    print(json.dumps({"written": written}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The documents say what the code does; a device's install needs only what it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from neumeta import checkpoint
+from service import settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_configuration_table_is_the_generated_one() -> None:
+    assert settings.table() in (ROOT / "README.md").read_text()
+
+
+def test_every_document_links_to_files_that_exist() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("models/*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_every_shipped_manifold_has_a_card_with_its_own_figures() -> None:
+    shipped = sorted((ROOT / "models").glob("*.safetensors"))
+    assert {path.stem for path in shipped} >= {"lenet-digits", "resnet20-cifar10"}
+    for path in shipped:
+        assert path.stat().st_size <= 16 << 20
+        card = path.with_suffix(".md").read_text()
+        rows = checkpoint.read(path).about["evaluation"]
+        for row in rows if len(rows) < 20 else rows[:1]:
+            figure = f"{row['accuracy']:.2f}".rstrip("0").rstrip(".")
+            assert figure in card, f"{path.stem}: {row['width']} has {figure} %"
+
+
+def test_a_device_needs_neither_the_service_nor_the_training_libraries() -> None:
+    barred = [
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "pydantic",
+        "redis",
+        "prometheus_client",
+        "sklearn",
+        "PIL",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+        "scipy",
+    ]
+    code = (
+        "import sys\n"
+        f"for name in {barred!r}: sys.modules[name] = None\n"
+        "import neumeta.network, neumeta.wire, service.client\n"
+        "arguments = ['--arch', 'x', '--out', 'x', '--url', 'http://127.0.0.1:9']\n"
+        "assert service.client.main(arguments) == 3\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
