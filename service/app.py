@@ -108,7 +108,7 @@ def create_app(settings: Settings) -> FastAPI:
         except Exception:
             metrics.failures.inc()
             raise
-        metrics.sampling.observe(time.perf_counter() - began)
+        metrics.sampling.labels("sample").observe(time.perf_counter() - began)
 
     def weights(request: Request, job: Job) -> Response:
         head, length = job.plan.header, job.plan.length
@@ -145,8 +145,11 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             body, tier = cache.get(job.key, head, length, lambda: produce(job))
         except Busy as error:
+            metrics.rejected.labels("busy").inc()
             raise Problem(429, f"busy: {error}", headers={"Retry-After": "1"}) from None
         metrics.cache.labels(tier).inc()
+        if tier != "memory":
+            metrics.misses.labels("memory").inc()
         headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
             headers["Repr-Digest"] = body.repr_digest

@@ -296,8 +296,13 @@ def test_metrics_have_closed_labels(folder: Path) -> None:
             assert family.name.startswith("neumeta_") and family.documentation
             for each in family.samples:
                 found[each.name, tuple(sorted(each.labels.items()))] = each.value
-        answers = {labels: value for (name, labels), value in found.items() if "answers_t" in name}
-        assert answers == {(("tier", "computed"),): 2.0, (("tier", "memory"),): 1.0}
+        answers = {
+            dict(labels)["tier"]: value
+            for (name, labels), value in found.items()
+            if name == "neumeta_cache_answers_total"
+        }
+        none = {"plan": 0.0, "redis": 0.0, "coalesced": 0.0}
+        assert answers == {"computed": 2.0, "memory": 1.0, **none}
         routes = {dict(labels).get("route") for _, labels in found}
         assert routes <= {None, "/weights", "other", "/metrics"}
         assert found["neumeta_requests_total", (("route", "other"), ("status", "404"))] == 1.0
