@@ -293,7 +293,7 @@ def test_metrics_have_closed_labels(folder: Path) -> None:
             text = (await client.get("/metrics")).text
         found = {}
         for family in text_string_to_metric_families(text):
-            assert family.name.startswith("neumeta_") and family.documentation
+            assert family.name.startswith(("neumeta_", "process_")) and family.documentation
             for each in family.samples:
                 found[each.name, tuple(sorted(each.labels.items()))] = each.value
         answers = {
