@@ -23,9 +23,9 @@ class Site:
 
     `cell` is the layer's stretch of its stage, [l/L, (l+1)/L], and `length` L; `outputs` and
     `inputs` are C_out and C_in (inputs is 1 for tensors without an input axis); `full_*` are the
-    sizes at full width. `gain` scales the output: by the fan-in (a sum over fewer inputs needs
-    larger terms; batch norm makes that needless), and the last convolution of a residual branch by
-    its cell, so that blocks are steps of an integrator.
+    sizes at full width and `morphs` says which of both axes morph. `gain` scales the output: by the
+    fan-in (a sum over fewer inputs needs larger terms; batch norm makes that needless), and the last
+    convolution of a residual branch by its cell, so that blocks are steps of an integrator.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Site:
     inputs: int
     full_outputs: int
     full_inputs: int
+    morphs: tuple[bool, bool]
     spatial: tuple[int, ...]
     gain: float
 
@@ -110,6 +111,7 @@ def sites(
                 sizes[layer.input_axis] if weight else 1,
                 full[layer.output_axis],
                 full[layer.input_axis] if weight else 1,
+                (space.morphs(layer.output_axis), weight and space.morphs(layer.input_axis)),
                 layer.spatial if weight else (),
                 step * fan_in if weight else step,
             )

@@ -1,7 +1,8 @@
 """Continuous representations of weights: coordinates in, weights out.
 
 `ResidualMLP` is the supplement's Figure 3; `LearnedGrid` interpolates a learned grid over the
-absolute channel index and corrects it, per channel, by polynomials of the size. Both implement
+absolute channel index and corrects it, per channel, by polynomials of the size; `IntegralGrid`
+interpolates one over the relative channel position. All implement
 `forward(site, coordinates) -> (S, O, I, k*k)`; `REPRESENTATIONS` names them. Knows no network, no
 data and no file.
 """
@@ -111,7 +112,48 @@ class ResidualMLP(nn.Module):
         return out * (self.scales[index] * site.gain)  # type: ignore[index, no-any-return]
 
 
-class LearnedGrid(nn.Module):
+class Grid(nn.Module):
+    """Learned values per role: (nodes along l/L, outputs, inputs, k*k); one node where no depth is."""
+
+    def __init__(self, roles: Mapping[str, Site], nodes: int, density: float = 1.0) -> None:
+        super().__init__()
+        self.density, self.grid = density, nn.ParameterDict()
+        for role, site in roles.items():
+            depth = nodes if site.role != site.name else 1
+            shape = (depth, *self.points(site), math.prod(site.spatial))
+            self.grid[module_key(role)] = nn.Parameter(torch.zeros(shape))
+
+    def points(self, site: Site) -> tuple[int, int]:
+        """How many points of the grid lie along the output and the input axis."""
+        sizes = zip((site.full_outputs, site.full_inputs), site.morphs, strict=True)
+        return tuple(  # type: ignore[return-value]
+            max(1, round(self.density * full)) if morphs else full for full, morphs in sizes
+        )
+
+    @torch.no_grad()
+    def fill(self, site: Site, value: Tensor) -> None:
+        """Start from the source network's tensor: its mean between the points of the grid."""
+        grid = self.grid[module_key(site.role)]
+        value = value.reshape(site.full_outputs, site.full_inputs, -1).movedim(2, 0)
+        pooled = nn.functional.adaptive_avg_pool2d(value, self.points(site)).movedim(0, 2)
+        nodes = len(grid)
+        for node in range(nodes):
+            if nodes == 1 or site.cell[0] <= (node + 0.5) / nodes < site.cell[1]:
+                grid[node] = pooled
+
+    def at_depth(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The grid at each sample's l/L."""
+        grid = self.grid[module_key(site.role)]
+        return interpolate(grid, at.layer[:, 0] * len(grid) - 0.5, 0)
+
+
+def _channel(axis: Float[Tensor, "S C 2"], count: int) -> Float[Tensor, "S C"]:
+    # The noisy absolute index c. The noise on the size moves it by less than its own does, and
+    # total = count + noise is unknown here: use the exact count.
+    return axis[..., 0] * count
+
+
+class LearnedGrid(Grid):
     """A learned grid over absolute channel indices (c/N), corrected per channel by size.
 
     W(o, i) = G(o, i) * (1 + a_o . phi(s_out)) * (1 + b_i . phi(s_in)) with multilinear interpolation
@@ -121,34 +163,21 @@ class LearnedGrid(nn.Module):
     """
 
     def __init__(self, roles: Mapping[str, Site], *, nodes: int = 1, orders: int = 3) -> None:
-        super().__init__()
-        self.orders, self.nodes = orders, nodes
-        self.grid, self.outputs, self.inputs = (
-            nn.ParameterDict(),
-            nn.ParameterDict(),
-            nn.ParameterDict(),
-        )
+        super().__init__(roles, nodes)
+        self.orders = orders
+        self.outputs, self.inputs = nn.ParameterDict(), nn.ParameterDict()
         for role, site in roles.items():
-            key, o, i = module_key(role), site.full_outputs, site.full_inputs
-            depth = nodes if site.role != site.name else 1
-            self.grid[key] = nn.Parameter(torch.zeros(depth, o, i, math.prod(site.spatial)))
-            self.outputs[key] = nn.Parameter(torch.zeros(o, orders))
+            key = module_key(role)
+            self.outputs[key] = nn.Parameter(torch.zeros(site.full_outputs, orders))
             if site.kind == "weight":
-                self.inputs[key] = nn.Parameter(torch.zeros(i, orders))
+                self.inputs[key] = nn.Parameter(torch.zeros(site.full_inputs, orders))
 
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         key = module_key(site.role)
-        # c/C * C/N * N recovers the absolute, noisy channel index; N cancels against the full size.
-        outputs = self._index(at.outputs, site.full_outputs, site.outputs)
-        inputs = self._index(at.inputs, site.full_inputs, site.inputs)
-        grid = interpolate(self.grid[key], at.layer[:, 0] * len(self.grid[key]) - 0.5, 0)
-        made = torch.stack(
-            [
-                interpolate(interpolate(g, o, 0), i, 1)
-                for g, o, i in zip(grid, outputs, inputs, strict=True)
-            ]
-        )
+        outputs = _channel(at.outputs, site.outputs).clamp(0, site.full_outputs - 1)
+        inputs = _channel(at.inputs, site.inputs).clamp(0, site.full_inputs - 1)
+        made = _pairs(self.at_depth(site, at), outputs, inputs)
         size = site.outputs / site.full_outputs
         by_output = self._correction(self.outputs[key], outputs, size)
         if site.kind != "weight":
@@ -160,15 +189,43 @@ class LearnedGrid(nn.Module):
             * ((1 + by_input)[:, None, :, None] * site.gain)
         )
 
-    def _index(self, axis: Tensor, full: int, count: int) -> Tensor:
-        # total / scale * (1 / scale) is unknown here; index = ratio * (count + noise), and the noise
-        # on the size moves an index by less than its own: use the exact count.
-        return (axis[..., 0] * count).clamp(0, full - 1)
-
     def _correction(self, modulation: Tensor, index: Tensor, size: float) -> Tensor:
         powers = torch.tensor([(1 - size) ** (k + 1) for k in range(self.orders)])
         by_channel = modulation @ powers.to(modulation)
         return torch.stack([interpolate(by_channel, row, 0) for row in index])
+
+
+class IntegralGrid(Grid):
+    """Weights as functions of the relative channel position u = (c + 1/2) / C of each morphing axis.
+
+    The functions are piecewise linear with `density` points per channel of the full size. A layer of
+    C channels is then a quadrature, with C points, of an integral over u (integral neural networks,
+    Solodskikh et al. 2023), so that a size never seen in training is only another quadrature of it.
+    """
+
+    def __init__(
+        self, roles: Mapping[str, Site], *, nodes: int = 1, density: float = 0.375
+    ) -> None:
+        super().__init__(roles, nodes, density)
+
+    def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The weights of `site` at these coordinates."""
+        (outputs, inputs), (by_output, by_input) = self.points(site), site.morphs
+        rows = self._point(at.outputs, site.outputs, outputs, by_output)
+        columns = self._point(at.inputs, site.inputs, inputs, by_input)
+        return _pairs(self.at_depth(site, at), rows, columns) * site.gain
+
+    def _point(self, axis: Tensor, count: int, points: int, morphs: bool) -> Tensor:
+        index = _channel(axis, count)
+        return (index + 0.5) / count * points - 0.5 if morphs else index
+
+
+def _pairs(
+    grid: Float[Tensor, "S A B kk"], outputs: Float[Tensor, "S O"], inputs: Float[Tensor, "S I"]
+) -> Float[Tensor, "S O I kk"]:
+    """The grid at every pair of real-valued indices, sample by sample."""
+    rows = zip(grid, outputs, inputs, strict=True)
+    return torch.stack([interpolate(interpolate(g, o, 0), i, 1) for g, o, i in rows])
 
 
 def interpolate(values: Tensor, index: Float[Tensor, " M"], axis: int) -> Tensor:
@@ -184,4 +241,8 @@ def interpolate(values: Tensor, index: Float[Tensor, " M"], axis: int) -> Tensor
     return torch.lerp(low, values.index_select(axis, above), part)
 
 
-REPRESENTATIONS: dict[str, Any] = {"mlp": ResidualMLP, "grid": LearnedGrid}
+REPRESENTATIONS: dict[str, Any] = {
+    "mlp": ResidualMLP,
+    "grid": LearnedGrid,
+    "integral": IntegralGrid,
+}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from neumeta.architecture import Space
 from neumeta.coordinates import coordinates, sites
 from neumeta.family import FAMILIES, macs, parameters
-from neumeta.inr import LearnedGrid, _Mlp, fourier_features, interpolate
+from neumeta.inr import IntegralGrid, LearnedGrid, _Mlp, fourier_features, interpolate
 from neumeta.manifold import representation, roles
 from neumeta.network import Network
 from neumeta.sample import sample, sample_site, seed_of
@@ -158,7 +158,7 @@ def test_interpolation_equals_the_loop(index: list[float]) -> None:
         torch.testing.assert_close(made[:, column], expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "grid"])
+@pytest.mark.parametrize("kind", ["mlp", "grid", "integral"])
 @pytest.mark.parametrize("block_based", [True, False])
 def test_sampling_is_the_mean_of_single_evaluations(kind: str, block_based: bool) -> None:
     manifold = lenet(kind)
@@ -202,6 +202,54 @@ def test_a_grid_is_nested_in_the_absolute_channel_index() -> None:
     gain = 64 / 32
     torch.testing.assert_close(narrow["conv3.weight"], wide["conv3.weight"][:32, :32] * gain)
     torch.testing.assert_close(narrow["conv3.bias"], wide["conv3.bias"][:32])
+
+
+def test_an_integral_grid_is_a_quadrature_of_one_function() -> None:
+    """With a constant or linear integrand every size computes the same integral over u, exactly."""
+    manifold = lenet("integral")
+    model = manifold.representation
+    assert isinstance(model, IntegralGrid)
+    grid = model.grid["conv2/weight"]
+    assert grid.shape == (1, 24, 12, 9)  # 0.375 points per channel, of (64, 32)
+    with torch.no_grad():
+        grid.copy_((torch.arange(12.0) + 0.5)[None, None, :, None].expand_as(grid))
+    for width in (1.0, 0.75, 0.5):
+        made = dict(sample(manifold, manifold.space.architecture(width), samples=1))
+        # The sum over inputs, fan-in gain included: the integral of 12 u du * 32 = 192. Points
+        # beyond the outermost knots are held constant, symmetrically at both ends.
+        sums = made["conv2.weight"].sum(1)
+        torch.testing.assert_close(sums, torch.full_like(sums, 192.0), atol=1e-3, rtol=1e-5)
+
+
+def test_an_integral_grid_equals_the_loop() -> None:
+    manifold = lenet("integral", seed=1)
+    assert isinstance(manifold.representation, IntegralGrid)
+    architecture = manifold.space.architecture(0.4)
+    layer = manifold.space.table.layers(())[1]
+    site = sites(manifold.space, architecture, layer, norm=False)[0]
+    made = sample_site(manifold, site, 1, seed=0)
+    grid = manifold.representation.grid["conv2/weight"][0]
+    for o in range(site.outputs):
+        for i in range(site.inputs):
+            row = (o + 0.5) / site.outputs * grid.shape[0] - 0.5
+            column = (i + 0.5) / site.inputs * grid.shape[1] - 0.5
+            rows = interpolate(grid, torch.tensor([row]), 0)
+            expected = interpolate(rows, torch.tensor([column]), 1)[0, 0] * site.gain
+            torch.testing.assert_close(made[o, i].flatten(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_grid_starts_as_the_source_averaged_between_its_points() -> None:
+    manifold = lenet("integral")
+    model = manifold.representation
+    assert isinstance(model, IntegralGrid)
+    space = manifold.space
+    layer = space.table.layers(())[0]
+    site = sites(space, space.full, layer, norm=False)[0]
+    source = torch.randn(32, 1, 3, 3)
+    model.fill(site, source)
+    # 32 channels in 12 points: the first one is the mean of the first three.
+    start = source[:3].mean(0).reshape(1, 9)
+    torch.testing.assert_close(model.grid["conv1/weight"][0, 0], start)
 
 
 def test_deeper_branches_are_finer_steps() -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from neumeta.architecture import Architecture, Space
 from neumeta.coordinates import coordinates, sites
-from neumeta.inr import LearnedGrid
+from neumeta.inr import Grid
 from neumeta.manifold import Manifold, roles
 from neumeta.network import Network
 from neumeta.sample import seed_of
@@ -104,8 +104,11 @@ def initialise(
     ||w - target||^2 / ||target||^2.
     """
     space, model = manifold.space, manifold.representation
-    if isinstance(model, LearnedGrid):
-        _fill_grid(model, space, targets, manifold.norm)
+    if isinstance(model, Grid):
+        for layer in space.table.layers(space.depth):
+            if space.morphing(layer):
+                for site in sites(space, space.full, layer, norm=manifold.norm):
+                    model.fill(site, targets[site.name])
         return 0.0
     scales = model.get_buffer("scales")
     for index, (role, site) in enumerate(roles(space, norm=manifold.norm).items()):
@@ -135,21 +138,6 @@ def _role(space: Space, name: str) -> str:
     layer, kind = name.rsplit(".", 1)
     by_name = {entry.name: entry.role for entry in space.table.layers(space.depth)}
     return f"{by_name[layer]}.{kind}"
-
-
-@torch.no_grad()
-def _fill_grid(model: LearnedGrid, space: Space, targets: Targets, norm: bool) -> None:
-    for layer in space.table.layers(space.depth):
-        if not space.morphing(layer):
-            continue
-        for site in sites(space, space.full, layer, norm=norm):
-            grid = model.grid[site.role.replace(".", "/")]
-            value = targets[site.name].reshape(grid.shape[1:])
-            nodes = len(grid)
-            # Each source block fills the nodes of its own stretch of l/L.
-            for node in range(nodes):
-                if nodes == 1 or site.cell[0] <= (node + 0.5) / nodes < site.cell[1]:
-                    grid[node] = value
 
 
 def reconstruction(made: Targets, targets: Targets) -> Tensor:
@@ -282,7 +270,7 @@ def fit(
         model.load_state_dict(kept["model"])
         optimiser.load_state_dict(kept["optimiser"])
         average, start = kept["average"], kept["step"]
-    elif recipe.regression_steps or isinstance(model, LearnedGrid):
+    elif recipe.regression_steps or isinstance(model, Grid):
         error = initialise(manifold, targets, recipe, log)
         average = {name: value.clone() for name, value in model.state_dict().items()}
         tqdm.write(f"regression on the smoothed weights: relative error {error:.4f}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from neumeta.architecture import Space
 from neumeta.family import FAMILIES
+from neumeta.inr import REPRESENTATIONS
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -128,7 +129,7 @@ def _check(path: Path, recipe: Recipe) -> None:
     closed = {
         "family": tuple(FAMILIES),
         "source": ("train", "import", "fine-tune"),
-        "representation": ("mlp", "grid"),
+        "representation": tuple(REPRESENTATIONS),
         "optimiser": ("adamw", "sgd"),
         "distill": ("none", "source", "inplace"),
         "permutation": ("none", "random", "layer-greedy", "layer-2opt", "mshp"),
