@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache, cached_property
 
 from neumeta.family import FAMILIES, Family, Layer, macs, parameters
 
@@ -67,12 +68,13 @@ class Space:
         """The source network's depth."""
         return self.table.architectures[self.arch]
 
+    @cache  # noqa: B019 (axes are few, and spaces live as long as their manifolds)
     def morphs(self, axis: str) -> bool:
         """Whether this axis is resized by `width`."""
         staged = self.table.stage_of(axis) is not None
         return staged and any(fnmatch(axis, pattern) for pattern in self.morph)
 
-    @property
+    @cached_property
     def stages(self) -> tuple[int, ...]:
         """The stages with at least one morphing axis: a width list has one factor for each."""
         found = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 IMAGE, CLASSES = "image", "classes"
 """The two axes no family may resize: input channels and output classes."""
@@ -51,7 +52,7 @@ class Tensor:
     axes: tuple[str | int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a handful of constants, each its own cache key
 class Family:
     """A family of networks that share one axis table.
 
@@ -68,10 +69,12 @@ class Family:
     table: Callable[[tuple[int, ...]], tuple[Layer, ...]]
     stage_of: Callable[[str], int | None]
 
+    @cache  # noqa: B019 (families live as long as the module)
     def layers(self, depth: tuple[int, ...]) -> tuple[Layer, ...]:
         """The layers of the network of this depth, in the order of the forward pass."""
         return self.table(depth)
 
+    @cache  # noqa: B019 (families live as long as the module)
     def tensors(self, depth: tuple[int, ...]) -> tuple[Tensor, ...]:
         """The folded tensors (weight and bias per layer) of the network of this depth."""
         found = []
@@ -81,6 +84,7 @@ class Family:
             found.append(Tensor(f"{layer.name}.bias", layer, "bias", (layer.output_axis,)))
         return tuple(found)
 
+    @cache  # noqa: B019 (families live as long as the module)
     def axes(self, depth: tuple[int, ...]) -> tuple[str, ...]:
         """Every named axis of the network that belongs to a stage, in order of appearance."""
         names = dict.fromkeys(layer.output_axis for layer in self.layers(depth))
