@@ -77,7 +77,8 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
     ticks = range(most - least + 1)
     axes.set_xticks(ticks, [str(t + least) for t in ticks])
     axes.set_yticks(ticks, [str(t + least) for t in ticks])
-    axes.set(xlabel="L2", ylabel="L1", title=recipe.title)
+    axes.set(xlabel="L2", ylabel="L1")
+    axes.set_title(recipe.title, fontsize=10)
     figure.colorbar(shown, label="test accuracy (%)")
     _save(figure, path)
 
