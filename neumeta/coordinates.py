@@ -47,16 +47,18 @@ class Coordinates:
     """The coordinates of one tensor, per axis; S is 1 or the number of noisy samples.
 
     layer (S, 2) = [l/L, L/N], inputs (S, I, 2) = [c_in/C_in, C_in/N], outputs (S, O, 2) =
-    [c_out/C_out, C_out/N].
+    [c_out/C_out, C_out/N]; `scale` is N.
     """
 
     layer: Float[Tensor, "S 2"]
     inputs: Float[Tensor, "S I 2"]
     outputs: Float[Tensor, "S O 2"]
+    scale: int
 
     def to(self, device: torch.device) -> Coordinates:
         """The same coordinates on this device. Noise is drawn on the CPU: equal on every device."""
-        return Coordinates(*(part.to(device) for part in (self.layer, self.inputs, self.outputs)))
+        layer, inputs, outputs = self.layer, self.inputs, self.outputs
+        return Coordinates(layer.to(device), inputs.to(device), outputs.to(device), self.scale)
 
     def vectors(self) -> Float[Tensor, "S O I 6"]:
         """Every pair's v, in the order of the supplement."""
@@ -159,4 +161,4 @@ def coordinates(
     low, high = site.cell
     within = 0.5 + draw(1) if site.length > 1 else torch.full((samples, 1), 0.5)
     layer = torch.cat((low + (high - low) * within, length / scale), -1)
-    return Coordinates(layer, channels(site.inputs), channels(site.outputs))
+    return Coordinates(layer, channels(site.inputs), channels(site.outputs), scale)

@@ -103,7 +103,8 @@ class ResidualMLP(nn.Module):
         else:
             # One network for all: l/L places each role in a cell of its own.
             place = (index + at.layer[:, :1]) / len(self.order)
-            at = Coordinates(torch.cat((place, at.layer[:, 1:]), 1), at.inputs, at.outputs)
+            layer = torch.cat((place, at.layer[:, 1:]), 1)
+            at = Coordinates(layer, at.inputs, at.outputs, at.scale)
             out = self.networks["all"](at)
             size = math.prod(site.spatial)
             if size < self.widest:
@@ -147,10 +148,12 @@ class Grid(nn.Module):
         return interpolate(grid, at.layer[:, 0] * len(grid) - 0.5, 0)
 
 
-def _channel(axis: Float[Tensor, "S C 2"], count: int) -> Float[Tensor, "S C"]:
-    # The noisy absolute index c. The noise on the size moves it by less than its own does, and
-    # total = count + noise is unknown here: use the exact count.
-    return axis[..., 0] * count
+def _channel(axis: Float[Tensor, "S C 2"], scale: int) -> Float[Tensor, "S C"]:
+    """The noisy absolute channel index: c/C * C/N * N, in which the noise on the size cancels."""
+    index = axis[..., 0] * axis[..., 1] * scale
+    # What was a whole number is one again: without noise nothing needs to be interpolated.
+    nearest = index.round()
+    return torch.where((index - nearest).abs() < 1e-4, nearest, index)
 
 
 class LearnedGrid(Grid):
@@ -175,8 +178,8 @@ class LearnedGrid(Grid):
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         key = module_key(site.role)
-        outputs = _channel(at.outputs, site.outputs).clamp(0, site.full_outputs - 1)
-        inputs = _channel(at.inputs, site.inputs).clamp(0, site.full_inputs - 1)
+        outputs = _channel(at.outputs, at.scale).clamp(0, site.full_outputs - 1)
+        inputs = _channel(at.inputs, at.scale).clamp(0, site.full_inputs - 1)
         made = _pairs(self.at_depth(site, at), outputs, inputs)
         size = site.outputs / site.full_outputs
         by_output = self._correction(self.outputs[key], outputs, size)
@@ -211,13 +214,16 @@ class IntegralGrid(Grid):
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         (outputs, inputs), (by_output, by_input) = self.points(site), site.morphs
-        rows = self._point(at.outputs, site.outputs, outputs, by_output)
-        columns = self._point(at.inputs, site.inputs, inputs, by_input)
+        rows = self._point(at.outputs, at.scale, outputs, by_output)
+        columns = self._point(at.inputs, at.scale, inputs, by_input)
         return _pairs(self.at_depth(site, at), rows, columns) * site.gain
 
-    def _point(self, axis: Tensor, count: int, points: int, morphs: bool) -> Tensor:
-        index = _channel(axis, count)
-        return (index + 0.5) / count * points - 0.5 if morphs else index
+    def _point(self, axis: Tensor, scale: int, points: int, morphs: bool) -> Tensor:
+        samples, count = axis.shape[:2]
+        if morphs:
+            return (_channel(axis, scale) + 0.5) / count * points - 0.5
+        # Between the channels of an axis that keeps its size there is nothing to learn: no noise.
+        return torch.arange(count, device=axis.device, dtype=axis.dtype).expand(samples, count)
 
 
 def _pairs(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neumeta.architecture import Space
-from neumeta.coordinates import coordinates, sites
+from neumeta.coordinates import Coordinates, coordinates, sites
 from neumeta.family import FAMILIES, macs, parameters
 from neumeta.inr import IntegralGrid, LearnedGrid, _Mlp, fourier_features, interpolate
 from neumeta.manifold import representation, roles
@@ -109,7 +109,7 @@ def test_the_split_first_layer_is_the_supplements_mlp() -> None:
     space = lenet().space
     site = sites(space, space.architecture(0.3), space.table.layers(())[1], norm=False)[0]
     at = coordinates(site, 64, noise=0.4, samples=2, generator=torch.Generator().manual_seed(1))
-    at = type(at)(at.layer.double(), at.inputs.double(), at.outputs.double())
+    at = Coordinates(at.layer.double(), at.inputs.double(), at.outputs.double(), at.scale)
     made = mlp(at)
     v = at.vectors()
     columns = {
@@ -173,7 +173,7 @@ def test_sampling_is_the_mean_of_single_evaluations(kind: str, block_based: bool
     total = torch.zeros_like(made)
     at = coordinates(site, 64, noise=0.5, samples=5, generator=generator, noise_free_first=True)
     for k in range(5):
-        one = type(at)(at.layer[k : k + 1], at.inputs[k : k + 1], at.outputs[k : k + 1])
+        one = Coordinates(at.layer[k : k + 1], at.inputs[k : k + 1], at.outputs[k : k + 1], 64)
         total += manifold.representation(site, one).reshape(made.shape) / 5
     # float32 sums in another order, values of order one
     torch.testing.assert_close(made, total, atol=1e-5, rtol=1e-4)
@@ -236,6 +236,26 @@ def test_an_integral_grid_equals_the_loop() -> None:
             rows = interpolate(grid, torch.tensor([row]), 0)
             expected = interpolate(rows, torch.tensor([column]), 1)[0, 0] * site.gain
             torch.testing.assert_close(made[o, i].flatten(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_noise_moves_only_the_axes_that_morph() -> None:
+    """In the last block's scope conv1 reads 64 frozen channels: noise must not mix them."""
+    space = Space("resnet-cifar", "resnet20", 10, ("layer3.2.inner",), (0.5, 1.0))
+    model = IntegralGrid(roles(space, norm=False), density=1.0)
+    layers = {layer.name: layer for layer in space.table.layers(space.depth)}
+    site = sites(space, space.full, layers["layer3.2.conv1"], norm=False)[0]
+    assert site.morphs == (True, False)
+    by_input = torch.randn(64)
+    model.fill(site, by_input[None, :, None, None].expand(64, 64, 3, 3))
+    generator = torch.Generator().manual_seed(0)
+    noisy = model(site, coordinates(site, 64, noise=0.5, samples=3, generator=generator))
+    torch.testing.assert_close(noisy, by_input[None, None, :, None].expand_as(noisy))
+    # and along the axis that morphs it does move: c + U(-1/2, 1/2), whatever the noise on the size
+    by_output = torch.arange(64.0)
+    model.fill(site, by_output[:, None, None, None].expand(64, 64, 3, 3))
+    noisy = model(site, coordinates(site, 64, noise=0.5, samples=50, generator=generator))
+    moved = (noisy[:, 1:-1, 0, 0] - by_output[1:-1]).abs()
+    assert 0.2 < moved.mean() < 0.3 and moved.max() <= 0.5
 
 
 def test_a_grid_starts_as_the_source_averaged_between_its_points() -> None:
