@@ -176,7 +176,7 @@ def test_many_clients_one_materialization(manifold_file: Path) -> None:
             )
             scraped = (await client.get("/metrics")).text
         assert len({answer.content for answer in answers}) == 1
-        assert "neumeta_sampling_seconds_count 1.0" in scraped
+        assert 'neumeta_sampling_seconds_count{stage="sample"} 1.0' in scraped
 
     run(check())
 
