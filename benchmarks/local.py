@@ -25,10 +25,13 @@ SAMPLED = 'neumeta_sampling_seconds_count{stage="sample"}'
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """A TCP port that nobody listens on, low enough for a cluster's bus at 10,000 above it."""
+    while True:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = int(taken.getsockname()[1])
+        if port <= 55_000:
+            return port
 
 
 def hardware() -> str:
@@ -62,6 +65,7 @@ class RedisServer:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
                 return
             time.sleep(0.02)
+        self.kill()
         raise AssertionError("redis-server did not start")
 
     def signal(self, number: signal.Signals) -> None:

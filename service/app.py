@@ -52,7 +52,7 @@ FILE: dict[int | str, dict[str, Any]] = {
 }
 
 
-class FileResponse(StreamingResponse):
+class BodyResponse(StreamingResponse):
     """Bytes [start, stop) of a body, which is told when its reader is gone, however it went."""
 
     def __init__(
@@ -174,7 +174,7 @@ def create_app(settings: Settings) -> FastAPI:
         headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
             headers["Repr-Digest"] = body.repr_digest
-        return FileResponse(body, start, stop, status, headers)
+        return BodyResponse(body, start, stop, status, headers)
 
     @app.post("/weights", responses=FILE, openapi_extra=BODY, response_class=Response)
     async def post_weights(request: Request) -> Response:

@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 from service.metrics import Metrics
@@ -191,23 +192,22 @@ class Cache:
         `produce` makes what follows `head`; it runs in a sampler's thread. Whoever got a body says
         `leave` when done with it. Waits for the shared tier's answer only. Raises Busy.
         """
+        body = self.finished.get(key) or self.flights.get(key)
         if key in self.finished:
             self.finished.move_to_end(key)
-            body = self.finished[key]
+        if body is not None and body.filled == body.length:  # or it is being stored
             body.readers += 1
             return body, "memory"
         self.metrics.misses.labels("memory").inc()
-        joined = key in self.flights
-        if joined:
-            body = self.flights[key]
-        else:
+        joined = body is not None
+        if body is None:
             body = Body(head, length)
             if self.shared is None:
                 self._admit(body, "computed")
             self.flights[key] = body
             # The task is the cache's own: only the last client to leave stops it.
             task = self._spawn(self._fly(key, body, produce))
-            body.stop = lambda: self._abandon(key, body, task)
+            body.stop = partial(self._abandon, key, body, task)
         body.readers += 1
         try:
             tier = body.tier or await body.settled()

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import hashlib
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 
 import pytest
 
@@ -188,6 +188,112 @@ def test_a_reader_that_leaves_stops_nobody() -> None:
         released.set()
         assert await staying == b"x"
         assert leaving.cancelled()
+        await cache.close()
+
+    run(check())
+
+
+def gated() -> tuple[threading.Event, threading.Event, Callable[[], Iterator[bytes]]]:
+    """A producer of 'ab' that waits before each byte; whether it began; what lets it go on."""
+    began, released = threading.Event(), threading.Event()
+
+    def produce() -> Iterator[bytes]:
+        began.set()
+        assert released.wait(20)
+        yield b"a"
+        yield b"b"
+
+    return began, released, produce
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.005)
+
+
+def cancelled(cache: Cache) -> float:
+    found = cache.metrics.registry.get_sample_value("neumeta_sampling_cancelled_total")
+    assert found is not None
+    return found
+
+
+def test_the_last_reader_to_leave_stops_the_sampling() -> None:
+    async def check() -> None:
+        cache = Cache(1000)
+        began, released, produce = gated()
+        first, _ = await cache.get("key", b"", 2, produce)
+        second, tier = await cache.get("key", b"", 2, produce)
+        assert second is first and tier == "coalesced"
+        await until(began.is_set)
+        first.leave()
+        assert "key" in cache.flights and cancelled(cache) == 0
+        second.leave()
+        assert "key" not in cache.flights
+        # Who comes now has a flight of their own.
+        third, tier = await cache.get("key", b"", 2, lambda: iter([b"xy"]))
+        assert tier == "computed" and third is not first
+        released.set()
+        assert await read(third) == b"xy"
+        await cache.close()
+        assert cancelled(cache) == 1 and first.filled < 2 and first.sha256 is None
+        assert cache.finished["key"] is third and cache.making == 0
+
+    run(check())
+
+
+def test_a_flight_abandoned_in_the_queue_never_runs() -> None:
+    async def check() -> None:
+        cache = Cache(1000, max_flights=2)
+        began, released, produce = gated()
+        running, _ = await cache.get("running", b"", 2, produce)
+        await until(began.is_set)
+        ran = threading.Event()
+
+        def never() -> Iterator[bytes]:
+            ran.set()
+            yield b"xy"
+
+        waiting, _ = await cache.get("waiting", b"", 2, never)
+        queue = lambda: cache.metrics.registry.get_sample_value("neumeta_queue")
+        await until(lambda: queue() == 1)
+        waiting.leave()
+        await until(lambda: cache.making == 1)
+        assert queue() == 0
+        other, _ = await cache.get("other", b"", 2, lambda: iter([b"cd"]))  # not Busy
+        released.set()
+        assert await read(running) == b"ab" and await read(other) == b"cd"
+        await cache.close()
+        assert not ran.is_set() and cancelled(cache) == 1
+
+    run(check())
+
+
+def test_a_reader_who_got_all_it_asked_for_stops_nothing() -> None:
+    """It asks for the next range now."""
+
+    async def check() -> None:
+        cache = Cache(1000)
+        began, released, produce = gated()
+        body, _ = await cache.get("key", HEAD, len(HEAD) + 2, produce)
+        assert await read(body, 0, len(HEAD)) == HEAD
+        body.leave()
+        released.set()
+        again, tier = await cache.get("key", HEAD, len(HEAD) + 2, produce)
+        assert again is body and await read(again) == HEAD + b"ab"
+        assert cancelled(cache) == 0
+        await cache.close()
+
+    run(check())
+
+
+def test_leaving_a_finished_body_changes_nothing() -> None:
+    async def check() -> None:
+        cache = Cache(1000)
+        body, _ = await cache.get("key", b"", 2, lambda: iter([b"ab"]))
+        await until(lambda: not cache.flights)
+        body.leave()
+        again, tier = await cache.get("key", b"", 2, lambda: iter([b"xy"]))
+        assert tier == "memory" and await read(again) == b"ab" and cancelled(cache) == 0
         await cache.close()
 
     run(check())
