@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,14 +12,16 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from neumeta import __version__
 from service import problem
-from service.cache import Busy, Cache
+from service.cache import Body, Busy, Cache
 from service.engine import Engine, Job
 from service.guard import Guard
 from service.metrics import Metrics
 from service.problem import Problem, refuse
+from service.redis_cache import RedisCache
 from service.request import ALLOWED, WeightsRequest, from_json, from_query, no_query
 from service.settings import Settings
 
@@ -51,6 +52,22 @@ FILE: dict[int | str, dict[str, Any]] = {
 }
 
 
+class BodyResponse(StreamingResponse):
+    """Bytes [start, stop) of a body, which is told when its reader is gone, however it went."""
+
+    def __init__(
+        self, body: Body, start: int, stop: int, status: int, headers: dict[str, str]
+    ) -> None:
+        super().__init__(body.read(start, stop), status, headers, MEDIA)
+        self.file = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.file.leave()
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The application on these settings.
 
@@ -67,17 +84,32 @@ def create_app(settings: Settings) -> FastAPI:
     for name, manifold in engine.manifolds.items():
         info = {"sha256": manifold.digest, "family": manifold.space.family}
         metrics.checkpoint.labels(name).info(info)
+    redis = None
+    if settings.redis_url:
+        redis = RedisCache(
+            settings.redis_url,
+            timeout=settings.redis_timeout,
+            lease=settings.redis_lease,
+            pause=settings.redis_pause,
+            metrics=metrics,
+        )
     cache = Cache(
         settings.cache_bytes,
         samplers=settings.samplers,
         max_flights=settings.max_flights,
         prepare=engine.prepare_thread,
+        shared=redis,
+        metrics=metrics,
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if redis:
+            await redis.ping()  # the first request finds a connection, or the failure counted
         yield
         await cache.close()
+        if redis:
+            await redis.close()
 
     app = FastAPI(
         title="NeuMeta Serve",
@@ -101,16 +133,7 @@ def create_app(settings: Settings) -> FastAPI:
         detail = f"{entry['given'][1:-1]}: {str(error.detail).lower()}"
         return problem.response(Problem(error.status_code, detail, [entry], headers))
 
-    def produce(job: Job) -> Iterator[bytes]:
-        began = time.perf_counter()
-        try:
-            yield from engine.weights(job)
-        except Exception:
-            metrics.failures.inc()
-            raise
-        metrics.sampling.labels("sample").observe(time.perf_counter() - began)
-
-    def weights(request: Request, job: Job) -> Response:
+    async def weights(request: Request, job: Job) -> Response:
         head, length = job.plan.header, job.plan.length
         headers = {
             "ETag": job.etag,
@@ -143,28 +166,26 @@ def create_app(settings: Settings) -> FastAPI:
             headers["X-Neumeta-Cache"] = "plan"
             return Response(head[start:stop], status, headers, MEDIA)
         try:
-            body, tier = cache.get(job.key, head, length, lambda: produce(job))
+            body, tier = await cache.get(job.key, head, length, lambda: engine.weights(job))
         except Busy as error:
             metrics.rejected.labels("busy").inc()
             raise Problem(429, f"busy: {error}", headers={"Retry-After": "1"}) from None
         metrics.cache.labels(tier).inc()
-        if tier != "memory":
-            metrics.misses.labels("memory").inc()
         headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
             headers["Repr-Digest"] = body.repr_digest
-        return StreamingResponse(body.read(start, stop), status, headers, MEDIA)
+        return BodyResponse(body, start, stop, status, headers)
 
     @app.post("/weights", responses=FILE, openapi_extra=BODY, response_class=Response)
     async def post_weights(request: Request) -> Response:
         """Weights of the requested architecture, streamed as safetensors."""
-        return weights(request, engine.job(from_json(await _json(request))))
+        return await weights(request, engine.job(from_json(await _json(request))))
 
     @app.get("/weights/{arch}", responses=FILE, openapi_extra=QUERY, response_class=Response)
     @app.head("/weights/{arch}", include_in_schema=False)
     async def get_weights(request: Request, arch: str) -> Response:
         """The same bytes by URL, resumable. HEAD samples nothing."""
-        return weights(request, engine.job(from_query(arch, request.query_params)))
+        return await weights(request, engine.job(from_query(arch, request.query_params)))
 
     @app.post("/plan", responses=PROBLEMS, openapi_extra=BODY)
     async def plan(request: Request) -> JSONResponse:
@@ -194,15 +215,16 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/readyz")
     @app.head("/readyz", include_in_schema=False)
     async def readyz() -> JSONResponse:
-        """The manifolds are loaded and requests are welcome."""
-        return JSONResponse({"status": "ready", "models": sorted(engine.manifolds)})
+        """The manifolds are loaded and requests are welcome; 'degraded' while Redis is away."""
+        status = "ready" if redis is None or await redis.ping() else "degraded"
+        return JSONResponse({"status": status, "models": sorted(engine.manifolds)})
 
     @app.get("/metrics", response_class=Response)
     @app.head("/metrics", include_in_schema=False)
     async def scrape() -> Response:
         """Prometheus metrics."""
         metrics.cache_bytes.set(cache.bytes)
-        metrics.flights.set(len(cache.flights))
+        metrics.flights.set(cache.making)
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes)

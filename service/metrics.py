@@ -94,6 +94,8 @@ class Metrics:
             (self.misses, "tier", ("memory", "redis")),
             (self.lease, "outcome", ("won", "waited", "expired", "failed")),
             (self.redis_errors, "operation", ("get", "set", "lease")),
+            (self.redis_seconds, "operation", ("get", "set", "lease")),
+            (self.sampling, "stage", ("queue", "sample", "store")),
             (self.rejected, "reason", ("busy", "token", "size")),
             (self.reloads, "outcome", ("ok", "failed")),
         ):

@@ -38,6 +38,20 @@ class Settings(BaseSettings):
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         "info", description="least severe log line that is written"
     )
+    redis_url: str = Field(
+        "",
+        description="Redis or Valkey that replicas share: redis, rediss, valkey, valkeys or unix"
+        " URL, `redis+cluster://` for a cluster; empty: memory only",
+    )
+    redis_timeout: float = Field(
+        0.2, gt=0, le=10, description="seconds a Redis command may take before it is given up"
+    )
+    redis_lease: float = Field(
+        5.0, gt=0, le=600, description="seconds after which a replica that died is known to be dead"
+    )
+    redis_pause: float = Field(
+        1.0, gt=0, le=600, description="seconds between pings of a Redis that is left alone"
+    )
 
     def files(self) -> list[Path]:
         """The manifold files these settings name. Raises FileNotFoundError naming what is absent."""
@@ -59,7 +73,8 @@ def table() -> str:
     """All settings as a markdown table: what the README shows, and a test compares."""
     rows = ["| environment | flag | default | meaning |", "|---|---|---|---|"]
     for name, entry in Settings.model_fields.items():
-        default = "the shipped `models/`" if name == "models" else f"`{entry.default}`"
+        default = f"`{entry.default}`" if entry.default != "" else "none"
+        default = "the shipped `models/`" if name == "models" else default
         flag = name.replace("_", "-")
         rows.append(f"| `NEUMETA_{name.upper()}` | `--{flag}` | {default} | {entry.description} |")
     return "\n".join(rows)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,6 +89,31 @@ def test_a_failure_while_sampling_breaks_the_connection(tmp_path: Path) -> None:
             httpx.get(f"{address}/weights/lenet?width=0.5")
         assert httpx.get(f"{address}/livez").status_code == 200
         assert "neumeta_sampling_failures_total 1.0" in httpx.get(f"{address}/metrics").text
+    finally:
+        stop(process)
+
+
+def test_a_client_that_hangs_up_stops_the_sampling(tmp_path: Path) -> None:
+    path = tmp_path / "lenet.safetensors"
+    checkpoint.write(lenet(), path)
+    process, address = start(path, "--max-samples", "4096")
+    try:
+        # Seconds of sampling, of which the client waits for the first byte.
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            httpx.Client(timeout=0.5) as hasty,
+            hasty.stream("GET", f"{address}/weights/lenet?samples=4096") as answer,
+        ):
+            for _ in answer.iter_bytes():
+                pass
+        for _ in range(200):
+            if "neumeta_sampling_cancelled_total 1.0" in httpx.get(f"{address}/metrics").text:
+                break
+            time.sleep(0.05)
+        text = httpx.get(f"{address}/metrics").text
+        assert "neumeta_sampling_cancelled_total 1.0" in text
+        assert 'neumeta_sampling_seconds_count{stage="sample"} 0.0' in text
+        assert "neumeta_flights 0.0" in text
     finally:
         stop(process)
 
