@@ -106,6 +106,7 @@ def replicas(count: int, models: Path, *flags: str) -> Iterator[list[Replica]]:
     """`count` service processes, each with its real uvicorn, until the block ends."""
     started: list[Replica] = []
     command = [sys.executable, "-m", "service.cli", "--models", str(models), "--port", "0"]
+    command += ["--log-level", "warning"]  # nobody reads what it prints, and a full pipe blocks
     processes = [
         subprocess.Popen(
             [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

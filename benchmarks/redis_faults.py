@@ -2,7 +2,7 @@
 
     python -m benchmarks.redis_faults
 
-One replica without a memory tier, so that every request asks Redis; 25 sizes of a small manifold with
+One replica without a memory tier, so that every request asks Redis; 27 small sizes of a small manifold with
 random parameters; requests start at a fixed rate, each on a connection of its own. "Added" latency
 while Redis hangs is that of requests that began between SIGSTOP and the opening of the circuit, less
 the median with Redis dead: those also sample. Last line: one JSON object.
@@ -37,10 +37,10 @@ class Load:
 
     async def one(self, number: int) -> None:
         began = time.monotonic()
+        width = ",".join(str((8 + number // 3**stage % 3) / 32) for stage in range(3))
         try:
-            found: Answer | BaseException = await fetch(
-                self.port, f"/weights/lenet?width={(8 + number % 25) / 32}"
-            )
+            path = f"/weights/lenet?width={width}"
+            found: Answer | BaseException = await fetch(self.port, path)
         except (OSError, EOFError) as error:
             found = error
         self.rows.append((began, found))
@@ -135,7 +135,7 @@ async def faults(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rate", type=float, default=40, help="requests a second")
+    parser.add_argument("--rate", type=float, default=30, help="requests a second")
     parser.add_argument("--hang", type=float, default=30, help="seconds of SIGSTOP")
     parser.add_argument("--hangs", type=int, default=20)
     asked = parser.parse_args()
