@@ -2,11 +2,12 @@
 
     python -m benchmarks.redis_faults
 
-One replica without a memory tier, so that every request asks Redis; 27 small sizes of a small manifold with
+One replica without a memory tier, so that every request asks Redis; 27 small sizes of a manifold of
 random parameters; requests start at a fixed rate, each on a connection of its own. "Added" latency
 while Redis hangs is that of requests that began between SIGSTOP and the opening of the circuit, less
-the median with Redis dead: those also sample. To the first byte it is the wait for Redis alone; to the
-last, requests that were held up together also wait for one another's sampling. Last line: one JSON object.
+the median with Redis dead: those also sample. To the first byte it is the wait for Redis alone; to
+the last, requests that were held up together also wait for one another's sampling.
+Last line: one JSON object.
 """
 
 from __future__ import annotations
