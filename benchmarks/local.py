@@ -106,6 +106,7 @@ def replicas(count: int, models: Path, *flags: str) -> Iterator[list[Replica]]:
     """`count` service processes, each with its real uvicorn, until the block ends."""
     started: list[Replica] = []
     command = [sys.executable, "-m", "service.cli", "--models", str(models), "--port", "0"]
+    command += ["--log-level", "warning"]  # nobody reads what it prints, and a full pipe blocks
     processes = [
         subprocess.Popen(
             [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -132,11 +133,12 @@ def replicas(count: int, models: Path, *flags: str) -> Iterator[list[Replica]]:
 
 @dataclass
 class Answer:
-    """What came back."""
+    """What came back, and the seconds to its headers and to its last byte."""
 
     status: int
     headers: dict[str, str]
     body: bytes
+    first: float
     seconds: float
 
     @property
@@ -152,11 +154,12 @@ async def fetch(port: int, path: str) -> Answer:
     try:
         writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        first = time.perf_counter() - began
         pairs = (line.split(": ", 1) for line in head[1:] if line)
         headers = {name.lower(): value for name, value in pairs}
         body = await reader.readexactly(int(headers["content-length"]))
         status = int(head[0].split()[1])
-        return Answer(status, headers, body, time.perf_counter() - began)
+        return Answer(status, headers, body, first, time.perf_counter() - began)
     finally:
         writer.close()
         with contextlib.suppress(OSError):

@@ -31,7 +31,7 @@ from service.metrics import Metrics
 
 PREFIX = 32 + 8 + 32
 PART = 2 << 20
-TICKS = 10
+TURNS = 5
 FAILURES = 3
 """Failures in a row that open the circuit."""
 STORE_SECONDS = 5.0
@@ -138,13 +138,12 @@ class RedisCache:
         began = time.perf_counter()
         task = asyncio.ensure_future(client.execute_command(*command))
         try:
-            # In ticks, and each lets the event loop turn: a reply that waits only for this
-            # process to have a moment is not late.
-            for _ in range(TICKS):
-                await asyncio.wait({task}, timeout=timeout / TICKS)
-                if task.done():
-                    break
-            else:
+            await asyncio.wait({task}, timeout=timeout)
+            # A reply that waits only for this process to have a moment is not late.
+            for _ in range(TURNS):
+                if not task.done():
+                    await asyncio.sleep(0)
+            if not task.done():
                 raise TimeoutError(f"no reply within {timeout:g} s")
             reply = task.result()
         except asyncio.CancelledError:
