@@ -134,7 +134,7 @@ def test_a_pulled_file_is_a_network(tmp_path: Path) -> None:
     out = tmp_path / "made" / "net.safetensors"
     assert pull(out, answer()).error is None
     assert out.read_bytes() == GOOD
-    assert list(out.parent.iterdir()) == [out]
+    assert {path.name for path in out.parent.iterdir()} == {out.name, f".{out.name}.pull"}
     assert network.load(out)(torch.rand(2, 1, 28, 28)).shape == (2, 10)
 
 
@@ -359,3 +359,57 @@ def test_an_arch_stays_one_segment_of_the_path(tmp_path: Path) -> None:
     ):
         client.pull("http://service", "../models?x=#", tmp_path / "net", client=http)
     assert seen == [b"/prefix/weights/..%2Fmodels%3Fx%3D%23"]
+
+
+def test_a_current_file_is_not_pulled_again_and_a_damaged_one_is(tmp_path: Path) -> None:
+    out = tmp_path / "net.safetensors"
+    assert pull(out, answer()).error is None
+    again = pull(out, lambda request: httpx.Response(304))
+    assert again.error is None and again.requests[0].headers["if-none-match"] == ETAG
+    out.write_bytes(GOOD[:-1])
+    healed = pull(out, answer())
+    assert "if-none-match" not in healed.requests[0].headers and out.read_bytes() == GOOD
+
+
+def test_the_next_run_goes_on_where_an_earlier_one_gave_up(tmp_path: Path) -> None:
+    out = tmp_path / "net.safetensors"
+    assert pull(out, answer(sent=GOOD[:1000], breaks=True), retries=0).error
+    later = pull(out, resumed)
+    assert later.error is None and out.read_bytes() == GOOD
+    assert later.requests[0].headers["range"] == "bytes=1000-"
+    assert not list(tmp_path.glob(".*.incomplete"))
+
+
+def test_what_was_left_of_another_request_is_not_continued(tmp_path: Path) -> None:
+    out = tmp_path / "net.safetensors"
+    assert pull(out, answer(sent=GOOD[:1000], breaks=True), retries=0, width="0.75").error
+    later = pull(out, answer())
+    assert "range" not in later.requests[0].headers and out.read_bytes() == GOOD
+
+
+def test_a_damaged_leftover_is_found_by_its_digest(tmp_path: Path) -> None:
+    out = tmp_path / "net.safetensors"
+    assert pull(out, answer(sent=GOOD[:1000], breaks=True), retries=0).error
+    (tmp_path / f".{out.name}.incomplete").write_bytes(bytes(1000))
+    later = pull(out, resumed, answer())
+    assert later.error is None and len(later.requests) == 2 and out.read_bytes() == GOOD
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_offline_start_needs_a_whole_file(
+    tmp_path: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, url = tmp_path / "net.safetensors", "http://service"
+    assert pull(out, answer()).error is None
+    if damaged:
+        out.write_bytes(GOOD[:-1] + b"?")
+    assert bool(client.kept_whole(url, "lenet", out)) is not damaged
+    assert client.kept_whole(url, "lenet", out, {"width": "0.25"}) == ""
+
+    def away(*args: object, **options: object) -> str:
+        raise client.PullError("connection refused")
+
+    monkeypatch.setattr(client, "pull", away)
+    asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
+    assert client.main([*asked, "--offline-ok"]) == int(damaged)
+    assert client.main(asked) == 1

@@ -58,7 +58,7 @@ def test_pull_gives_a_network_that_runs(url: str, tmp_path: Path) -> None:
     digest = client.pull(url, "lenet", out, parameters={"width": "0.5"})
     assert hashlib.sha256(out.read_bytes()).hexdigest() == digest
     assert network.load(out)(torch.rand(3, 1, 28, 28)).shape == (3, 10)
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert {path.name for path in out.parent.iterdir()} == {out.name, f".{out.name}.pull"}
 
 
 def test_the_command_says_what_is_wrong_and_keeps_the_last_good_file(
