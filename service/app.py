@@ -32,10 +32,24 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": problem.TITLES[status], "content": {problem.MEDIA: {}}}
     for status in (400, 401, 404, 413, 415, 422, 429, 431)
 }
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """A schema without references: "#/$defs" would point into the OpenAPI document, to nothing."""
+    if isinstance(node, list):
+        return [_inlined(each, definitions) for each in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(each, definitions) for key, each in node.items() if key != "$defs"}
+
+
+_schema = WeightsRequest.model_json_schema()
 BODY = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": WeightsRequest.model_json_schema()}},
+        "content": {"application/json": {"schema": _inlined(_schema, _schema["$defs"])}},
     }
 }
 QUERY = {
