@@ -30,6 +30,8 @@ import torch
 from neumeta import checkpoint
 from neumeta.architecture import Space
 from neumeta.manifold import Manifold, representation
+from service.engine import Engine
+from service.request import WeightsRequest
 
 Outcome = tuple[str, int, str]
 """What became of a request ('whole', 'truncated', 'refused', 'status'), its status, its sha256."""
@@ -87,12 +89,13 @@ class Service:
         return self.process.wait(40)
 
 
-def stall(port: int, path: str) -> socket.socket:
+def stall(port: int, path: str, *headers: str) -> socket.socket:
     """A reader with a small buffer that takes 1 KB and no more."""
     reader = socket.socket()
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     reader.connect(("127.0.0.1", port))
-    reader.sendall(f"GET {path} HTTP/1.1\r\nHost: stalled\r\n\r\n".encode())
+    lines = [f"GET {path} HTTP/1.1", "Host: stalled", *headers]
+    reader.sendall("\r\n".join(lines).encode() + b"\r\n\r\n")
     taken = 0
     while taken < 1024:
         taken += len(reader.recv(1024 - taken))
@@ -259,10 +262,11 @@ def hup(seconds: float, clients: int = 8, reloads: int = 6) -> dict[str, Any]:
         for seed in (1, 0):
             checkpoint.write(manifold(seed=seed), file)
             raws.insert(0, file.read_bytes())
-            reference = Service(file)
-            body = httpx.get(reference.url + path, timeout=60).content
+            engine = Engine([file], device="cpu")
+            engine.prepare_thread()
+            job = engine.job(WeightsRequest(arch="resnet56", width=0.5))
+            body = job.plan.header + b"".join(engine.weights(job))
             wholes.add(hashlib.sha256(body).hexdigest())
-            reference.stop()
         service = Service(file)
         try:
             told = asyncio.run(scene(service, file, raws))
