@@ -1,6 +1,6 @@
 """What a service survives: readers that stall, SIGTERM and SIGHUP under load. One command each:
 
-    python -m benchmarks.life stalled|term|hup [--readers 200] [--seconds 20]
+    python -m benchmarks.life stalled|term|hup|widths [--readers 200] [--seconds 20]
 
 Starts its own service on random-parameter manifolds and a free port; the last line is one JSON object.
 """
@@ -277,15 +277,54 @@ def hup(seconds: float, clients: int = 8, reloads: int = 6) -> dict[str, Any]:
         return told
 
 
+def widths(count: int, bound: int = 1_000_000) -> dict[str, Any]:
+    """Distinct widths in a row: the cache's bytes, memory, and what a client of one file waits."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "m.safetensors"
+        checkpoint.write(manifold("lenet"), file)
+        service = Service(file, "--cache-bytes", str(bound))
+        try:
+            most, waits, tags, first = 0.0, [], set(), 0
+            space = manifold("lenet").space
+            full = space.full.channels
+            with httpx.Client(base_url=service.url, timeout=60) as client:
+                for step in range(count):
+                    part = (step, step // 25, step // 625)
+                    chosen = [(c // 4 + p % 25) / c for c, p in zip(full, part, strict=True)]
+                    answer = client.get(f"/weights/lenet?width={','.join(map(str, chosen))}")
+                    assert answer.status_code == 200, answer.text
+                    tags.add(answer.headers["etag"])
+                    if step % 50 == 0:
+                        began = time.perf_counter()
+                        assert client.get("/weights/lenet?width=0.25").status_code == 200
+                        waits.append(time.perf_counter() - began)
+                        most = max(most, service.metric("neumeta_cache_bytes"))
+                        first = first or service.memory() * (step >= count // 4)
+            last = service.memory()
+        finally:
+            service.stop()
+    return {
+        "requests": count,
+        "distinct_files": len(tags),
+        "cache_bound_bytes": bound,
+        "cache_most_bytes": int(most),
+        "resident_after_a_quarter_and_last": [first, last],
+        "other_file_max_ms": round(1e3 * max(waits), 1),
+    }
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="benchmarks.life", description=__doc__)
-    parser.add_argument("show", choices=["stalled", "term", "hup"])
+    parser.add_argument("show", choices=["stalled", "term", "hup", "widths"])
     parser.add_argument("--readers", type=int, default=200)
+    parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--deadline", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=20.0)
     given = parser.parse_args()
-    if given.show == "stalled":
+    if given.show == "widths":
+        told = widths(given.count)
+    elif given.show == "stalled":
         told = stalled(given.readers, given.deadline)
     else:
         told = {"term": term, "hup": hup}[given.show](given.seconds)
