@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from neumeta.architecture import Space
@@ -94,12 +94,14 @@ def read(path: Path) -> Manifold:
     Raises BadCheckpoint, naming the tensor or the digest, if the file is cut short, damaged, of
     another format or of a family this version does not know; FileNotFoundError if it is not there.
     """
-    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    # Read once: the file may be replaced at any moment, and a memory map would follow it.
+    raw = path.read_bytes()
+    sha = hashlib.sha256(raw).hexdigest()
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        tensors = load(raw)
+        length = int.from_bytes(raw[:8], "little")
+        metadata = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
+    except SafetensorError as error:
         raise BadCheckpoint(f"{path}: damaged or cut short: {error}") from None
     if "neumeta" not in metadata:
         raise BadCheckpoint(f"{path}: no manifold (its metadata has no 'neumeta' key)")

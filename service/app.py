@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,21 +20,37 @@ from service import problem
 from service.cache import Body, Busy, Cache
 from service.engine import Engine, Job
 from service.guard import Guard
+from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.problem import Problem, refuse
 from service.redis_cache import RedisCache
 from service.request import ALLOWED, WeightsRequest, from_json, from_query, no_query
 from service.settings import Settings
+from service.tokens import Tokens
 
 MEDIA = "application/vnd.safetensors"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": problem.TITLES[status], "content": {problem.MEDIA: {}}}
-    for status in (400, 404, 413, 415, 422, 429)
+    for status in (400, 401, 404, 413, 415, 422, 429, 431)
 }
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """A schema without references: "#/$defs" would point into the OpenAPI document, to nothing."""
+    if isinstance(node, list):
+        return [_inlined(each, definitions) for each in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(each, definitions) for key, each in node.items() if key != "$defs"}
+
+
+_schema = WeightsRequest.model_json_schema()
 BODY = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": WeightsRequest.model_json_schema()}},
+        "content": {"application/json": {"schema": _inlined(_schema, _schema["$defs"])}},
     }
 }
 QUERY = {
@@ -73,17 +90,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     Raises BadCheckpoint, ValueError or FileNotFoundError if a manifold cannot be served.
     """
-    engine = Engine(
-        settings.files(),
-        device=settings.device,
-        threads=settings.threads,
-        max_samples=settings.max_samples,
-        max_file_bytes=settings.max_file_bytes,
-    )
+    tokens = Tokens(Path(settings.tokens_file)) if settings.tokens_file else None
+    engine = Engine.of(settings)
     metrics = Metrics()
-    for name, manifold in engine.manifolds.items():
-        info = {"sha256": manifold.digest, "family": manifold.space.family}
-        metrics.checkpoint.labels(name).info(info)
+    lifecycle = Lifecycle(settings, engine, metrics, tokens)
     redis = None
     if settings.redis_url:
         redis = RedisCache(
@@ -118,6 +128,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.engine, app.state.metrics, app.state.cache = engine, metrics, cache
+    app.state.settings, app.state.lifecycle = settings, lifecycle
 
     @app.exception_handler(Problem)
     async def refused(request: Request, error: Problem) -> Response:
@@ -192,7 +203,7 @@ def create_app(settings: Settings) -> FastAPI:
         """Size, cost and expected accuracy of a request; nothing is materialized."""
         return JSONResponse(engine.describe(engine.job(from_json(await _json(request)))))
 
-    @app.get("/models")
+    @app.get("/models", responses=PROBLEMS)
     @app.head("/models", include_in_schema=False)
     async def models(request: Request) -> JSONResponse:
         """What is served."""
@@ -206,28 +217,31 @@ def create_app(settings: Settings) -> FastAPI:
         no_query(request.query_params)
         return JSONResponse(engine.model(arch))
 
-    @app.get("/livez")
+    @app.get("/livez", responses=PROBLEMS)
     @app.head("/livez", include_in_schema=False)
     async def livez() -> JSONResponse:
         """The process answers."""
         return JSONResponse({"status": "live"})
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={**PROBLEMS, 503: PROBLEMS[429]})
     @app.head("/readyz", include_in_schema=False)
     async def readyz() -> JSONResponse:
         """The manifolds are loaded and requests are welcome; 'degraded' while Redis is away."""
+        if lifecycle.draining:
+            raise Problem(503, "draining: this process is about to stop")
         status = "ready" if redis is None or await redis.ping() else "degraded"
         return JSONResponse({"status": status, "models": sorted(engine.manifolds)})
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", responses=PROBLEMS, response_class=Response)
     @app.head("/metrics", include_in_schema=False)
     async def scrape() -> Response:
         """Prometheus metrics."""
         metrics.cache_bytes.set(cache.bytes)
         metrics.flights.set(cache.making)
+        metrics.device_bytes.set(engine.device_bytes)
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Guard, settings=settings, lifecycle=lifecycle)
     return app
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
+import logging
+import signal
 import socket
 import sys
+import time
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from pydantic import ValidationError
 
+from service import logs
 from service.app import create_app
+from service.connection import Connection
 from service.engine import Engine
 from service.settings import Settings
+
+log = logging.getLogger("neumeta")
 
 
 def settings_from(argv: list[str] | None = None) -> Settings:
@@ -45,21 +54,56 @@ def serve(argv: list[str] | None = None) -> int:
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,
-        timeout_graceful_shutdown=10,
+        http=Connection,
+        log_config=None,
+        access_log=False,  # the guard writes one line a request
+        timeout_graceful_shutdown=settings.grace_seconds,
     )
+    logs.configure(settings.log_level, settings.log_format)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the event loop can reload
     Server(config).run()
     return 0
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says how to reach it once it can be reached."""
+    """uvicorn's, which says how to reach it once it can be reached, reloads on SIGHUP, and on
+    SIGTERM goes on serving for a while: whoever sends the requests must first see /readyz fail."""
+
+    _asked = False
+    _closing: float | None = None
+
+    @property
+    def _state(self) -> Any:
+        return self.config.app.state  # type: ignore[union-attr]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM drains; a second one, or Ctrl+C, closes the port at once."""
+        # A handler interrupts anything, also who holds the lock of a metric or of the log: it
+        # notes the signal, and the next tick acts on it.
+        if sig == signal.SIGTERM and self.started:
+            self.should_exit = self._asked
+            self._asked = True
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop serving."""
+        if self._asked and self._closing is None:
+            self._state.lifecycle.drain()
+            self._closing = time.monotonic() + self._state.settings.drain_seconds
+            log.info("draining: not ready, still serving")
+        if self._closing is not None and time.monotonic() >= self._closing:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Bind and listen; exits the process with one logged line where that fails."""
         await super().startup(sockets)
         if self.started:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, self._state.lifecycle.hang_up)
             host, port, *_ = self.servers[0].sockets[0].getsockname()
-            text = welcome(self.config.app.state.engine, host, port)  # type: ignore[union-attr]
+            text = welcome(self._state.engine, host, port)
             with contextlib.suppress(OSError):  # who started it may have stopped reading
                 sys.stdout.write(text)
                 sys.stdout.flush()

@@ -23,6 +23,7 @@ from neumeta.manifold import Manifold
 from neumeta.sample import sample
 from service.problem import Problem, refuse
 from service.request import WeightsRequest
+from service.settings import Settings
 
 Row = tuple[int, float]
 """Parameters and measured accuracy of one evaluated architecture."""
@@ -96,6 +97,30 @@ class Engine:
             manifold.representation.to(device)
             self.manifolds[name] = manifold
         self._measured = {name: _measured(found) for name, found in self.manifolds.items()}
+        self._forget()
+
+    @classmethod
+    def of(cls, settings: Settings) -> Engine:
+        """The engine of these settings; raises what they or their files are refused for."""
+        return cls(
+            settings.files(),
+            device=settings.device,
+            threads=settings.threads,
+            max_samples=settings.max_samples,
+            max_file_bytes=settings.max_file_bytes,
+        )
+
+    def adopt(self, other: Engine) -> None:
+        """Serve what `other` has loaded. A job holds its manifold: those under way are as before."""
+        self.manifolds, self._measured = other.manifolds, other._measured
+        self._forget()
+
+    @property
+    def device_bytes(self) -> int:
+        """What torch holds on the CUDA device; 0 without one."""
+        return torch.cuda.memory_reserved() if self.device == "cuda" else 0
+
+    def _forget(self) -> None:
         # A header takes a millisecond to make, which is most of a cached answer's time.
         self._plan = lru_cache(maxsize=256)(self._make_plan)
 

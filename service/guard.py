@@ -1,4 +1,5 @@
-"""The pure ASGI shell around the application: body bound, request id, metrics, no stack traces.
+"""The pure ASGI shell around the application: bounds, tokens, send deadline, request id, metrics,
+one log line a request, no stack traces.
 
 Knows no route's meaning.
 """
@@ -12,19 +13,30 @@ import re
 import time
 import uuid
 
+from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import problem
-from service.metrics import Metrics
+from service import logs, problem
+from service.connection import MAX_HEAD, abort_of, settle, too_long
+from service.lifecycle import Lifecycle
 from service.problem import Problem
+from service.request import no_query
+from service.settings import Settings
 
 ROUTES = ("/weights", "/models", "/plan", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
+OPEN = ("/livez", "/readyz")
+"""Answered without a token."""
+BARE = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
+"""Paths whose routes read no query: a parameter has no meaning there."""
 DRAIN_BYTES, DRAIN_SECONDS = 8 << 20, 0.5
+PATH = 256
+"""Characters of a path that are logged."""
 GONE = 499
 """nginx's number for a client that left before its answer; it is counted, never sent."""
 
 log = logging.getLogger("neumeta")
+requests = logging.getLogger("neumeta.request")
 
 
 class TooLarge(Exception):
@@ -40,8 +52,26 @@ def route_of(path: str) -> str:
 class Guard:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
-        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+    def __init__(self, app: ASGIApp, settings: Settings, lifecycle: Lifecycle) -> None:
+        self.app, self.lifecycle, self.metrics = app, lifecycle, lifecycle.metrics
+        self.max_body_bytes, self.send_timeout = settings.max_body_bytes, settings.send_timeout
+        self.open = (*OPEN, "/metrics") if settings.metrics_open else OPEN
+
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Raises Problem for a head that is too long, has no valid token or a query of no meaning."""
+        head = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if head + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
+            self.metrics.rejected.labels("size").inc()
+            raise too_long()
+        tokens = self.lifecycle.tokens
+        # The whole path is compared: /livez/x is no probe.
+        private = tokens is not None and scope["path"] not in self.open
+        if tokens and private and not tokens.allow(headers.get(b"authorization", b"")):
+            self.metrics.rejected.labels("token").inc()
+            told = {"WWW-Authenticate": "Bearer"}
+            raise Problem(401, "a valid bearer token is needed", headers=told)
+        if scope["query_string"] and scope["path"] in BARE:
+            no_query(QueryParams(scope["query_string"]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,21 +81,34 @@ class Guard:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
         route, began = route_of(scope["path"]), time.perf_counter()
+        logs.request_id.set(request_id)
         status, started, size, promised = 500, False, 0, 0
+        tier, stalled = "", False
 
         async def observed(message: Message) -> None:
-            nonlocal status, started, size
+            nonlocal status, started, size, tier, stalled
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 message["headers"] = [
                     *message.get("headers", []),
                     (b"x-request-id", request_id.encode()),
                 ]
+                tier = dict(message["headers"]).get(b"x-neumeta-cache", b"").decode()
+                if self.lifecycle.draining:  # its next request goes to another replica
+                    message["headers"].append((b"connection", b"close"))
             elif message["type"] == "http.response.body" and message.get("body"):
                 if size == 0:
                     self.metrics.first_byte.labels(route).observe(time.perf_counter() - began)
                 size += len(message["body"])
-            await send(message)
+            try:
+                async with asyncio.timeout(self.send_timeout):
+                    await send(message)
+            except TimeoutError:
+                # After this the server drops what is sent, and tells the application so.
+                stalled = True
+                self.metrics.stalled.inc()
+                abort_of(scope)()
+                await settle()
 
         read = 0
 
@@ -79,14 +122,21 @@ class Guard:
 
         self.metrics.in_flight.inc()
         try:
+            self._admit(scope, headers)
             length = headers.get(b"content-length", b"0")
             promised = int(length[:20]) if length.isdigit() else 0
             if promised > self.max_body_bytes:
                 raise TooLarge
             await self.app(scope, bounded, observed)
+        except Problem as error:
+            if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+                error.headers["connection"] = "close"  # its body stays unread
+                await _drain(receive)
+            await problem.response(error)(scope, receive, observed)
         except TooLarge:
             if started:
                 raise
+            self.metrics.rejected.labels("size").inc()
             if b"expect" not in headers and promised <= DRAIN_BYTES:
                 await _drain(receive)
             allowed = f"at most {self.max_body_bytes} bytes"
@@ -107,8 +157,23 @@ class Guard:
         finally:
             self.metrics.in_flight.dec()
             self.metrics.requests.labels(route, str(status)).inc()
-            self.metrics.latency.labels(route).observe(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.metrics.latency.labels(route).observe(seconds)
             self.metrics.sent.labels(route).inc(size)
+            if requests.isEnabledFor(logging.INFO):
+                fields = {
+                    "request_id": request_id,
+                    "method": scope["method"],
+                    "route": route,
+                    "path": scope["path"][:PATH],
+                    "status": status,
+                    "bytes": size,
+                    "seconds": round(seconds, 6),
+                    "tier": tier,
+                }
+                if stalled:
+                    fields["stalled"] = True
+                requests.info("request", extra={logs.FIELDS: fields})
 
 
 async def _drain(receive: Receive) -> None:

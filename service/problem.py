@@ -10,6 +10,7 @@ from fastapi.responses import Response
 MEDIA = "application/problem+json"
 TITLES = {
     400: "Malformed request",
+    401: "Unauthorized",
     404: "Not found",
     405: "Method not allowed",
     413: "Body too large",
@@ -17,6 +18,7 @@ TITLES = {
     416: "Range not satisfiable",
     422: "Request not allowed",
     429: "Too many requests",
+    431: "Headers too large",
     500: "Internal error",
     503: "Not ready",
 }

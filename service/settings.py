@@ -53,6 +53,23 @@ class Settings(BaseSettings):
         1.0, gt=0, le=600, description="seconds between pings of a Redis that is left alone"
     )
 
+    send_timeout: float = Field(
+        20.0, gt=0, description="seconds a client may leave sent bytes unread; then it is cut"
+    )
+    tokens_file: str = Field(
+        "", description="file of bearer tokens, one a line; without it every request is let in"
+    )
+    metrics_open: bool = Field(
+        True, description="whether /metrics is answered without a token (the probes always are)"
+    )
+    log_format: Literal["json", "text"] = Field("json", description="'json' or 'text' log lines")
+    drain_seconds: float = Field(
+        3.0, ge=0, description="seconds from SIGTERM, when /readyz turns 503, to the closed port"
+    )
+    grace_seconds: int = Field(
+        20, ge=0, description="seconds the answers under way have after that to finish"
+    )
+
     def files(self) -> list[Path]:
         """The manifold files these settings name. Raises FileNotFoundError naming what is absent."""
         found: list[Path] = []
