@@ -16,7 +16,7 @@ def test_tiny_from_digits_to_a_pulled_network(tmp_path: Path) -> None:
     assert cli.main(["tiny", "--run", str(run)]) == 0
     report = json.loads((run / "evaluation.json").read_text())
     accuracy = {row["width"]: row["accuracy"] for row in report["evaluation"]}
-    assert accuracy[1.0] >= 97 and accuracy[0.5] >= 90 and accuracy[0.25] >= 80
+    assert accuracy[1.0] >= 97 and accuracy[0.5] >= 85 and accuracy[0.25] >= 75
     assert (run / "evaluation.svg").read_text().startswith("<?xml")
     path = run / "manifold.safetensors"
     assert checkpoint.read(path).digest == report["checkpoint"]
