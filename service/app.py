@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from starlette.types import Receive, Scope, Send
 
 from neumeta import __version__
 from service import problem
+from service.account import Account
 from service.cache import Body, Busy, Cache
 from service.engine import Engine, Job
 from service.guard import Guard
+from service.hot import TAKEN, Hot, Target
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.problem import Problem, refuse
@@ -85,7 +87,22 @@ class BodyResponse(StreamingResponse):
             self.file.leave()
 
 
-def create_app(settings: Settings) -> FastAPI:
+class Service(FastAPI):
+    """FastAPI's application behind what can be answered without it."""
+
+    hot: Hot | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lifecycle: Lifecycle = self.state.lifecycle
+        if self.hot and scope["type"] == "http" and not lifecycle.draining:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            welcome = lifecycle.tokens is None or lifecycle.tokens.allow(given)
+            if welcome and await self.hot.answer(scope, send):
+                return
+        await super().__call__(scope, receive, send)
+
+
+def create_app(settings: Settings) -> Service:
     """The application on these settings.
 
     Raises BadCheckpoint, ValueError or FileNotFoundError if a manifold cannot be served.
@@ -93,7 +110,6 @@ def create_app(settings: Settings) -> FastAPI:
     tokens = Tokens(Path(settings.tokens_file)) if settings.tokens_file else None
     engine = Engine.of(settings)
     metrics = Metrics()
-    lifecycle = Lifecycle(settings, engine, metrics, tokens)
     redis = None
     if settings.redis_url:
         redis = RedisCache(
@@ -111,6 +127,9 @@ def create_app(settings: Settings) -> FastAPI:
         shared=redis,
         metrics=metrics,
     )
+    account = Account(metrics)
+    hot = Hot(cache, account, settings.send_timeout)
+    lifecycle = Lifecycle(settings, engine, metrics, tokens, reloaded=hot.clear)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -121,14 +140,14 @@ def create_app(settings: Settings) -> FastAPI:
         if redis:
             await redis.close()
 
-    app = FastAPI(
+    app = Service(
         title="NeuMeta Serve",
         description="Weights of any width and depth, sampled from one manifold.",
         version=__version__,
         lifespan=lifespan,
     )
     app.state.engine, app.state.metrics, app.state.cache = engine, metrics, cache
-    app.state.settings, app.state.lifecycle = settings, lifecycle
+    app.state.settings, app.state.lifecycle, app.hot = settings, lifecycle, hot
 
     @app.exception_handler(Problem)
     async def refused(request: Request, error: Problem) -> Response:
@@ -176,12 +195,22 @@ def create_app(settings: Settings) -> FastAPI:
             metrics.cache.labels("plan").inc()
             headers["X-Neumeta-Cache"] = "plan"
             return Response(head[start:stop], status, headers, MEDIA)
+
+        def produce() -> Iterator[bytes]:
+            return engine.weights(job)
+
         try:
-            body, tier = await cache.get(job.key, head, length, lambda: engine.weights(job))
+            if TAKEN in request.scope:
+                body, tier = request.scope[TAKEN]
+            else:
+                body, tier = await cache.get(job.key, head, length, produce)
         except Busy as error:
             metrics.rejected.labels("busy").inc()
             raise Problem(429, f"busy: {error}", headers={"Retry-After": "1"}) from None
         metrics.cache.labels(tier).inc()
+        if request.method == "GET" and status == 200:
+            raw = Response(headers=headers, media_type=MEDIA).raw_headers
+            hot.keep(request.scope, Target(job.key, head, length, produce, raw))
         headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
             headers["Repr-Digest"] = body.repr_digest
@@ -241,7 +270,7 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.device_bytes.set(engine.device_bytes)
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_middleware(Guard, settings=settings, lifecycle=lifecycle)
+    app.add_middleware(Guard, settings=settings, lifecycle=lifecycle, account=account)
     return app
 
 

@@ -31,6 +31,8 @@ class Connection(HttpToolsProtocol):
 
     _head: int | None = None
     """Bytes of an unfinished request head; None outside of one."""
+    _deadline: asyncio.TimerHandle | None = None
+    """Of the end of the last answer: one timer a connection, however many answers it carries."""
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -68,7 +70,9 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.get_write_buffer_size() > 0:
             timeout = self.config.app.state.settings.send_timeout  # type: ignore[union-attr]
-            self.loop.call_later(timeout, self._cut_if_unread, answered)
+            if self._deadline:
+                self._deadline.cancel()
+            self._deadline = self.loop.call_later(timeout, self._cut_if_unread, answered)
 
     def _cut_if_unread(self, answered: object) -> None:
         # A connection that answers another request by now has sent this answer's end.

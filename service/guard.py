@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
-import uuid
 
 from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs, problem
+from service import account, logs, problem
+from service.account import Account
 from service.connection import MAX_HEAD, abort_of, settle, too_long
 from service.lifecycle import Lifecycle
 from service.problem import Problem
@@ -30,13 +29,10 @@ OPEN = ("/livez", "/readyz")
 BARE = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
 """Paths whose routes read no query: a parameter has no meaning there."""
 DRAIN_BYTES, DRAIN_SECONDS = 8 << 20, 0.5
-PATH = 256
-"""Characters of a path that are logged."""
 GONE = 499
 """nginx's number for a client that left before its answer; it is counted, never sent."""
 
 log = logging.getLogger("neumeta")
-requests = logging.getLogger("neumeta.request")
 
 
 class TooLarge(Exception):
@@ -52,8 +48,11 @@ def route_of(path: str) -> str:
 class Guard:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, lifecycle: Lifecycle, account: Account
+    ) -> None:
         self.app, self.lifecycle, self.metrics = app, lifecycle, lifecycle.metrics
+        self.account = account
         self.max_body_bytes, self.send_timeout = settings.max_body_bytes, settings.send_timeout
         self.open = (*OPEN, "/metrics") if settings.metrics_open else OPEN
 
@@ -78,8 +77,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+        request_id = account.request_id(headers)
         route, began = route_of(scope["path"]), time.perf_counter()
         logs.request_id.set(request_id)
         status, started, size, promised = 500, False, 0, 0
@@ -98,7 +96,7 @@ class Guard:
                     message["headers"].append((b"connection", b"close"))
             elif message["type"] == "http.response.body" and message.get("body"):
                 if size == 0:
-                    self.metrics.first_byte.labels(route).observe(time.perf_counter() - began)
+                    self.account.first_byte(route).observe(time.perf_counter() - began)
                 size += len(message["body"])
             try:
                 async with asyncio.timeout(self.send_timeout):
@@ -156,24 +154,7 @@ class Guard:
             await problem.response(Problem(500, "internal error"))(scope, receive, observed)
         finally:
             self.metrics.in_flight.dec()
-            self.metrics.requests.labels(route, str(status)).inc()
-            seconds = time.perf_counter() - began
-            self.metrics.latency.labels(route).observe(seconds)
-            self.metrics.sent.labels(route).inc(size)
-            if requests.isEnabledFor(logging.INFO):
-                fields = {
-                    "request_id": request_id,
-                    "method": scope["method"],
-                    "route": route,
-                    "path": scope["path"][:PATH],
-                    "status": status,
-                    "bytes": size,
-                    "seconds": round(seconds, 6),
-                    "tier": tier,
-                }
-                if stalled:
-                    fields["stalled"] = True
-                requests.info("request", extra={logs.FIELDS: fields})
+            self.account.end(scope, route, request_id, status, size, began, tier, stalled)
 
 
 async def _drain(receive: Receive) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from service.engine import Engine
 from service.metrics import Metrics
@@ -17,9 +18,15 @@ class Lifecycle:
     """Whether requests are welcome, and how new manifolds replace the served ones."""
 
     def __init__(
-        self, settings: Settings, engine: Engine, metrics: Metrics, tokens: Tokens | None
+        self,
+        settings: Settings,
+        engine: Engine,
+        metrics: Metrics,
+        tokens: Tokens | None,
+        reloaded: Callable[[], None],
     ) -> None:
         self.settings, self.engine, self.metrics, self.tokens = settings, engine, metrics, tokens
+        self.reloaded = reloaded
         self.draining = False
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -50,6 +57,7 @@ class Lifecycle:
                 return
             # Between two steps of the event loop: no request sees half of it.
             self.engine.adopt(fresh)
+            self.reloaded()
             self._describe()
             self.metrics.reloads.labels("ok").inc()
             served = {name: each.digest for name, each in self.engine.manifolds.items()}

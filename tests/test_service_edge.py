@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from benchmarks.life import manifold
 from neumeta import checkpoint
 from service import logs
+from service.account import Account
 from service.app import create_app
 from service.guard import Guard
 from service.settings import Settings
@@ -171,7 +172,7 @@ def test_a_send_that_stalls_is_cut_and_counted(file: Path) -> None:
             "headers": [],
             "extensions": {"neumeta.abort": lambda: aborted.append(True)},
         }
-        guard = Guard(endless, settings, app.state.lifecycle)
+        guard = Guard(endless, settings, app.state.lifecycle, Account(app.state.metrics))
         await asyncio.wait_for(guard(scope, None, stalls), 5)  # type: ignore[arg-type]
         assert aborted == [True]
         assert app.state.metrics.registry.get_sample_value("neumeta_stalled_sends_total") == 1

@@ -1,0 +1,125 @@
+"""Files that were given before: a request's target -> its plan, so that it need not be made again.
+
+A repeated GET of a whole file needs no routing, parsing or planning, which is most of its time: it is
+answered before the framework is asked. Knows no engine: what it repeats, `app.py` has answered once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from starlette.types import Scope, Send
+
+from service.account import Account, request_id
+from service.cache import CHUNK, Body, Busy, Cache
+from service.connection import abort_of
+
+MOST = 4096
+"""Targets that are remembered, the least recently used forgotten first."""
+OTHERWISE = frozenset(
+    (b"range", b"if-range", b"if-none-match", b"expect", b"content-length", b"transfer-encoding")
+)
+"""Request headers that ask for something else than the whole file."""
+ROUTE = "/weights"
+TAKEN = "neumeta.body"
+"""Where a scope holds a (body, tier) that was asked for here and is not whole yet."""
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `Cache.get` needs for one file, and the headers that do not depend on the tier."""
+
+    key: str
+    head: bytes
+    length: int
+    produce: Callable[[], Iterator[bytes]]
+    headers: Headers
+
+
+class Hot:
+    """Targets by the exact bytes of path and query."""
+
+    def __init__(self, cache: Cache, account: Account, send_timeout: float) -> None:
+        self.cache, self.account, self.send_timeout = cache, account, send_timeout
+        self._kept: OrderedDict[tuple[bytes, bytes], Target] = OrderedDict()
+
+    def keep(self, scope: Scope, target: Target) -> None:
+        """This path and query were answered by 200 and that file."""
+        self._kept[scope["raw_path"], scope["query_string"]] = target
+        if len(self._kept) > MOST:
+            self._kept.popitem(last=False)
+
+    async def answer(self, scope: Scope, send: Send) -> bool:
+        """Answer this request, if it is one of these and its file is there, whole."""
+        began = time.perf_counter()
+        if not (found := await self._take(scope)):
+            return False
+        headers, body, tier = found
+        found_id = request_id(dict(scope["headers"]))
+        loop, whole = asyncio.get_running_loop(), memoryview(body.data).toreadonly()
+        metrics, size, stalled = self.account.metrics, 0, False
+
+        def cut() -> None:
+            nonlocal stalled
+            stalled = True
+            metrics.stalled.inc()
+            abort_of(scope)()
+
+        metrics.in_flight.inc()
+        self.account.tier(tier).inc()
+        try:
+            given = [*headers, (b"x-request-id", found_id.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": given})
+            while size < body.length and not stalled:
+                chunk = whole[size : size + CHUNK]
+                more = size + len(chunk) < body.length
+                deadline = loop.call_later(self.send_timeout, cut)
+                try:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": more})
+                finally:
+                    deadline.cancel()
+                if size == 0:
+                    self.account.first_byte(ROUTE).observe(time.perf_counter() - began)
+                size += len(chunk)
+        finally:
+            body.leave()
+            metrics.in_flight.dec()
+            self.account.end(scope, ROUTE, found_id, 200, size, began, tier, stalled)
+        return True
+
+    async def _take(self, scope: Scope) -> tuple[Headers, Body, str] | None:
+        """Headers, body and tier; whoever gets them says `leave`.
+
+        A body that is still being made is left in the scope: who waits
+        for it must watch for a client that goes, and that is not done here.
+        """
+        asked = scope.get("raw_path", b""), scope["query_string"]
+        target = self._kept.get(asked)
+        if target is None or scope["method"] != "GET":
+            return None
+        if target.key not in self.cache.finished and self.cache.shared is None:
+            return None
+        if any(name in OTHERWISE for name, _ in scope["headers"]):
+            return None
+        self._kept.move_to_end(asked)
+        try:
+            body, tier = await self.cache.get(
+                target.key, target.head, target.length, target.produce
+            )
+        except (Busy, RuntimeError):
+            return None  # asked again, and answered, by the application
+        if body.filled < body.length or body.repr_digest is None:
+            scope[TAKEN] = body, tier
+            return None
+        made = [(b"x-neumeta-cache", tier.encode()), (b"repr-digest", body.repr_digest.encode())]
+        return target.headers + made, body, tier
+
+    def clear(self) -> None:
+        """Forget everything: the same target means another file from now on."""
+        self._kept.clear()
