@@ -164,7 +164,7 @@ def create_app(settings: Settings) -> Service:
         return problem.response(Problem(error.status_code, detail, [entry], headers))
 
     async def weights(request: Request, job: Job) -> Response:
-        head, length = job.plan.header, job.plan.length
+        head, length, generation = job.plan.header, job.plan.length, hot.generation
         headers = {
             "ETag": job.etag,
             "Accept-Ranges": "bytes",
@@ -210,7 +210,7 @@ def create_app(settings: Settings) -> Service:
         metrics.cache.labels(tier).inc()
         if request.method == "GET" and status == 200:
             raw = Response(headers=headers, media_type=MEDIA).raw_headers
-            hot.keep(request.scope, Target(job.key, head, length, produce, raw))
+            hot.keep(request.scope, Target(job.key, head, length, produce, raw), generation)
         headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
             headers["Repr-Digest"] = body.repr_digest

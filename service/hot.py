@@ -47,10 +47,13 @@ class Hot:
 
     def __init__(self, cache: Cache, account: Account, send_timeout: float) -> None:
         self.cache, self.account, self.send_timeout = cache, account, send_timeout
+        self.generation = 0
         self._kept: OrderedDict[tuple[bytes, bytes], Target] = OrderedDict()
 
-    def keep(self, scope: Scope, target: Target) -> None:
-        """This path and query were answered by 200 and that file."""
+    def keep(self, scope: Scope, target: Target, generation: int) -> None:
+        """This path and query were answered by 200 and that file, planned in `generation`."""
+        if generation != self.generation:
+            return  # it was planned on manifolds that are no longer served
         self._kept[scope["raw_path"], scope["query_string"]] = target
         if len(self._kept) > MOST:
             self._kept.popitem(last=False)
@@ -123,3 +126,4 @@ class Hot:
     def clear(self) -> None:
         """Forget everything: the same target means another file from now on."""
         self._kept.clear()
+        self.generation += 1
