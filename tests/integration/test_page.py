@@ -30,6 +30,8 @@ from tests.integration.test_server import start, stop
 pytestmark = pytest.mark.filterwarnings("default:::selenium.*")
 
 MODELS = Path(__file__).parents[2] / "models"
+PICTURE = os.environ.get("NEUMETA_PAGE_PICTURE")
+"""Where to write the README's screenshot; it shows the default port, which must be free then."""
 
 
 class Browser:
@@ -119,7 +121,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    process, address = start(MODELS)
+    process, address = start(MODELS, "--port", "8000" if PICTURE else "0")
     yield address
     stop(process)
 
@@ -206,11 +208,13 @@ def test_the_curl_line_and_the_download_give_the_apis_bytes(
     browser.find("#copy").click()
     browser.until(lambda: browser.text("#copy") in ("Copied", "Selected"))
     assert browser.complaints() == []
-    if picture := os.environ.get("NEUMETA_PAGE_PICTURE"):
+    if PICTURE:
+        size = {"width": 1100, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.open(url)
         browser.until(lambda: browser.driver.find_elements("css selector", "#here"))
         browser.settled()
-        browser.driver.save_screenshot(picture)
+        browser.driver.save_screenshot(PICTURE)
 
 
 @pytest.fixture
