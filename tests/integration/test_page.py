@@ -29,6 +29,7 @@ from tests.integration.test_server import start, stop
 
 pytestmark = pytest.mark.filterwarnings("default:::selenium.*")
 
+TOOLS = ("chromium", "chromedriver", "curl")
 MODELS = Path(__file__).parents[2] / "models"
 PICTURE = os.environ.get("NEUMETA_PAGE_PICTURE")
 """Where to write the README's screenshot; it shows the default port, which must be free then."""
@@ -39,7 +40,7 @@ class Browser:
 
     def __init__(self, folder: Path) -> None:
         webdriver = pytest.importorskip("selenium.webdriver")
-        paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+        paths = {name: shutil.which(name) for name in TOOLS}
         if missing := [name for name, path in paths.items() if not path]:
             pytest.skip(f"{' and '.join(missing)} not installed: the page is not looked at")
         self.downloads = folder / "downloads"
@@ -202,9 +203,8 @@ def test_the_curl_line_and_the_download_give_the_apis_bytes(
     assert len(expected) == bytes_shown
     browser.find("#download").click()
     assert browser.downloaded("resnet20-w0.4.safetensors") == expected
-    if shutil.which("curl"):
-        subprocess.run(shlex.split(browser.text("#curl")), cwd=tmp_path, check=True, timeout=30)
-        assert (tmp_path / "resnet20-w0.4.safetensors").read_bytes() == expected
+    subprocess.run(shlex.split(browser.text("#curl")), cwd=tmp_path, check=True, timeout=30)
+    assert (tmp_path / "resnet20-w0.4.safetensors").read_bytes() == expected
     browser.find("#copy").click()
     browser.until(lambda: browser.text("#copy") in ("Copied", "Selected"))
     assert browser.complaints() == []
