@@ -16,7 +16,7 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from neumeta import __version__
-from service import problem
+from service import page, problem
 from service.account import Account
 from service.cache import Body, Busy, Cache
 from service.engine import Engine, Job
@@ -245,6 +245,12 @@ def create_app(settings: Settings) -> Service:
         """One served architecture: ranges, parameters, MACs, accuracy by size."""
         no_query(request.query_params)
         return JSONResponse(engine.model(arch))
+
+    @app.get("/", include_in_schema=False)
+    @app.head("/", include_in_schema=False)
+    async def front() -> Response:
+        """A page to look at."""
+        return page.response()
 
     @app.get("/livez", responses=PROBLEMS)
     @app.head("/livez", include_in_schema=False)

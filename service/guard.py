@@ -23,8 +23,18 @@ from service.problem import Problem
 from service.request import no_query
 from service.settings import Settings
 
-ROUTES = ("/weights", "/models", "/plan", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
-OPEN = ("/livez", "/readyz")
+ROUTES = (
+    "/",
+    "/weights",
+    "/models",
+    "/plan",
+    "/livez",
+    "/readyz",
+    "/metrics",
+    "/docs",
+    "/openapi.json",
+)
+OPEN = ("/", "/livez", "/readyz")
 """Answered without a token."""
 BARE = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
 """Paths whose routes read no query: a parameter has no meaning there."""

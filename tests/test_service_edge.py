@@ -57,7 +57,7 @@ def test_without_a_token_only_the_probes_and_metrics_are_open(file: Path, tmp_pa
 
     async def check() -> None:
         async with served(file, tokens_file=str(tokens)) as (client, _):
-            paths = ("/models", "/models/lenet", QUERY, "/docs", "/openapi.json", "/", "/nowhere")
+            paths = ("/models", "/models/lenet", QUERY, "/docs", "/openapi.json", "/nowhere")
             wrong = (
                 {},
                 bearer("gamma"),
@@ -75,12 +75,12 @@ def test_without_a_token_only_the_probes_and_metrics_are_open(file: Path, tmp_pa
                     told.add(answer.content)
                 assert len(told) == 1  # nothing says whether it was missing or wrong
             assert (await client.post("/weights", json={"arch": "lenet"})).status_code == 401
-            for path in ("/livez", "/readyz", "/metrics"):
+            for path in ("/", "/livez", "/readyz", "/metrics"):
                 assert (await client.get(path)).status_code == 200
             for token in ("alpha", "beta"):
                 assert (await client.get(QUERY, headers=bearer(token))).status_code == 200
             text = (await client.get("/metrics")).text
-            assert f'neumeta_rejected_total{{reason="token"}} {11 * 6 + 1}.0' in text
+            assert f'neumeta_rejected_total{{reason="token"}} {10 * 6 + 1}.0' in text
         async with served(file, tokens_file=str(tokens), metrics_open=False) as (client, _):
             assert (await client.get("/metrics")).status_code == 401
             assert (await client.get("/metrics", headers=bearer("beta"))).status_code == 200
