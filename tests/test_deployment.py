@@ -23,9 +23,6 @@ from service.settings import Settings
 ROOT = Path(__file__).parent.parent
 DOCKERFILES = ["docker/Dockerfile", "docker/Dockerfile.cuda"]
 KUBERNETES = "1.34"
-LATER = {"docker/rules.yml", "docker/grafana/provisioning", "docker/grafana/dashboards"}
-"""Mounted here, and written on another branch: to be emptied when both are merged."""
-
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 OURS = {name: each for name, each in SERVICES.items() if "build" in each}
@@ -125,7 +122,7 @@ def test_what_a_container_names_exists() -> None:
                 continue
             assert mode == ["ro"] and target.startswith("/")
             path = source.removeprefix("./")
-            assert (ROOT / path).exists() or path in LATER, f"{name} mounts {source}"
+            assert (ROOT / path).exists(), f"{name} mounts {source}"
         if "build" in each:
             assert (ROOT / each["build"]["dockerfile"]).is_file()
 
