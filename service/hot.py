@@ -18,7 +18,7 @@ from service.account import Account, request_id
 from service.cache import CHUNK, Body, Busy, Cache
 from service.connection import abort_of
 
-MOST = 4096
+MOST = 1024
 """Targets that are remembered, the least recently used forgotten first."""
 OTHERWISE = frozenset(
     (b"range", b"if-range", b"if-none-match", b"expect", b"content-length", b"transfer-encoding")
