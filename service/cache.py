@@ -79,6 +79,7 @@ class Body:
         self.data = bytearray(head)  # the rest takes memory only once its turn has come
         self.filled = len(head)
         self.sha256: bytes | None = None
+        self._digest: str | None = None
         self.tier: str | None = None
         self.error: BaseException | None = None
         self.readers = 0
@@ -90,7 +91,9 @@ class Body:
     @property
     def repr_digest(self) -> str | None:
         """The Repr-Digest field (RFC 9530) once all bytes exist."""
-        return f"sha-256=:{base64.b64encode(self.sha256).decode()}:" if self.sha256 else None
+        if self._digest is None and self.sha256:
+            self._digest = f"sha-256=:{base64.b64encode(self.sha256).decode()}:"
+        return self._digest
 
     def begin(self) -> memoryview:
         """The space for all bytes, the head in place."""

@@ -14,6 +14,9 @@ FIELDS = "fields"
 """The `extra` under which a line's own fields are given."""
 
 
+_encode = json.JSONEncoder(default=str).encode
+
+
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     fields: dict[str, object] = getattr(record, FIELDS, {})
     found = request_id.get()
@@ -38,7 +41,7 @@ class Json(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return _encode(line)
 
 
 class Text(logging.Formatter):
@@ -55,6 +58,9 @@ class Text(logging.Formatter):
 
 def configure(level: str, form: str) -> None:
     """Everything that is logged goes to standard error in this format."""
+    # What no line shows need not be found out for each (the logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Json() if form == "json" else Text())
     root = logging.getLogger()
