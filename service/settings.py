@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         " URL, `redis+cluster://` for a cluster; empty: memory only",
     )
     redis_timeout: float = Field(
-        0.1, gt=0, le=10, description="seconds a Redis command may take before it is given up"
+        0.15, gt=0, le=10, description="seconds a Redis command may take before it is given up"
     )
     redis_lease: float = Field(
         5.0, gt=0, le=600, description="seconds after which a replica that died is known to be dead"
