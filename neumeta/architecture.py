@@ -100,6 +100,11 @@ class Space:
                 sizes[axis] = channels[stage]
         return sizes
 
+    @cache  # noqa: B019 (as above)
+    def repeats(self, layer: Layer) -> int:
+        """How many blocks of the source network share this layer's role."""
+        return sum(each.role == layer.role for each in self.table.layers(self.depth))
+
     def morphing(self, layer: Layer) -> bool:
         """Whether this layer's tensors come from the INR (else: frozen source tensors)."""
         depth_morphs = self.blocks is not None

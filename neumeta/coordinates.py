@@ -25,7 +25,8 @@ class Site:
     `inputs` are C_out and C_in (inputs is 1 for tensors without an input axis); `full_*` are the
     sizes at full width and `morphs` says which of both axes morph. `gain` scales the output: by the
     fan-in (a sum over fewer inputs needs larger terms; batch norm makes that needless), and the last
-    convolution of a residual branch by its cell, so that blocks are steps of an integrator.
+    convolution of a residual branch by its cell, so that blocks are steps of an integrator. `deeper`
+    is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Site:
     morphs: tuple[bool, bool]
     spatial: tuple[int, ...]
     gain: float
+    deeper: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,23 @@ def sites(
     """
     sizes = space.sizes(architecture)
     full = space.table.full_sizes(architecture.depth, space.classes)
-    blocks = space.depth[layer.stage] if space.depth else 1
     low, high = cell or (layer.block / layer.blocks, (layer.block + 1) / layer.blocks)
-    step = blocks * (high - low) if layer.branch_end and space.blocks else 1.0
+    stretch = space.repeats(layer) * (high - low) if space.blocks else 1.0
+    step = stretch if layer.branch_end else 1.0
+    # Where depth does not morph, every block has a role of its own.
+    role = layer.role if space.blocks else layer.name
     fan_in = 1.0 if norm else full[layer.input_axis] / sizes[layer.input_axis]
+    deeper = 0.0
+    if space.blocks:
+        blocks, source = architecture.depth[layer.stage], space.depth[layer.stage]
+        deeper = 2 * (blocks - source) / (blocks + source)
     found = []
     for kind in KINDS[norm and layer.norm is not None]:
         weight = kind == "weight"
         found.append(
             Site(
                 f"{layer.name}.{kind}",
-                f"{layer.role}.{kind}",
+                f"{role}.{kind}",
                 kind,
                 (low, high),
                 layer.blocks,
@@ -116,6 +124,7 @@ def sites(
                 (space.morphs(layer.output_axis), weight and space.morphs(layer.input_axis)),
                 layer.spatial if weight else (),
                 step * fan_in if weight else step,
+                deeper,
             )
         )
     return tuple(found)

@@ -20,8 +20,9 @@ class Layer:
     """One convolution (`kernel` >= 1) or linear map (`kernel` == 0) of a network.
 
     `block` of `blocks` is its place among the repeated blocks of its stage (0 of 1 if it is not
-    repeated); `branch_end` marks the last convolution of a residual branch; `resolution` is the
-    factor by which the output is smaller than the image, per side (0 for a linear map).
+    repeated), and repeated layers share a `role`; `branch_end` marks the last convolution of a
+    residual branch; `resolution` is the factor by which the output is smaller than the image, per
+    side (0 for a linear map).
     """
 
     name: str
@@ -132,14 +133,22 @@ def _resnet_cifar(depth: tuple[int, ...]) -> tuple[Layer, ...]:
         axis, resolution = f"layer{stage + 1}", 2**stage
         for block in range(blocks):
             at, inner = f"{axis}.{block}", f"{axis}.{block}.inner"
-            place = (stage, block, blocks, resolution)
+            # A block that changes shape is there once, whatever the depth; the others are repeated.
+            once = before != axis
+            repeated = blocks - (stage > 0)
+            place = (
+                (stage, 0, 1, resolution)
+                if once
+                else (stage, block - (stage > 0), repeated, resolution)
+            )
+            role = f"{at}" if once else f"{axis}.n"
             layers.append(
-                Layer(f"{at}.conv1", inner, before, 3, f"{at}.bn1", *place, f"{at}.conv1")
+                Layer(f"{at}.conv1", inner, before, 3, f"{at}.bn1", *place, f"{role}.conv1")
             )
             layers.append(
-                Layer(f"{at}.conv2", axis, inner, 3, f"{at}.bn2", *place, f"{at}.conv2", True)
+                Layer(f"{at}.conv2", axis, inner, 3, f"{at}.bn2", *place, f"{role}.conv2", True)
             )
-            if before != axis:
+            if once:
                 name = f"{at}.shortcut"
                 layers.append(Layer(name, axis, before, 1, f"{at}.bn3", *place, name))
             before = axis

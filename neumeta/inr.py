@@ -114,13 +114,19 @@ class ResidualMLP(nn.Module):
 
 
 class Grid(nn.Module):
-    """Learned values per role: (nodes along l/L, outputs, inputs, k*k); one node where no depth is."""
+    """Learned values per role: (nodes along l/L, outputs, inputs, k*k); one node where no depth is.
 
-    def __init__(self, roles: Mapping[str, Site], nodes: int, density: float = 1.0) -> None:
+    `nodes` 0 means one for each block of the source network. Between nodes the grid is interpolated,
+    or, with `stepped`, constant: the blocks of a deep network then repeat those of a shallow one.
+    """
+
+    def __init__(
+        self, roles: Mapping[str, Site], nodes: int, density: float = 1.0, stepped: bool = False
+    ) -> None:
         super().__init__()
-        self.density, self.grid = density, nn.ParameterDict()
+        self.density, self.stepped, self.grid = density, stepped, nn.ParameterDict()
         for role, site in roles.items():
-            depth = nodes if site.role != site.name else 1
+            depth = (nodes or site.length) if site.role != site.name else 1
             shape = (depth, *self.points(site), math.prod(site.spatial))
             self.grid[module_key(role)] = nn.Parameter(torch.zeros(shape))
 
@@ -145,7 +151,8 @@ class Grid(nn.Module):
     def at_depth(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The grid at each sample's l/L."""
         grid = self.grid[module_key(site.role)]
-        return interpolate(grid, at.layer[:, 0] * len(grid) - 0.5, 0)
+        place = at.layer[:, 0] * len(grid) - 0.5
+        return interpolate(grid, place.round() if self.stepped else place, 0)
 
 
 def _channel(axis: Float[Tensor, "S C 2"], scale: int) -> Float[Tensor, "S C"]:
@@ -161,19 +168,30 @@ class LearnedGrid(Grid):
 
     W(o, i) = G(o, i) * (1 + a_o . phi(s_out)) * (1 + b_i . phi(s_in)) with multilinear interpolation
     of G, a and b, s the size as a fraction of the full one and phi(s) = [(1-s), (1-s)^2, (1-s)^3]:
-    at full size the correction vanishes and the grid is the source network itself. Tensors without
-    an input axis are corrected additively. Repeated blocks share a grid with `nodes` along l/L.
+    at full size the correction vanishes and the grid is the source network itself. With `depths`, phi
+    also holds how much shallower (and that squared) or deeper the stage is than the source's. Tensors
+    without an input axis are corrected additively. Repeated blocks share a grid with `nodes` along
+    l/L.
     """
 
-    def __init__(self, roles: Mapping[str, Site], *, nodes: int = 1, orders: int = 3) -> None:
-        super().__init__(roles, nodes)
-        self.orders = orders
+    def __init__(
+        self,
+        roles: Mapping[str, Site],
+        *,
+        nodes: int = 1,
+        orders: int = 3,
+        depths: bool = False,
+        stepped: bool = False,
+    ) -> None:
+        super().__init__(roles, nodes, stepped=stepped)
+        self.orders, self.depths = orders, depths
+        terms = orders + 3 * depths
         self.outputs, self.inputs = nn.ParameterDict(), nn.ParameterDict()
         for role, site in roles.items():
             key = module_key(role)
-            self.outputs[key] = nn.Parameter(torch.zeros(site.full_outputs, orders))
+            self.outputs[key] = nn.Parameter(torch.zeros(site.full_outputs, terms))
             if site.kind == "weight":
-                self.inputs[key] = nn.Parameter(torch.zeros(site.full_inputs, orders))
+                self.inputs[key] = nn.Parameter(torch.zeros(site.full_inputs, terms))
 
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
@@ -182,19 +200,23 @@ class LearnedGrid(Grid):
         inputs = _channel(at.inputs, at.scale).clamp(0, site.full_inputs - 1)
         made = _pairs(self.at_depth(site, at), outputs, inputs)
         size = site.outputs / site.full_outputs
-        by_output = self._correction(self.outputs[key], outputs, size)
+        by_output = self._correction(self.outputs[key], outputs, size, site.deeper)
         if site.kind != "weight":
             return (made + by_output[:, :, None, None]) * site.gain
-        by_input = self._correction(self.inputs[key], inputs, site.inputs / site.full_inputs)
+        size = site.inputs / site.full_inputs
+        by_input = self._correction(self.inputs[key], inputs, size, site.deeper)
         return (
             made
             * (1 + by_output)[:, :, None, None]
             * ((1 + by_input)[:, None, :, None] * site.gain)
         )
 
-    def _correction(self, modulation: Tensor, index: Tensor, size: float) -> Tensor:
-        powers = torch.tensor([(1 - size) ** (k + 1) for k in range(self.orders)])
-        by_channel = modulation @ powers.to(modulation)
+    def _correction(self, modulation: Tensor, index: Tensor, size: float, deeper: float) -> Tensor:
+        phi = [(1 - size) ** (k + 1) for k in range(self.orders)]
+        if self.depths:
+            shallower = max(0.0, -deeper)
+            phi += [shallower, shallower**2, max(0.0, deeper)]
+        by_channel = modulation @ torch.tensor(phi).to(modulation)
         return torch.stack([interpolate(by_channel, row, 0) for row in index])
 
 

@@ -166,7 +166,9 @@ def test_statistics_are_the_calibrated_ones_at_every_scalar_width(
     images = data.to_float(colour.train_images, colour)
     for width in (0.8, 0.87, 1.0):
         architecture = manifold.space.architecture(width)
-        exact = statistics.calibrate(manifold, architecture, images)
+        exact = statistics.measured(
+            statistics.calibrate(statistics.network(manifold, architecture), images)
+        )
         for layer in manifold.space.table.layers((3, 3, 3)):
             if layer.norm:
                 mean, variance = manifold.moments(layer, architecture)

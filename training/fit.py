@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
@@ -28,7 +27,7 @@ from neumeta.network import Network
 from neumeta.sample import seed_of
 from training.data import Dataset, augment, to_float
 from training.recipe import Recipe
-from training.source import one_cycle, save_atomically
+from training.source import one_cycle, save_atomically, task_loss
 
 Targets = Mapping[str, Tensor]
 """The smoothed source tensors by site name: weight and bias, or weight, gamma and beta."""
@@ -53,9 +52,11 @@ def generated(
     depth_noise: float = 0.0,
 ) -> dict[str, Tensor]:
     """The differentiable tensors of the network at this architecture, by site name."""
-    cells = [partition(blocks, depth_noise, generator) for blocks in architecture.depth]
+    layers = manifold.space.table.layers(architecture.depth)
+    repeated = {layer.stage: layer.blocks for layer in layers if layer.blocks > 1}
+    cells = {stage: partition(n, depth_noise, generator) for stage, n in repeated.items()}
     found: dict[str, Tensor] = {}
-    for layer in manifold.space.table.layers(architecture.depth):
+    for layer in layers:
         if not manifold.space.morphing(layer):
             for kind in ("weight", "bias"):
                 name = f"{layer.name}.{kind}"
@@ -137,7 +138,7 @@ def initialise(
 def _role(space: Space, name: str) -> str:
     layer, kind = name.rsplit(".", 1)
     by_name = {entry.name: entry.role for entry in space.table.layers(space.depth)}
-    return f"{by_name[layer]}.{kind}"
+    return f"{by_name[layer] if space.blocks else layer}.{kind}"
 
 
 def reconstruction(made: Targets, targets: Targets) -> Tensor:
@@ -157,10 +158,21 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     def uniform() -> float:
         return float(torch.rand((), generator=generator))
 
-    depth = None
-    if space.blocks is not None:
+    def blocks() -> list[int] | None:
+        if space.blocks is None:
+            return None
         least, most = space.blocks
-        depth = [int(torch.randint(least, most + 1, (), generator=generator)) for _ in space.depth]
+        return [int(torch.randint(least, most + 1, (), generator=generator)) for _ in space.depth]
+
+    def sometimes() -> list[int] | None:
+        """The source's depth, or as often as not the same for all stages, or one for each."""
+        if uniform() >= recipe.depth_share:
+            return None
+        drawn = blocks()
+        return [drawn[0]] * len(drawn) if drawn and uniform() < 0.5 else drawn
+
+    both = space.blocks is not None and low < high
+    depth = sometimes() if both else blocks()
     if recipe.widths:
         index = int(torch.randint(len(recipe.widths), (), generator=generator))
         width: float | list[float] = recipe.widths[index]
@@ -171,23 +183,14 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     drawn = space.architecture(width, depth)
     if not recipe.sandwich:
         return (drawn,)
+    if both:
+        return (space.full, space.architecture(low, sometimes()), drawn)
     if space.blocks is not None:
         least, most = space.blocks
         ends = [space.architecture(high, [n] * len(space.depth)) for n in (most, least)]
     else:
         ends = [space.architecture(end) for end in (high, low)]
     return (ends[0], ends[1], drawn)
-
-
-def task_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: float) -> Tensor:
-    """Cross-entropy, mixed with the divergence from a teacher's probabilities where there is one."""
-    hard = F.cross_entropy(logits, labels)
-    if teacher is None:
-        return hard
-    soft = F.kl_div(
-        logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
-    )
-    return (1 - weight) * hard + weight * soft
 
 
 def frozen_segments(space: Space, net: Network) -> int:

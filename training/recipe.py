@@ -22,7 +22,9 @@ class Recipe:
     """One run of the pipeline. Units: rates per step, epochs of the training set, widths as factors.
 
     `source`: 'train' from scratch, 'import' a public checkpoint as it is, or 'fine-tune' one.
-    `sandwich`: each step trains the largest, the smallest and one random architecture.
+    `sandwich`: each step trains the largest, the smallest and one random architecture; where width
+    and depth both morph, the largest is the source's and the others keep its depth in all but
+    `depth_share` of the draws. `per_stage`: the share of draws with a width for each stage.
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones). `norm`: train with batch statistics, fold with fitted ones; else the
     paper's folded training. `feature_views`: activations of the frozen leading part computed once
@@ -69,6 +71,7 @@ class Recipe:
     widths: tuple[float, ...] = ()
     sandwich: bool = False
     per_stage: float = 0.0
+    depth_share: float = 0.5
     reconstruction: float = 1.0
     regularisation: float = 1e-4
     distill: str = "none"

@@ -120,6 +120,17 @@ def save_atomically(value: Any, path: Path) -> None:
     temporary.replace(path)
 
 
+def task_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: float) -> Tensor:
+    """Cross-entropy, mixed with the divergence from a teacher's probabilities where there is one."""
+    hard = F.cross_entropy(logits, labels)
+    if teacher is None:
+        return hard
+    soft = F.kl_div(
+        logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    return (1 - weight) * hard + weight * soft
+
+
 def train(
     net: Network,
     data: Dataset,
@@ -131,11 +142,13 @@ def train(
     seed: int = 0,
     state: Path | None = None,
     label: str = "source",
+    teacher: Network | None = None,
+    teacher_weight: float = 0.8,
 ) -> Network:
     """Train `net` in place: SGD with Nesterov momentum, one cycle, augmented; resumes from `state`.
 
     `state` is written after each epoch; a run started again with it goes on after the last whole
-    epoch to the same result as an uninterrupted one.
+    epoch to the same result as an uninterrupted one. `teacher` distils (see `task_loss`).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
@@ -167,8 +180,10 @@ def train(
             factor = one_cycle(epoch * per_epoch + i, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
-            logits = net(x.contiguous(memory_format=layout))
-            loss = F.cross_entropy(logits, data.train_labels[rows].to(device))
+            x = x.contiguous(memory_format=layout)
+            with torch.no_grad():
+                soft = teacher(x) if teacher else None
+            loss = task_loss(net(x), data.train_labels[rows].to(device), soft, teacher_weight)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from neumeta.architecture import Architecture
+from neumeta.family import FAMILIES
 from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import seed_of
@@ -22,18 +23,11 @@ from training.recipe import Recipe
 
 
 @torch.no_grad()
-def calibrate(
-    manifold: Manifold, architecture: Architecture, images: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each batch norm's (mean, variance) over `images` (N, C, H, W), layer by layer, at this size.
+def calibrate(net: Network, images: Tensor) -> Network:
+    """Set each batch norm of `net` to the statistics of `images` (N, C, H, W); returns it, to infer.
 
-    The recalibration of US-Nets (Yu and Huang 2019, post-statistics): one cumulative average over
-    the given training images with the sampled weights.
+    The recalibration of US-Nets (Yu and Huang 2019, post-statistics): one cumulative average.
     """
-    space = manifold.space
-    made = generated(manifold, architecture, 0.0, torch.Generator())
-    net = Network(space.family, architecture.depth, space.sizes(architecture), norm=True)
-    net.load_state_dict(parameters_of(manifold, architecture, made), strict=False)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
@@ -41,8 +35,23 @@ def calibrate(
     net.train()
     for at in range(0, len(images), 500):
         net(images[at : at + 500])
+    return net.eval()
+
+
+@torch.no_grad()
+def network(manifold: Manifold, architecture: Architecture) -> Network:
+    """The sampled network of this architecture with batch norm, its statistics not yet measured."""
+    space = manifold.space
+    made = generated(manifold, architecture, 0.0, torch.Generator())
+    net = Network(space.family, architecture.depth, space.sizes(architecture), norm=True)
+    net.load_state_dict(parameters_of(manifold, architecture, made), strict=False)
+    return net
+
+
+def measured(net: Network) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each batch norm's (mean, variance), by the name of the layer before it."""
     found = {}
-    for layer in space.table.layers(architecture.depth):
+    for layer in FAMILIES[net.family].layers(net.depth):
         if layer.norm:
             norm = net.get_submodule(layer.norm)
             assert isinstance(norm, nn.BatchNorm2d)
@@ -69,7 +78,7 @@ def measure_statistics(
     channels = torch.tensor([each.channels for each in anchors])
     tensors = {"anchors": (channels / full).float()}
     for index, each in enumerate(tqdm(anchors, desc="statistics", mininterval=5)):
-        for name, (mean, variance) in calibrate(manifold, each, x).items():
+        for name, (mean, variance) in measured(calibrate(network(manifold, each), x)).items():
             for kind, value in (("mean", mean), ("log_variance", variance.clamp(min=1e-8).log())):
                 empty = torch.full((len(anchors), _full_size(manifold, name)), math.nan)
                 table = tensors.setdefault(f"{name}.{kind}", empty)
