@@ -21,6 +21,7 @@ from torch import Tensor
 from neumeta.architecture import Space
 from neumeta.family import FAMILIES
 from neumeta.manifold import Manifold, representation
+from neumeta.moments import keys
 
 FORMAT = 1
 
@@ -167,8 +168,10 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
             for name in (f"{layer.name}.weight", f"{layer.name}.bias"):
                 if name not in frozen:
                     raise BadCheckpoint(f"{path}: tensor frozen.{name} is missing")
-        elif header["norm"] and layer.norm and f"{layer.name}.mean" not in statistics:
-            raise BadCheckpoint(f"{path}: tensor statistics.{layer.name}.mean is missing")
+        elif header["norm"] and layer.norm:
+            for name in keys(space, layer):
+                if name not in statistics:
+                    raise BadCheckpoint(f"{path}: tensor statistics.{name} is missing")
     return Manifold(
         space,
         made.eval().requires_grad_(False),

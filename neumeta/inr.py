@@ -33,6 +33,10 @@ def module_key(role: str) -> str:
     return role.replace(".", "/")
 
 
+ROWS = 1024
+"""Coordinate vectors that go through an MLP together: at 512 units they and the result fit a cache."""
+
+
 class _Mlp(nn.Module):
     """Figure 3: a first layer over gamma(v), hidden layers with scaled residuals, k*k outputs."""
 
@@ -57,10 +61,36 @@ class _Mlp(nn.Module):
         layer = self.layer(fourier_features(at.layer, self.num_freq))
         inputs = self.inputs(fourier_features(at.inputs, self.num_freq))
         outputs = self.outputs(fourier_features(at.outputs, self.num_freq))
+        if not torch.is_grad_enabled():
+            return self._blocked(inputs, layer[:, None] + outputs)
         h = torch.relu(layer[:, None, None] + inputs[:, None] + outputs[:, :, None])
         for hidden, scale in zip(self.hidden, self.scale, strict=False):
             h = h + scale * torch.relu(hidden(h)) if self.residual else torch.relu(hidden(h))
         return self.last(h)  # type: ignore[no-any-return]
+
+    def _blocked(
+        self, inputs: Float[Tensor, "S I H"], outputs: Float[Tensor, "S O H"]
+    ) -> Float[Tensor, "S O I kk"]:
+        """The same from the two first-layer terms, ROWS pairs at a time and in place.
+
+        All but the matrix products is then work on data that is still in the cache.
+        """
+        (samples, count, width), across = outputs.shape, inputs.shape[1]
+        rows = outputs.reshape(samples * count, 1, width)
+        sample = torch.arange(samples, device=rows.device).repeat_interleave(count)
+        parts = []
+        step = max(1, ROWS // across)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            h = (inputs[sample[part]] + rows[part]).relu_().view(-1, width)
+            t = torch.empty_like(h)
+            for hidden, scale in zip(self.hidden, self.scale.tolist(), strict=False):
+                assert isinstance(hidden, nn.Linear)
+                torch.addmm(hidden.bias, h, hidden.weight.t(), out=t)
+                t.relu_()
+                h, t = (h.add_(t, alpha=scale), t) if self.residual else (t, h)
+            parts.append(self.last(h))
+        return torch.cat(parts).view(samples, count, across, -1)
 
 
 class ResidualMLP(nn.Module):

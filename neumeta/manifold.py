@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neumeta.architecture import Architecture, Space
+from neumeta.architecture import Space
 from neumeta.coordinates import Site, sites
-from neumeta.family import Layer
 from neumeta.inr import REPRESENTATIONS
 
 BN_EPS = 1e-5
@@ -24,10 +23,10 @@ class Manifold:
     """Everything needed to sample weights of any architecture in `space`.
 
     `frozen` are the source network's folded tensors outside the morphing scope. With `norm`, the
-    representation makes unnormalised weights, gamma and beta, and `statistics` holds each batch
-    norm's mean and log variance, (A, C), at A anchor sizes (`anchors`, (A, stages)), so that folding
-    needs no images. `noise` is a, `samples` the default K, `scale` N. `about` is the checkpoint's own
-    account: recipe, source, evaluation table, licence.
+    representation makes unnormalised weights, gamma and beta, and `statistics` holds what `moments.py`
+    needs to give each batch norm its mean and variance without images. `noise` is a, `samples` the
+    default K, `scale` N. `about` is the checkpoint's own account: recipe, source, evaluation table,
+    licence.
     """
 
     space: Space
@@ -49,27 +48,6 @@ class Manifold:
     def device(self) -> torch.device:
         """Where the representation computes."""
         return next(self.representation.parameters()).device
-
-    def moments(self, layer: Layer, architecture: Architecture) -> tuple[Tensor, Tensor]:
-        """The batch norm mean and variance (C,) of one layer at this architecture, from size alone.
-
-        Per channel, the anchors that have it are averaged with weights d^-4 of their distance in
-        stage widths (Shepard 1968); an architecture that is an anchor gets what was measured there.
-        """
-        full = [self.space.table.stages[stage] for stage in self.space.stages]
-        here = torch.tensor([c / f for c, f in zip(architecture.channels, full, strict=True)])
-        distance = (self.statistics["anchors"] - here).square().sum(1)
-        nearest = int(distance.argmin())
-        count = self.space.sizes(architecture)[layer.output_axis]
-        mean = self.statistics[f"{layer.name}.mean"][:, :count]
-        log_variance = self.statistics[f"{layer.name}.log_variance"][:, :count]
-        if distance[nearest] < 1e-9:
-            return mean[nearest], log_variance[nearest].exp()
-        # A channel that an anchor lacks is stored as NaN.
-        weight = distance[:, None].square().reciprocal() * mean.isfinite()
-        weight = weight / weight.sum(0)
-        found = [(weight * each.nan_to_num()).sum(0) for each in (mean, log_variance)]
-        return found[0], found[1].exp()
 
 
 def roles(space: Space, *, norm: bool) -> dict[str, Site]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from neumeta.architecture import Architecture
 from neumeta.coordinates import Site, coordinates, sites
 from neumeta.family import Layer
 from neumeta.manifold import Manifold, fold
+from neumeta.moments import Propagation
 
 PAIRS_AT_ONCE = 1 << 14
 """Working memory: at most this many coordinate vectors (times a layer's width) at once."""
@@ -25,16 +27,22 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
+@cache
+def evenly(samples: int) -> Tensor:
+    """(samples, 6) points of Sobol's sequence: spread more evenly than independent draws."""
+    return torch.quasirandom.SobolEngine(6).draw(samples)  # type: ignore[no-untyped-call]
+
+
 def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tensor:
     """The mean of `samples` noisy evaluations of one tensor; the first one is noise-free.
 
     One sample is therefore exact: the manifold's value at the integer coordinates.
     """
-    generator = torch.Generator().manual_seed(seed_of(seed, site.name))
     noise = manifold.noise if samples > 1 else 0.0
     if noise == 0.0:
         samples = 1
     at_once = max(1, min(samples, PAIRS_AT_ONCE // (site.outputs * site.inputs)))
+    points = evenly(samples)
     total: Tensor | None = None
     for done in range(0, samples, at_once):
         at = coordinates(
@@ -42,8 +50,10 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
             manifold.scale,
             noise=noise,
             samples=min(at_once, samples - done),
-            generator=generator,
+            # The same shifts in every part.
+            generator=torch.Generator().manual_seed(seed_of(seed, site.name)),
             noise_free_first=done == 0,
+            points=points[done : done + at_once],
         )
         part = manifold.representation(site, at.to(manifold.device)).sum(0)
         total = part if total is None else total + part
@@ -53,9 +63,14 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
 
 
 def sample_layer(
-    manifold: Manifold, architecture: Architecture, layer: Layer, samples: int, seed: int
+    manifold: Manifold,
+    architecture: Architecture,
+    layer: Layer,
+    samples: int,
+    seed: int,
+    statistics: Propagation,
 ) -> tuple[Tensor, Tensor]:
-    """The folded (weight, bias) of one layer."""
+    """The folded (weight, bias) of one layer; `statistics` has seen all layers before it."""
     if not manifold.space.morphing(layer):
         return manifold.frozen[f"{layer.name}.weight"], manifold.frozen[f"{layer.name}.bias"]
     normed = manifold.norm and layer.norm is not None
@@ -66,7 +81,9 @@ def sample_layer(
     if not normed:
         return made[0], made[1]
     weight, gamma, beta = made
-    return fold(weight, gamma, beta, *manifold.moments(layer, architecture))
+    mean, variance = statistics.measured(layer, weight, manifold.statistics)
+    statistics.normalised(layer, gamma, beta)
+    return fold(weight, gamma, beta, mean, variance)
 
 
 @torch.no_grad()
@@ -79,7 +96,9 @@ def sample(
     """
     count = manifold.samples if samples is None else samples
     layers = manifold.space.table.layers(architecture.depth)
+    statistics = Propagation(manifold.space, architecture)
+    # By name is also the order of the forward pass wherever there is batch norm.
     for layer in sorted(layers, key=lambda layer: layer.name):
-        weight, bias = sample_layer(manifold, architecture, layer, count, seed)
+        weight, bias = sample_layer(manifold, architecture, layer, count, seed, statistics)
         yield f"{layer.name}.bias", bias
         yield f"{layer.name}.weight", weight

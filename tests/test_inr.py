@@ -17,7 +17,7 @@ from neumeta.family import FAMILIES, macs, parameters
 from neumeta.inr import IntegralGrid, LearnedGrid, _Mlp, fourier_features, interpolate
 from neumeta.manifold import representation, roles
 from neumeta.network import Network
-from neumeta.sample import sample, sample_site, seed_of
+from neumeta.sample import evenly, sample, sample_site, seed_of
 from tests.conftest import lenet
 
 
@@ -92,6 +92,56 @@ def test_noise_stays_in_its_cell_and_follows_algorithm_3(
             if site.length > 1:
                 low, high = layer.block / layer.blocks, (layer.block + 1) / layer.blocks
                 assert (v[..., 0] >= low - 1e-6).all() and (v[..., 0] <= high + 1e-6).all()
+
+
+def test_even_points_put_one_sample_into_each_stratum_of_every_coordinate() -> None:
+    manifold = lenet()
+    space = manifold.space
+    site = sites(space, space.full, space.table.layers(())[1], norm=False)[0]
+    count = 16
+    at = coordinates(
+        site,
+        64,
+        noise=0.5,
+        samples=count,
+        generator=torch.Generator().manual_seed(0),
+        points=evenly(count),
+    )
+    total = at.outputs[..., 1] * 64
+    index = at.outputs[..., 0] * total
+    noise = index - torch.arange(site.outputs)
+    # The folded draws visit both halves of each half-wide stratum: two of 16 in each eighth.
+    for channel in range(site.outputs):
+        counts = torch.histc(noise[:, channel], 8, -0.5, 0.5)
+        assert ((counts - 2).abs() <= 1).all(), counts
+    other = coordinates(
+        site,
+        64,
+        noise=0.5,
+        samples=count,
+        generator=torch.Generator().manual_seed(1),
+        points=evenly(count),
+    )
+    assert not torch.equal(at.outputs, other.outputs)
+
+
+def test_the_blocked_mlp_is_the_plain_one() -> None:
+    """Inference in place and in blocks against autograd's forward, with blocks that do not divide."""
+    torch.manual_seed(0)
+    for residual in (True, False):
+        mlp = _Mlp(9, layers=5, hidden=16, num_freq=4, residual=residual).double()
+        for samples, outputs, inputs in ((3, 70, 33), (2, 5, 1), (1, 2, 1500)):
+            at = Coordinates(
+                torch.rand(samples, 2).double(),
+                torch.rand(samples, inputs, 2).double(),
+                torch.rand(samples, outputs, 2).double(),
+                64,
+            )
+            plain = mlp(at).detach()
+            with torch.no_grad():
+                fast = mlp(at)
+            # float64, the same products and sums
+            torch.testing.assert_close(fast, plain, atol=1e-12, rtol=1e-10)
 
 
 def test_noise_beyond_half_a_step_is_refused() -> None:
@@ -171,7 +221,15 @@ def test_sampling_is_the_mean_of_single_evaluations(kind: str, block_based: bool
     made = sample_site(manifold, site, 5, seed=3)
     generator = torch.Generator().manual_seed(seed_of(3, site.name))
     total = torch.zeros_like(made)
-    at = coordinates(site, 64, noise=0.5, samples=5, generator=generator, noise_free_first=True)
+    at = coordinates(
+        site,
+        64,
+        noise=0.5,
+        samples=5,
+        generator=generator,
+        noise_free_first=True,
+        points=evenly(5),
+    )
     for k in range(5):
         one = Coordinates(at.layer[k : k + 1], at.inputs[k : k + 1], at.outputs[k : k + 1], 64)
         total += manifold.representation(site, one).reshape(made.shape) / 5

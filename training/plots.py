@@ -83,6 +83,34 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
     _save(figure, path)
 
 
+def bars(groups: dict[str, dict[str, tuple[float, float]]], title: str, path: Path) -> None:
+    """One row per group, one bar per key: (mean, spread)."""
+    figure, axes = plt.subplots(figsize=(7.2, 0.5 * len(groups) + 1))
+    keys = list(next(iter(groups.values())))
+    height = 0.8 / len(keys)
+    for index, key in enumerate(keys):
+        at = [row - index * height for row in range(len(groups), 0, -1)]
+        means, spreads = zip(*(group[key] for group in groups.values()), strict=True)
+        axes.barh(at, means, height, xerr=spreads, label=key)
+    axes.set_yticks([row - 0.3 for row in range(len(groups), 0, -1)], list(groups))
+    axes.set(xlabel="test accuracy (%)")
+    axes.set_title(title, fontsize=10)
+    axes.legend(title="width", fontsize=8)
+    _save(figure, path)
+
+
+def convergence(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Relative error of the mean weights against the number of samples, logarithmic."""
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    for label, points in curves.items():
+        style = "o:" if label.endswith("random") else "o-"
+        axes.loglog([k for k, _ in points], [error for _, error in points], style, label=label)
+    axes.set(xlabel="samples K", ylabel="relative error of the mean")
+    axes.set_title("Distance to the mean of 10,000 samples", fontsize=10)
+    axes.legend()
+    _save(figure, path)
+
+
 def kernels(shown: dict[str, Any], name: str, path: Path) -> None:
     """Mean weight of each kernel over (output, input) channel, one panel per channel order."""
     figure, panels = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)

@@ -1,7 +1,7 @@
 """Batch norm across sizes: the statistics of one architecture, and of all that need them.
 
-A device never sees batch norm and the service never sees an image, so each channel's mean and log
-variance are measured over size here, once. Knows no training.
+A device never sees batch norm and the service never sees an image, so what the weights do not say of
+each channel's mean and variance is measured over size here, once. Knows no training.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neumeta.architecture import Architecture
-from neumeta.family import FAMILIES
+from neumeta import moments
+from neumeta.architecture import Architecture, Space
+from neumeta.family import FAMILIES, Layer
 from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import seed_of
@@ -60,33 +61,73 @@ def measured(net: Network) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
+def anchors(space: Space, seed: int, mixed: int) -> list[Architecture]:
+    """Every scalar width; every even depth at some of them; and `mixed` random sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = space.width
+    found = list(space.scaled())
+    if space.blocks:
+        for blocks in range(1, space.table.max_blocks + 1):
+            for step in range(6):
+                width = high - (high - low) * step / 5
+                even = [blocks] * len(space.depth)
+                found.append(space.architecture(width, even, extrapolate=True))
+    for _ in range(mixed):
+        factors = low + (high - low) * torch.rand(len(space.stages), generator=generator)
+        depth: list[int] | None = None
+        if space.blocks and torch.rand((), generator=generator) < 0.75:
+            # Beyond the trained depths too, but less often.
+            most = (*space.blocks, space.table.max_blocks)[
+                1 + int(torch.rand((), generator=generator) < 0.4)
+            ]
+            depth = torch.randint(1, most + 1, (len(space.depth),), generator=generator).tolist()
+        found.append(space.architecture(factors.tolist(), depth, extrapolate=True))
+    return list({each.key: each for each in found}.values())
+
+
 def measure_statistics(
-    manifold: Manifold, data: Dataset, recipe: Recipe, *, mixed: int = 64, images: int = 2000
+    manifold: Manifold, data: Dataset, recipe: Recipe, *, mixed: int = 160, images: int = 1000
 ) -> None:
-    """Fill `manifold.statistics`: calibrated at every scalar width and at `mixed` random sizes.
+    """Fill `manifold.statistics`: calibrated at the `anchors`, kriged in between.
 
     The same augmented training images serve all sizes. Channels that a size lacks are NaN.
     """
-    space = manifold.space
-    generator = torch.Generator().manual_seed(seed_of(recipe.seed, "statistics"))
+    space, seed = manifold.space, seed_of(recipe.seed, "statistics")
+    generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(data.train_labels), generator=generator)[:images]
     x = to_float(augment(data.train_images[rows], data, generator), data)
-    low, high = space.width
-    factors = low + (high - low) * torch.rand(mixed, len(space.stages), generator=generator)
-    anchors = [*space.scaled(), *(space.architecture(row.tolist()) for row in factors)]
-    full = torch.tensor([space.table.stages[stage] for stage in space.stages])
-    channels = torch.tensor([each.channels for each in anchors])
-    tensors = {"anchors": (channels / full).float()}
-    for index, each in enumerate(tqdm(anchors, desc="statistics", mininterval=5)):
-        for name, (mean, variance) in measured(calibrate(network(manifold, each), x)).items():
-            for kind, value in (("mean", mean), ("log_variance", variance.clamp(min=1e-8).log())):
-                empty = torch.full((len(anchors), _full_size(manifold, name)), math.nan)
-                table = tensors.setdefault(f"{name}.{kind}", empty)
-                table[index, : len(value)] = value
-    manifold.statistics.update(tensors)
+    full = space.sizes(space.full)
+    places: dict[str, dict[tuple[int, int], Tensor]] = {}
+    tables: dict[str, list[Tensor]] = {}
+    of: dict[str, str] = {}
+    for index, each in enumerate(
+        tqdm(anchors(space, seed, mixed), desc="statistics", mininterval=5)
+    ):
+        net = network(manifold, each)
+        state, propagation = net.state_dict(), moments.Propagation(space, each)
+        found = measured(calibrate(net, x))
+        for layer in sorted(space.table.layers(each.depth), key=lambda layer: layer.name):
+            if layer.norm is None:
+                continue
+            expected = propagation.expected(layer, state[f"{layer.name}.weight"])
+            propagation.normalised(
+                layer, state[f"{layer.norm}.weight"], state[f"{layer.norm}.bias"]
+            )
+            error = moments.residual(expected, found[layer.name])
+            row = torch.full((2, full[_axis(space, layer)]), math.nan, dtype=torch.float64)
+            row[:, : error.shape[1]] = error
+            where, what = moments.keys(space, layer)
+            places.setdefault(where, {})[index, layer.block] = moments.features(space, each, layer)
+            tables.setdefault(what, []).append(row.flatten())
+            of[what] = where
+    for what, rows_ in tables.items():
+        points = torch.stack(list(places[of[what]].values()))
+        manifold.statistics[of[what]] = points.float()
+        solved = moments.krige(points.float().double(), torch.stack(rows_))
+        manifold.statistics[what] = solved.float()
 
 
-def _full_size(manifold: Manifold, name: str) -> int:
-    space = manifold.space
-    axis = {layer.name: layer.output_axis for layer in space.table.layers(space.depth)}[name]
-    return space.sizes(space.full)[axis]
+def _axis(space: Space, layer: Layer) -> str:
+    """The source network's axis of this size: deeper networks have axes that it lacks."""
+    same = next(each for each in space.table.layers(space.depth) if each.role == layer.role)
+    return same.output_axis

@@ -1,0 +1,131 @@
+"""The paper's claims in our terms: permutation, noise, K, EMA, block-based and residual, three seeds.
+
+    python -m benchmarks.ablation --run runs/ablation
+
+The residual MLP on the digits (recipe `tiny`), one thing changed at a time; and the learned grid with
+each channel order. Per variant: total variation, the error of the regression on the smoothed weights,
+and test accuracy over widths after Algorithm 2. Resumable: a seed that has a result is not run again.
+Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.local import hardware
+from training import cli, data, evaluate, fit, plots, recipe, source
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+MLP = {"layers": 5, "hidden": 64, "num_freq": 6, "residual": True, "block_based": True}
+
+
+def variants() -> dict[str, recipe.Recipe]:
+    """Each variant's recipe, but for the seed."""
+    tiny = replace(recipe.load("tiny"), evaluate_widths=WIDTHS)
+    base = replace(
+        tiny,
+        representation="mlp",
+        options=MLP,
+        noise=0.5,
+        samples=16,
+        regression_steps=800,
+        optimiser="adamw",
+        lr=5e-4,
+        reconstruction=1.0,
+        regularisation=1e-4,
+        epochs=20.0,
+    )
+    return {
+        "MLP": base,
+        "no permutation": replace(base, permutation="none"),
+        "random order": replace(base, permutation="random"),
+        "no noise (K = 1)": replace(base, noise=0.0, samples=1),
+        "K = 1": replace(base, samples=1),
+        "K = 50": replace(base, samples=50),
+        "no EMA": replace(base, ema=0.0),
+        "one MLP for all": replace(base, options={**MLP, "block_based": False}),
+        "not residual": replace(base, options={**MLP, "residual": False}),
+        "no reconstruction": replace(base, reconstruction=0.0),
+        "grid": tiny,
+        "grid, no permutation": replace(tiny, permutation="none"),
+        "grid, random order": replace(tiny, permutation="random"),
+        "grid, noise": replace(tiny, noise=0.5),
+    }
+
+
+def measure(asked: recipe.Recipe, run: Path, root: Path | None) -> dict[str, Any]:
+    """One seed of one variant. K alone changes nothing in training: those share a run."""
+    loaded = data.load(asked.data, root)
+    run.mkdir(parents=True, exist_ok=True)
+    net = cli.trained_source(asked, loaded, Path(), run)
+    manifold, targets, smoothed = cli.prepare(asked, loaded, net)
+    test = (loaded.test_images, loaded.test_labels, loaded)
+    report: dict[str, Any] = {
+        "source": source.accuracy(net, *test),
+        "source, smoothed": source.accuracy(smoothed, *test),
+        "total variation": manifold.about["permutation"]["total_variation"],
+    }
+    errors: dict[int, float] = {}
+    if asked.regression_steps:
+
+        def log(name: str, value: float, step: int) -> None:
+            errors[step] = value
+
+        probe, _, _ = cli.prepare(asked, loaded, net)
+        report["regression error"] = fit.initialise(probe, targets, asked, log)
+    fit.fit(manifold, targets, smoothed, loaded, asked, run, resume=True)
+    rows = evaluate.evaluate(manifold, loaded, asked)
+    return {**report, **{str(row["width"]): row["accuracy"] for row in rows}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/ablation.svg"))
+    asked = parser.parse_args()
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in asked.seeds:
+        for name, variant in variants().items():
+            path = asked.run / "results" / f"{name}-{seed}.json"
+            if not path.exists():
+                shared = "MLP" if name.startswith("K =") else name
+                run = asked.run / f"{shared}-{seed}"
+                row = measure(replace(variant, seed=seed), run, asked.data)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(row))
+                print(f"seed {seed}: {name}: {row}", flush=True)
+            results.setdefault(name, []).append(json.loads(path.read_text()))
+    columns = ["source, smoothed", "total variation", "regression error", *map(str, WIDTHS)]
+    print("| variant | " + " | ".join(columns) + " |")
+    print("|---|" + "---:|" * len(columns))
+    table: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, rows in results.items():
+        for column in columns:
+            values = [row[column] for row in rows if column in row]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                table.setdefault(name, {})[column] = (statistics.mean(values), spread)
+        cells = [
+            f"{table[name][c][0]:.4g} ± {table[name][c][1]:.2g}" if c in table[name] else ""
+            for c in columns
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    bars = {n: {w: row[w] for w in map(str, WIDTHS)} for n, row in table.items()}
+    plots.bars(
+        bars, "Digits, LeNet: accuracy by variant, mean and spread of the seeds", asked.figure
+    )
+    threads = torch.get_num_threads()
+    print(json.dumps({"hardware": hardware(), "threads": threads, "table": table}))
+
+
+if __name__ == "__main__":
+    main()
