@@ -164,15 +164,8 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         least, most = space.blocks
         return [int(torch.randint(least, most + 1, (), generator=generator)) for _ in space.depth]
 
-    def sometimes() -> list[int] | None:
-        """The source's depth, or as often as not the same for all stages, or one for each."""
-        if uniform() >= recipe.depth_share:
-            return None
-        drawn = blocks()
-        return [drawn[0]] * len(drawn) if drawn and uniform() < 0.5 else drawn
-
     both = space.blocks is not None and low < high
-    depth = sometimes() if both else blocks()
+    depth = None if both else blocks()
     if recipe.widths:
         index = int(torch.randint(len(recipe.widths), (), generator=generator))
         width: float | list[float] = recipe.widths[index]
@@ -184,7 +177,12 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     if not recipe.sandwich:
         return (drawn,)
     if both:
-        return (space.full, space.architecture(low, sometimes()), drawn)
+        assert space.blocks is not None
+        deep = blocks() or []
+        if uniform() < 0.5:  # the same for all stages; as often as not the fewest
+            deep = [space.blocks[0] if uniform() < 0.5 else deep[0]] * len(deep)
+        wide = high if uniform() < 0.5 else low + (high - low) * uniform()
+        return (space.full, space.architecture(low), drawn, space.architecture(wide, deep))
     if space.blocks is not None:
         least, most = space.blocks
         ends = [space.architecture(high, [n] * len(space.depth)) for n in (most, least)]
@@ -338,6 +336,8 @@ def fit(
             )
             loss = task_loss(logits, labels, teacher, recipe.distill_weight)
             task = loss.item()
+            if is_full:
+                loss = recipe.full_weight * loss
             if recipe.reconstruction and is_full:
                 loss = loss + recipe.reconstruction * reconstruction(made, targets)
             if recipe.regularisation:

@@ -23,8 +23,8 @@ class Recipe:
 
     `source`: 'train' from scratch, 'import' a public checkpoint as it is, or 'fine-tune' one.
     `sandwich`: each step trains the largest, the smallest and one random architecture; where width
-    and depth both morph, the largest is the source's and the others keep its depth in all but
-    `depth_share` of the draws. `per_stage`: the share of draws with a width for each stage.
+    and depth both morph, those three at the source's depth and a fourth at a random one. `per_stage`:
+    the share of random widths that differ by stage. `full_weight`: of the largest in the loss.
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones). `norm`: train with batch statistics, fold with fitted ones; else the
     paper's folded training. `feature_views`: activations of the frozen leading part computed once
@@ -71,7 +71,7 @@ class Recipe:
     widths: tuple[float, ...] = ()
     sandwich: bool = False
     per_stage: float = 0.0
-    depth_share: float = 0.5
+    full_weight: float = 1.0
     reconstruction: float = 1.0
     regularisation: float = 1e-4
     distill: str = "none"
