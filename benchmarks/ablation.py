@@ -34,7 +34,7 @@ def variants() -> dict[str, recipe.Recipe]:
         representation="mlp",
         options=MLP,
         noise=0.5,
-        samples=16,
+        samples=8,
         regression_steps=800,
         optimiser="adamw",
         lr=5e-4,

@@ -481,8 +481,10 @@ def plain_generated(
     manifold: Manifold, architecture: Architecture, noise: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """What `fit.generated` makes, from every pair's own Fourier features."""
-    found = {}
-    for layer in manifold.space.table.layers(architecture.depth):
+    found, layers = {}, manifold.space.table.layers(architecture.depth)
+    for blocks in {layer.stage: layer.blocks for layer in layers if layer.blocks > 1}.values():
+        fit.partition(blocks, 0.0, generator)  # the same draws afterwards
+    for layer in layers:
         for site in sites(manifold.space, architecture, layer, norm=manifold.norm):
             at = coordinates(site, manifold.scale, noise=noise, generator=generator)
             mlp = network_of(manifold, site)

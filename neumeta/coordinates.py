@@ -146,10 +146,9 @@ def coordinates(
     axis: each single weight sees Algorithm 3's distribution, while pairs that share a channel share
     its draw, which is what lets every representation work per axis. A layer's coordinate is the
     middle of its cell and its noise stays within the cell, so it never reaches another layer's.
-    `noise_free_first` leaves the first sample exact. `points`, evenly spread in [0, 1)^6, replace
-    independent draws over the samples: each draw is a random shift of its column of `points`, folded
-    so that it ends where it began (Cranley and Patterson 1976; the baker's transformation, Hickernell
-    2002). Each sample keeps its distribution; their mean converges faster.
+    `noise_free_first` leaves the first sample exact. `points`, a set in [-1, 1]^6 to average over,
+    replaces independent draws: each index mirrors its column of them at random, which no average
+    of a symmetric set over even functions can see.
 
     Raises ValueError if noise is outside [0, 0.5].
     """
@@ -160,11 +159,10 @@ def coordinates(
         if not noise:
             return torch.zeros(samples, count)
         if points is None:
-            unit = torch.rand(samples, count, generator=generator)
+            drawn = (torch.rand(samples, count, generator=generator) * 2 - 1) * noise
         else:
-            shifted = points[:, column, None] + torch.rand(1, count, generator=generator)
-            unit = (2 * shifted.frac() - 1).abs()
-        drawn = (unit * 2 - 1) * noise
+            mirrored = torch.randint(0, 2, (1, count), generator=generator) * 2 - 1
+            drawn = points[:, column, None] * mirrored * noise
         if noise_free_first:
             drawn[0] = 0
         return drawn

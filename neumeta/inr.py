@@ -78,19 +78,20 @@ class _Mlp(nn.Module):
         (samples, count, width), across = outputs.shape, inputs.shape[1]
         rows = outputs.reshape(samples * count, 1, width)
         sample = torch.arange(samples, device=rows.device).repeat_interleave(count)
-        parts = []
+        made = inputs.new_empty(samples * count, across, self.last.out_features)
         step = max(1, ROWS // across)
+        spare = [inputs.new_empty(step * across, width) for _ in range(2)]
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            h = (inputs[sample[part]] + rows[part]).relu_().view(-1, width)
-            t = torch.empty_like(h)
+            h, t = (each[: len(rows[part]) * across] for each in spare)
+            torch.add(inputs[sample[part]], rows[part], out=h.view(-1, across, width)).relu_()
             for hidden, scale in zip(self.hidden, self.scale.tolist(), strict=False):
                 assert isinstance(hidden, nn.Linear)
                 torch.addmm(hidden.bias, h, hidden.weight.t(), out=t)
                 t.relu_()
                 h, t = (h.add_(t, alpha=scale), t) if self.residual else (t, h)
-            parts.append(self.last(h))
-        return torch.cat(parts).view(samples, count, across, -1)
+            made[part] = self.last(h).view(-1, across, made.shape[-1])
+        return made.view(samples, count, across, -1)
 
 
 class ResidualMLP(nn.Module):

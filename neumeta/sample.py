@@ -6,10 +6,12 @@ Knows no bytes and no HTTP. Tensors come in the order of the wire (by name).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from functools import cache
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from neumeta.architecture import Architecture
@@ -28,21 +30,36 @@ def seed_of(seed: int, name: str) -> int:
 
 
 @cache
-def evenly(samples: int) -> Tensor:
-    """(samples, 6) points of Sobol's sequence: spread more evenly than independent draws."""
-    return torch.quasirandom.SobolEngine(6).draw(samples)  # type: ignore[no-untyped-call]
+def evenly(samples: int, dimensions: int) -> Float[Tensor, "K 6"]:
+    """K points of [-1, 1]^6 to average over instead of independent ones, in its last `dimensions`.
+
+    2 * dimensions of them are a cubature that integrates every cubic exactly (Stroud 1957, C_n:3-1);
+    any other number is taken from Sobol's sequence.
+    """
+    points = torch.zeros(samples, 6)
+    if samples == 2 * dimensions:
+        turn = math.pi / dimensions * torch.arange(1, samples + 1)
+        for wave in range(dimensions // 2):
+            column = 6 - dimensions + 2 * wave
+            points[:, column] = math.sqrt(2 / 3) * torch.cos((2 * wave + 1) * turn)
+            points[:, column + 1] = math.sqrt(2 / 3) * torch.sin((2 * wave + 1) * turn)
+    else:
+        engine = torch.quasirandom.SobolEngine(6)  # type: ignore[no-untyped-call]
+        # The middle of each point's cell: the sequence itself begins in a corner.
+        points = 2 * engine.draw(samples) - 1 + 1 / samples
+    return points
 
 
 def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tensor:
-    """The mean of `samples` noisy evaluations of one tensor; the first one is noise-free.
+    """The mean of `samples` noisy evaluations of one tensor, noise spread by `evenly`.
 
-    One sample is therefore exact: the manifold's value at the integer coordinates.
+    One sample is exact: the manifold's value at the integer coordinates.
     """
     noise = manifold.noise if samples > 1 else 0.0
     if noise == 0.0:
         samples = 1
     at_once = max(1, min(samples, PAIRS_AT_ONCE // (site.outputs * site.inputs)))
-    points = evenly(samples)
+    points = evenly(samples, 6 if site.length > 1 else 4)
     total: Tensor | None = None
     for done in range(0, samples, at_once):
         at = coordinates(
@@ -50,9 +67,8 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
             manifold.scale,
             noise=noise,
             samples=min(at_once, samples - done),
-            # The same shifts in every part.
+            # The same mirrors in every part.
             generator=torch.Generator().manual_seed(seed_of(seed, site.name)),
-            noise_free_first=done == 0,
             points=points[done : done + at_once],
         )
         part = manifold.representation(site, at.to(manifold.device)).sum(0)

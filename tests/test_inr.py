@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations_with_replacement, pairwise
 
 import pytest
 import torch
@@ -94,35 +94,47 @@ def test_noise_stays_in_its_cell_and_follows_algorithm_3(
                 assert (v[..., 0] >= low - 1e-6).all() and (v[..., 0] <= high + 1e-6).all()
 
 
-def test_even_points_put_one_sample_into_each_stratum_of_every_coordinate() -> None:
+@pytest.mark.parametrize("dimensions", [4, 6])
+def test_the_cubature_integrates_every_cubic(dimensions: int) -> None:
+    points = evenly(2 * dimensions, dimensions).double()
+    assert points.abs().max() <= 1
+    assert (points[:, : 6 - dimensions] == 0).all()
+    used = range(6 - dimensions, 6)
+    for degree in (1, 2, 3):
+        for term in combinations_with_replacement(used, degree):
+            made = points[:, list(term)].prod(1).mean()
+            # Over [-1, 1]: 0 for an odd power, 1 / (power + 1) for an even one.
+            powers = [term.count(d) for d in set(term)]
+            exact = math.prod(0.0 if k % 2 else 1 / (k + 1) for k in powers)
+            torch.testing.assert_close(float(made), exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("samples", [2, 5, 16, 64])
+def test_even_points_fill_each_axis_one_to_a_cell(samples: int) -> None:
+    points = evenly(samples, 4)
+    assert points.shape == (samples, 6) and points.abs().max() <= 1
+    if samples & (samples - 1) == 0:  # Sobol's first 2^m points are one to each 2^m-th
+        cells = ((points + 1) / 2 * samples).floor().long().sort(0).values
+        assert (cells == torch.arange(samples)[:, None]).all()
+
+
+def test_each_channel_mirrors_the_points_by_its_own_seed() -> None:
     manifold = lenet()
-    space = manifold.space
+    space, points = manifold.space, evenly(8, 4)
     site = sites(space, space.full, space.table.layers(())[1], norm=False)[0]
-    count = 16
-    at = coordinates(
-        site,
-        64,
-        noise=0.5,
-        samples=count,
-        generator=torch.Generator().manual_seed(0),
-        points=evenly(count),
-    )
-    total = at.outputs[..., 1] * 64
-    index = at.outputs[..., 0] * total
-    noise = index - torch.arange(site.outputs)
-    # The folded draws visit both halves of each half-wide stratum: two of 16 in each eighth.
-    for channel in range(site.outputs):
-        counts = torch.histc(noise[:, channel], 8, -0.5, 0.5)
-        assert ((counts - 2).abs() <= 1).all(), counts
-    other = coordinates(
-        site,
-        64,
-        noise=0.5,
-        samples=count,
-        generator=torch.Generator().manual_seed(1),
-        points=evenly(count),
-    )
-    assert not torch.equal(at.outputs, other.outputs)
+
+    def noise(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        at = coordinates(site, 64, noise=0.5, samples=8, generator=generator, points=points)
+        index = at.outputs[..., 0] * at.outputs[..., 1] * 64
+        return index - torch.arange(site.outputs)
+
+    made, column = noise(0), 0.5 * points[:, 4, None]
+    # float32 products of indices up to 64
+    kept = (made - column).abs().amax(0) < 1e-4
+    mirrored = (made + column).abs().amax(0) < 1e-4
+    assert (kept ^ mirrored).all() and kept.any() and mirrored.any()
+    assert not torch.equal(made, noise(1))
 
 
 def test_the_blocked_mlp_is_the_plain_one() -> None:
@@ -227,8 +239,7 @@ def test_sampling_is_the_mean_of_single_evaluations(kind: str, block_based: bool
         noise=0.5,
         samples=5,
         generator=generator,
-        noise_free_first=True,
-        points=evenly(5),
+        points=evenly(5, 4),
     )
     for k in range(5):
         one = Coordinates(at.layer[k : k + 1], at.inputs[k : k + 1], at.outputs[k : k + 1], 64)

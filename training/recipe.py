@@ -54,7 +54,7 @@ class Recipe:
     norm: bool = False
     noise: float = 0.5
     depth_noise: float = 0.0
-    samples: int = 16
+    samples: int = 8
     scale: int = 64
     # regression on the smoothed weights, before any image
     regression_steps: int = 0
