@@ -315,6 +315,12 @@ def report(run: Path, asked: recipe.Recipe, figure: Path) -> None:
     }
     figure.parent.mkdir(parents=True, exist_ok=True)
     plots.width_curve({m: rows for m, rows in curves.items() if rows}, asked, before, figure)
+    deep = {
+        method: [row for row in rows if row["width"] == 1.0 and len(set(row["depth"])) == 1]
+        for method, rows in found.items()
+        if any(row["depth"] != [3, 3, 3] for row in rows)
+    }
+    plots.depth_curve(deep, asked, figure.with_name(f"{figure.stem}-depth{figure.suffix}"))
     hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(
         json.dumps(

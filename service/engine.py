@@ -130,6 +130,7 @@ class Engine:
 
     def job(self, asked: WeightsRequest) -> Job:
         """The job of a request. Raises Problem naming the field and what is allowed."""
+        asked = self._by_depth(asked)
         manifold = self.manifold(asked.arch)
         most = max(self.max_samples, manifold.samples)
         if asked.samples is not None and asked.samples > most:
@@ -161,6 +162,21 @@ class Engine:
         )
         key = hashlib.sha256("|".join(parts).encode()).hexdigest()
         return Job(manifold, architecture, asked.dtype, samples, seed, plan, key)
+
+    def _by_depth(self, asked: WeightsRequest) -> WeightsRequest:
+        """A family's other architectures are depths of the manifold that covers them."""
+        if asked.arch in self.manifolds:
+            return asked
+        for manifold in self.manifolds.values():
+            space = manifold.space
+            depth = space.table.architectures.get(asked.arch)
+            if depth is None or space.blocks is None:
+                continue
+            if asked.depth is not None:
+                allowed = f"no depth with {asked.arch!r}, which is {list(depth)} of {space.arch!r}"
+                raise refuse("depth", asked.depth, allowed)
+            return asked.model_copy(update={"arch": space.arch, "depth": list(depth)})
+        return asked
 
     def manifold(self, name: str) -> Manifold:
         """The manifold of this name. Raises Problem 404 with the names there are."""

@@ -98,6 +98,19 @@ def test_a_depth_has_a_canonical_url_without_a_width(engine: Engine) -> None:
     assert deeper.architecture.extrapolated and again(engine, deeper.location).key == deeper.key
 
 
+def test_a_name_of_the_family_is_a_depth_of_the_manifold_that_covers_it(engine: Engine) -> None:
+    deep = job(engine, arch="resnet56", width=0.75)
+    assert deep.key == job(engine, arch="resnet44", width=0.75, depth=[9, 9, 9]).key
+    assert deep.architecture.depth == (9, 9, 9) and not deep.architecture.extrapolated
+    assert again(engine, deep.location).key == deep.key
+    # A file of that name comes first, whatever else could make it.
+    assert job(engine, arch="resnet32").manifold.space.arch == "resnet32"
+    with pytest.raises(Problem, match="depth"):
+        job(engine, arch="resnet56", depth=[9, 9, 9])
+    with pytest.raises(Problem, match="resnet57"):
+        job(engine, arch="resnet57")
+
+
 def test_extrapolated_is_a_property_of_the_architecture(engine: Engine) -> None:
     """0.24 of 16, 32 and 64 channels is 4, 8 and 15: no trained width gives it."""
     assert job(engine, arch="resnet20", width=0.24, extrapolate=True).architecture.extrapolated

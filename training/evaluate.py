@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from tqdm import tqdm
@@ -35,12 +36,18 @@ def evaluate_one(
 def evaluate(
     manifold: Manifold, data: Dataset, recipe: Recipe, *, samples: int | None = None
 ) -> list[dict[str, Any]]:
-    """The evaluation table: every width, or every depth, that the recipe lists."""
+    """The evaluation table: every width, or every depth, that the recipe lists; where it lists
+    both, the widths at the source's depth and even depths at full width."""
     wanted: list[tuple[float, list[int] | None]]
     if recipe.evaluate_blocks:
         least, most = recipe.evaluate_blocks
-        counts = range(least, most + 1)
-        wanted = [(recipe.width[1], [a, b]) for a in counts for b in counts]
+        stages = len(manifold.space.depth)
+        if len(recipe.evaluate_widths) > 1:
+            wanted = [(width, None) for width in recipe.evaluate_widths]
+            wanted += [(recipe.width[1], [n] * stages) for n in range(least, most + 1)]
+        else:
+            depths = itertools.product(range(least, most + 1), repeat=stages)
+            wanted = [(recipe.width[1], list(depth)) for depth in depths]
     else:
         wanted = [(width, None) for width in recipe.evaluate_widths]
     rows = []

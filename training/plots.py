@@ -19,10 +19,13 @@ plt.rcParams["svg.hashsalt"] = "neumeta"  # equal results give equal files
 
 def evaluation(rows: list[dict[str, Any]], recipe: Recipe, source: float, path: Path) -> None:
     """Accuracy over width, or a heatmap over depth, whichever the recipe evaluates."""
-    if recipe.evaluate_blocks:
+    if recipe.evaluate_blocks and len(rows[0]["depth"]) == 2:
         depth_heatmap(rows, recipe, path)
     else:
-        width_curve({"manifold": rows}, recipe, source, path)
+        depth = list(recipe.space.depth)
+        width_curve(
+            {"manifold": [row for row in rows if row["depth"] == depth]}, recipe, source, path
+        )
 
 
 def width_curve(
@@ -38,6 +41,21 @@ def width_curve(
     axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f} %")
     axes.axvspan(*recipe.width, color="tab:green", alpha=0.08, label="trained widths")
     axes.set(xlabel="width", ylabel="test accuracy (%)", title=recipe.title)
+    axes.legend()
+    _save(figure, path)
+
+
+def depth_curve(curves: dict[str, list[dict[str, Any]]], recipe: Recipe, path: Path) -> None:
+    """Accuracy over the number of blocks of every stage; the trained range is shaded."""
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    for label, rows in curves.items():
+        ordered = sorted(rows, key=lambda row: row["depth"][0])
+        axes.plot(
+            [r["depth"][0] for r in ordered], [r["accuracy"] for r in ordered], "o-", label=label
+        )
+    if recipe.blocks:
+        axes.axvspan(*recipe.blocks, color="tab:green", alpha=0.08, label="trained depths")
+    axes.set(xlabel="blocks per stage", ylabel="test accuracy (%)", title=recipe.title)
     axes.legend()
     _save(figure, path)
 
