@@ -8,6 +8,7 @@ kept per axis and combined only where a representation needs every pair. Knows n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -49,18 +50,20 @@ class Coordinates:
     """The coordinates of one tensor, per axis; S is 1 or the number of noisy samples.
 
     layer (S, 2) = [l/L, L/N], inputs (S, I, 2) = [c_in/C_in, C_in/N], outputs (S, O, 2) =
-    [c_out/C_out, C_out/N]; `scale` is N.
+    [c_out/C_out, C_out/N]; `scale` is N. `exact` says that no channel's coordinate has noise.
     """
 
     layer: Float[Tensor, "S 2"]
     inputs: Float[Tensor, "S I 2"]
     outputs: Float[Tensor, "S O 2"]
     scale: int
+    exact: bool = False
 
     def to(self, device: torch.device) -> Coordinates:
         """The same coordinates on this device. Noise is drawn on the CPU: equal on every device."""
         layer, inputs, outputs = self.layer, self.inputs, self.outputs
-        return Coordinates(layer.to(device), inputs.to(device), outputs.to(device), self.scale)
+        moved = (layer.to(device), inputs.to(device), outputs.to(device))
+        return Coordinates(*moved, self.scale, self.exact)
 
     def vectors(self) -> Float[Tensor, "S O I 6"]:
         """Every pair's v, in the order of the supplement."""
@@ -168,6 +171,8 @@ def coordinates(
         return drawn
 
     def channels(column: int, count: int) -> Tensor:
+        if not noise:
+            return _exact(count, scale).expand(samples, count, 2)
         index = torch.arange(count, dtype=torch.float32) + draw(column, count)
         one = torch.ones(samples, 1)
         total = (count + draw(column + 1, 1)).expand(samples, count) if count > 1 else one
@@ -178,4 +183,12 @@ def coordinates(
     low, high = site.cell
     within = 0.5 + draw(1, 1) if site.length > 1 else torch.full((samples, 1), 0.5)
     layer = torch.cat((low + (high - low) * within, length / scale), -1)
-    return Coordinates(layer, channels(2, site.inputs), channels(4, site.outputs), scale)
+    inputs, outputs = channels(2, site.inputs), channels(4, site.outputs)
+    return Coordinates(layer, inputs, outputs, scale, exact=not noise)
+
+
+@lru_cache(maxsize=1024)
+def _exact(count: int, scale: int) -> Float[Tensor, "1 C 2"]:
+    """The noise-free coordinates of an axis of this size."""
+    index = torch.arange(count, dtype=torch.float32)
+    return torch.stack((index / count, torch.full_like(index, count / scale)), -1)[None]

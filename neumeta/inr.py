@@ -182,6 +182,9 @@ class Grid(nn.Module):
     def at_depth(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The grid at each sample's l/L."""
         grid = self.grid[module_key(site.role)]
+        if len(grid) == 1:
+            everywhere: Tensor = grid.expand(len(at.layer), *grid.shape[1:])
+            return everywhere
         place = at.layer[:, 0] * len(grid) - 0.5
         return interpolate(grid, place.round() if self.stepped else place, 0)
 
@@ -227,27 +230,37 @@ class LearnedGrid(Grid):
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         key = module_key(site.role)
-        outputs = _channel(at.outputs, at.scale).clamp(0, site.full_outputs - 1)
-        inputs = _channel(at.inputs, at.scale).clamp(0, site.full_inputs - 1)
-        made = _pairs(self.at_depth(site, at), outputs, inputs)
-        size = site.outputs / site.full_outputs
-        by_output = self._correction(self.outputs[key], outputs, size, site.deeper)
+        grid, outputs, inputs = self.at_depth(site, at), None, None
+        within = site.outputs <= site.full_outputs and site.inputs <= site.full_inputs
+        if at.exact and within:  # whole indices: the first channels of every axis as they are
+            made = grid[:, : site.outputs, : site.inputs]
+        else:
+            outputs = _channel(at.outputs, at.scale).clamp(0, site.full_outputs - 1)
+            inputs = _channel(at.inputs, at.scale).clamp(0, site.full_inputs - 1)
+            made = _pairs(grid, outputs, inputs)
+        by_output = self._correction(
+            self.outputs[key], outputs, site.outputs, site.full_outputs, site
+        )
         if site.kind != "weight":
             return (made + by_output[:, :, None, None]) * site.gain
-        size = site.inputs / site.full_inputs
-        by_input = self._correction(self.inputs[key], inputs, size, site.deeper)
+        by_input = self._correction(self.inputs[key], inputs, site.inputs, site.full_inputs, site)
         return (
             made
             * (1 + by_output)[:, :, None, None]
             * ((1 + by_input)[:, None, :, None] * site.gain)
         )
 
-    def _correction(self, modulation: Tensor, index: Tensor, size: float, deeper: float) -> Tensor:
+    def _correction(
+        self, modulation: Tensor, index: Tensor | None, count: int, full: int, site: Site
+    ) -> Float[Tensor, "S C"]:
+        size = count / full
         phi = [(1 - size) ** (k + 1) for k in range(self.orders)]
         if self.depths:
-            shallower = max(0.0, -deeper)
-            phi += [shallower, shallower**2, max(0.0, deeper)]
+            shallower = max(0.0, -site.deeper)
+            phi += [shallower, shallower**2, max(0.0, site.deeper)]
         by_channel = modulation @ torch.tensor(phi).to(modulation)
+        if index is None:
+            return by_channel[None, :count]
         return torch.stack([interpolate(by_channel, row, 0) for row in index])
 
 

@@ -59,6 +59,7 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
     if noise == 0.0:
         samples = 1
     at_once = max(1, min(samples, PAIRS_AT_ONCE // (site.outputs * site.inputs)))
+    own = seed_of(seed, site.name)
     points = evenly(samples, 6 if site.length > 1 else 4)
     total: Tensor | None = None
     for done in range(0, samples, at_once):
@@ -68,7 +69,7 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
             noise=noise,
             samples=min(at_once, samples - done),
             # The same mirrors in every part.
-            generator=torch.Generator().manual_seed(seed_of(seed, site.name)),
+            generator=torch.Generator().manual_seed(own) if noise else None,
             points=points[done : done + at_once],
         )
         part = manifold.representation(site, at.to(manifold.device)).sum(0)

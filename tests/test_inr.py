@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise
 
 import pytest
@@ -254,6 +255,23 @@ def test_one_sample_is_noise_free_and_seeds_matter_only_with_noise() -> None:
     c, d = (dict(sample(manifold, manifold.space.full, samples=4, seed=s)) for s in (0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(c[name], d[name]) for name in c)
+
+
+@given(st.floats(0.02, 1.4), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_whole_indices_need_no_interpolation_and_give_the_same(width: float, morph: bool) -> None:
+    manifold = lenet("grid")
+    model, space = manifold.representation, manifold.space
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    architecture = space.architecture(width, extrapolate=True)
+    layer = space.table.layers(())[int(morph)]
+    for site in sites(space, architecture, layer, norm=False):
+        at = coordinates(site, 64)
+        assert at.exact
+        plain = replace(at, exact=False)
+        assert torch.equal(model(site, at), model(site, plain))
 
 
 def test_a_grid_is_nested_in_the_absolute_channel_index() -> None:
