@@ -2,9 +2,9 @@
 
     python benchmarks/figures.py --runs runs --checkpoints ../checkpoints --out docs/figures
 
-Draws what it finds: RUNS/<recipe>/evaluation.json, RUNS/individual/individual.json, and the source
-network of RUNS/cifar10-resnet20 for the weights before and after permutation. Equal results give
-equal files. Last line: one JSON object with the files written.
+Draws what it finds: RUNS/<recipe>/evaluation.json, and the source network of RUNS/cifar10-resnet for
+the weights before and after permutation (`benchmarks.quality --report` draws the comparison). Equal
+results give equal files. Last line: one JSON object with the files written.
 """
 
 from __future__ import annotations
@@ -44,21 +44,16 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name in ("tiny", "cifar10-resnet20", "cifar10-resnet20-last-block", "mnist-resnet-depth"):
+    for name in ("tiny", "cifar10-resnet", "cifar10-resnet20-last-block", "mnist-resnet-depth"):
         run, asked = arguments.runs / name, recipe.load(name)
         report = rows_of(run / "evaluation.json")
         if report is None:
             continue
         path = arguments.out / f"{name}.svg"
         rows, before = report["evaluation"], report["source_accuracy"]
-        singles = rows_of(arguments.runs / "individual" / "individual.json")
-        if name == "cifar10-resnet20" and singles:
-            curves = {"one manifold": rows, "trained individually, as many epochs": singles}
-            plots.width_curve(curves, asked, before, path)
-        else:
-            plots.evaluation(rows, asked, before, path)
+        plots.evaluation(rows, asked, before, path)
         written.append(str(path))
-        if name == "cifar10-resnet20" and (run / "source.safetensors").exists():
+        if name == "cifar10-resnet" and (run / "source.safetensors").exists():
             path = arguments.out / "permutation.svg"
             plots.kernels(permuted(run, asked), TENSOR, path)
             written.append(str(path))

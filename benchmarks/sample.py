@@ -115,7 +115,7 @@ def published(manifold: Manifold, architecture: Architecture, samples: int) -> d
             rows, columns = torch.meshgrid(
                 torch.arange(site.outputs), torch.arange(site.inputs), indexing="ij"
             )
-            place = torch.full_like(rows, round(site.cell[0] * site.length))
+            place = torch.full(rows.shape, sum(site.cell) / 2 * site.length)
             raw = torch.stack(
                 [
                     place,
@@ -128,8 +128,10 @@ def published(manifold: Manifold, architecture: Architecture, samples: int) -> d
                 -1,
             ).reshape(-1, 6)
             raw = raw.float().to(DEVICE)
-            if k:
-                raw = raw + (torch.rand_like(raw) * 2 - 1) * noise
+            if k:  # an axis of one has nothing to be moved to
+                deep, across, down = site.length > 1, site.inputs > 1, site.outputs > 1
+                moves = torch.tensor([deep, True, True, deep, across, down], device=DEVICE)
+                raw = raw + (torch.rand_like(raw) * 2 - 1) * noise * moves
             v = torch.cat((raw[:, :3] / raw[:, 3:], raw[:, 3:] / scale), 1)
             order = ([0, 3], [1, 4], [2, 5])
             features = torch.cat([fourier_features(v[:, pair], mlp.num_freq) for pair in order], 1)
