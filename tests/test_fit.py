@@ -240,6 +240,11 @@ def test_rectified_moments_are_those_of_many_draws() -> None:
         ("title=", "Invalid"),
         ("title='x'\ndata='digits'\nfamily='vgg'\narch='x'\nwidth=[0.5,1.0]", "family"),
         ("title='x'\ndata='digits'\nfamily='lenet-mnist'\narch='x'\nwidth=[0.5,1.0]", "arch"),
+        (
+            "title='x'\ndata='cifar10'\nfamily='resnet-cifar'\narch='resnet20'\nwidth=[0.5,1.0]\n"
+            "norm=true\nmorph=['layer3.2.inner']",
+            "norm",
+        ),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:

@@ -143,3 +143,6 @@ def _check(path: Path, recipe: Recipe) -> None:
     if recipe.arch not in FAMILIES[recipe.family].architectures:
         allowed = tuple(FAMILIES[recipe.family].architectures)
         raise ValueError(f"{path}: arch: {recipe.arch!r} is not one of {allowed}")
+    if recipe.norm and recipe.morph != ("*",):
+        # A frozen layer is folded already, and batch statistics follow one another from the image on.
+        raise ValueError(f"{path}: norm: true needs morph = ['*'], not {list(recipe.morph)}")
