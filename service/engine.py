@@ -238,17 +238,15 @@ class Engine:
         }
 
     def expected_accuracy(self, name: str, architecture: Architecture) -> tuple[float | None, bool]:
-        """The accuracy measured at this architecture, or interpolated over parameters; whether
-        it was measured. None outside the measured range, or where depth morphs, as accuracy is no
-        function of the size alone there."""
+        """The accuracy measured at this architecture, or interpolated over the parameters of those
+        measured at its depth (across depths accuracy is no function of the size alone); whether it
+        was measured. None outside the measured range."""
         rows = self._measured[name]
         if architecture.key in rows:
             return rows[architecture.key][1], True
-        space = self.manifolds[name].space
-        if space.blocks:
-            return None, False
-        count = space.cost(architecture)["parameters"]
-        points = sorted(rows.values())
+        count = self.manifolds[name].space.cost(architecture)["parameters"]
+        same = architecture.key.rpartition("/")[0] + "/"
+        points = sorted(row for key, row in rows.items() if key.startswith(same))
         for (a, low), (b, high) in zip(points, points[1:], strict=False):
             if a <= count <= b:
                 part = (count - a) / (b - a) if b > a else 0.0

@@ -197,3 +197,24 @@ def test_one_name_is_served_once(tmp_path: Path) -> None:
         Engine(sorted(tmp_path.iterdir()), device="cpu")
     with pytest.raises(ValueError, match="device: 'tpu'"):
         Engine([], device="tpu")
+
+
+def test_accuracy_is_never_interpolated_across_depths(tmp_path: Path) -> None:
+    rows = [
+        {"channels": [16, 32, 64], "depth": [7, 7, 7], "accuracy": 90.0},
+        {"channels": [8, 16, 32], "depth": [7, 7, 7], "accuracy": 80.0},
+        {"channels": [16, 32, 64], "depth": [5, 5, 5], "accuracy": 20.0},
+    ]
+    path = tmp_path / "both.safetensors"
+    checkpoint.write(grid(BOTH, {"evaluation": rows}), path)
+    engine = Engine([path], device="cpu")
+
+    def accuracy(**asked: Any) -> float | None:
+        found: float | None = engine.describe(job(engine, arch="resnet44", **asked))["accuracy"]
+        return found
+
+    between = accuracy(width=0.75)
+    assert between is not None and 80 < between < 90
+    assert accuracy(depth=[5, 5, 5]) == 20
+    assert accuracy(width=0.75, depth=[5, 5, 5]) is None
+    assert accuracy(depth=[5, 6, 7]) is None

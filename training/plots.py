@@ -113,7 +113,7 @@ def bars(groups: dict[str, dict[str, tuple[float, float]]], title: str, path: Pa
     axes.set_yticks([row - 0.3 for row in range(len(groups), 0, -1)], list(groups))
     axes.set(xlabel="test accuracy (%)")
     axes.set_title(title, fontsize=10)
-    axes.legend(title="width", fontsize=8)
+    axes.legend(title="width", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
