@@ -19,7 +19,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,18 @@ def individual(bench: Bench, architecture: Architecture, *, distilled: bool) -> 
     return {"accuracy": bench.accuracy(net), "passes": passes}
 
 
-def normed(bench: Bench) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The source's tensors with batch norm kept, channels in the recipe's order; and the orders."""
+@cache
+def smoothed(bench: Bench) -> dict[str, Tensor]:
+    """The source's tensors with batch norm kept, channels in the recipe's order."""
     folded = source.fold(bench.source)
     found = cliques.cliques(bench.space.table, bench.space.depth)
     orders = permute.order(folded, found, bench.asked.permutation, seed=bench.asked.seed)
-    return source.reorder(bench.source, orders), orders
+    return source.reorder(bench.source, orders)
 
 
 def interpolated(bench: Bench, architecture: Architecture, *, mode: str) -> dict[str, Any]:
     """The smoothed source, resampled along its channels (integral networks; supplement section 3)."""
-    state, _ = normed(bench)
+    state = dict(smoothed(bench))
     net = Network(
         bench.space.family, architecture.depth, bench.space.sizes(architecture), norm=True
     )

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.local import hardware, replicas
@@ -104,6 +105,18 @@ def network_of(manifold: Manifold, site: Site) -> _Mlp:
     return found
 
 
+def per_pair(mlp: _Mlp, v: Float[Tensor, "B 6"]) -> Float[Tensor, "B kk"]:
+    """Figure 3 as it is drawn: all Fourier features of every pair, one first layer over them."""
+    order = ([0, 3], [1, 4], [2, 5])
+    features = torch.cat([fourier_features(v[:, pair], mlp.num_freq) for pair in order], 1)
+    weight = torch.cat([part.weight for part in (mlp.layer, mlp.inputs, mlp.outputs)], 1)
+    h = torch.relu(features @ weight.t() + mlp.layer.bias)
+    for hidden, step in zip(mlp.hidden, mlp.scale, strict=False):
+        h = h + step * torch.relu(hidden(h))
+    made: Tensor = mlp.last(h)
+    return made
+
+
 @torch.no_grad()
 def published(manifold: Manifold, architecture: Architecture, samples: int) -> dict[str, Tensor]:
     """Algorithm 3 as published: K full copies, each from every pair's own coordinates."""
@@ -133,13 +146,7 @@ def published(manifold: Manifold, architecture: Architecture, samples: int) -> d
                 moves = torch.tensor([deep, True, True, deep, across, down], device=DEVICE)
                 raw = raw + (torch.rand_like(raw) * 2 - 1) * noise * moves
             v = torch.cat((raw[:, :3] / raw[:, 3:], raw[:, 3:] / scale), 1)
-            order = ([0, 3], [1, 4], [2, 5])
-            features = torch.cat([fourier_features(v[:, pair], mlp.num_freq) for pair in order], 1)
-            weight = torch.cat([part.weight for part in (mlp.layer, mlp.inputs, mlp.outputs)], 1)
-            h = torch.relu(features @ weight.t() + mlp.layer.bias)
-            for hidden, step in zip(mlp.hidden, mlp.scale, strict=False):
-                h = h + step * torch.relu(hidden(h))
-            made = mlp.last(h) * (model.get_buffer("scales")[0] * site.gain)
+            made = per_pair(mlp, v) * (model.get_buffer("scales")[0] * site.gain)
             copies.setdefault(site.name, []).append(made)
     return {name: torch.stack(each).mean(0) for name, each in copies.items()}
 
@@ -491,13 +498,7 @@ def plain_generated(
             at = coordinates(site, manifold.scale, noise=noise, generator=generator)
             mlp = network_of(manifold, site)
             v = at.vectors().reshape(-1, 6)
-            order = ([0, 3], [1, 4], [2, 5])
-            features = torch.cat([fourier_features(v[:, pair], mlp.num_freq) for pair in order], 1)
-            weight = torch.cat([part.weight for part in (mlp.layer, mlp.inputs, mlp.outputs)], 1)
-            h = torch.relu(features @ weight.t() + mlp.layer.bias)
-            for hidden, step in zip(mlp.hidden, mlp.scale, strict=False):
-                h = h + step * torch.relu(hidden(h))
-            made = mlp.last(h) * site.gain
+            made = per_pair(mlp, v) * site.gain
             shape = (site.outputs, site.inputs, *site.spatial)
             found[site.name] = made.reshape(shape if site.kind == "weight" else (site.outputs,))
     return found

@@ -101,8 +101,7 @@ def sites(
     sizes = space.sizes(architecture)
     full = space.table.full_sizes(architecture.depth, space.classes)
     low, high = cell or (layer.block / layer.blocks, (layer.block + 1) / layer.blocks)
-    stretch = space.repeats(layer) * (high - low) if space.blocks else 1.0
-    step = stretch if layer.branch_end else 1.0
+    step = space.repeats(layer) * (high - low) if layer.branch_end and space.blocks else 1.0
     # Where depth does not morph, every block has a role of its own.
     role = layer.role if space.blocks else layer.name
     fan_in = 1.0 if norm else full[layer.input_axis] / sizes[layer.input_axis]

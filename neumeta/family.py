@@ -134,14 +134,10 @@ def _resnet_cifar(depth: tuple[int, ...]) -> tuple[Layer, ...]:
         for block in range(blocks):
             at, inner = f"{axis}.{block}", f"{axis}.{block}.inner"
             # A block that changes shape is there once, whatever the depth; the others are repeated.
-            once = before != axis
-            repeated = blocks - (stage > 0)
-            place = (
-                (stage, 0, 1, resolution)
-                if once
-                else (stage, block - (stage > 0), repeated, resolution)
-            )
-            role = f"{at}" if once else f"{axis}.n"
+            once, single = before != axis, int(stage > 0)
+            turn = (0, 1) if once else (block - single, blocks - single)
+            place = (stage, *turn, resolution)
+            role = at if once else f"{axis}.n"
             layers.append(
                 Layer(f"{at}.conv1", inner, before, 3, f"{at}.bn1", *place, f"{role}.conv1")
             )

@@ -34,10 +34,8 @@ def width_curve(
     """Accuracy over width, one line per method; the trained range is shaded."""
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows in curves.items():
-        ordered = sorted(rows, key=lambda row: row["width"])
-        axes.plot(
-            [r["width"] for r in ordered], [r["accuracy"] for r in ordered], "o-", label=label
-        )
+        points = sorted((row["width"], row["accuracy"]) for row in rows)
+        axes.plot(*zip(*points, strict=True), "o-", label=label)
     axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f} %")
     axes.axvspan(*recipe.width, color="tab:green", alpha=0.08, label="trained widths")
     axes.set(xlabel="width", ylabel="test accuracy (%)", title=recipe.title)
@@ -49,10 +47,8 @@ def depth_curve(curves: dict[str, list[dict[str, Any]]], recipe: Recipe, path: P
     """Accuracy over the number of blocks of every stage; the trained range is shaded."""
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows in curves.items():
-        ordered = sorted(rows, key=lambda row: row["depth"][0])
-        axes.plot(
-            [r["depth"][0] for r in ordered], [r["accuracy"] for r in ordered], "o-", label=label
-        )
+        points = sorted((row["depth"][0], row["accuracy"]) for row in rows)
+        axes.plot(*zip(*points, strict=True), "o-", label=label)
     if recipe.blocks:
         axes.axvspan(*recipe.blocks, color="tab:green", alpha=0.08, label="trained depths")
     axes.set(xlabel="blocks per stage", ylabel="test accuracy (%)", title=recipe.title)

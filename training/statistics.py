@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from neumeta import moments
 from neumeta.architecture import Architecture, Space
-from neumeta.family import FAMILIES, Layer
+from neumeta.family import FAMILIES
 from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import seed_of
@@ -96,17 +96,16 @@ def measure_statistics(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(data.train_labels), generator=generator)[:images]
     x = to_float(augment(data.train_images[rows], data, generator), data)
-    full = space.sizes(space.full)
     places: dict[str, dict[tuple[int, int], Tensor]] = {}
-    tables: dict[str, list[Tensor]] = {}
-    of: dict[str, str] = {}
+    tables: dict[tuple[str, str], list[Tensor]] = {}
     for index, each in enumerate(
         tqdm(anchors(space, seed, mixed), desc="statistics", mininterval=5)
     ):
         net = network(manifold, each)
         state, propagation = net.state_dict(), moments.Propagation(space, each)
         found = measured(calibrate(net, x))
-        for layer in sorted(space.table.layers(each.depth), key=lambda layer: layer.name):
+        full = space.table.full_sizes(each.depth, space.classes)
+        for layer in space.table.layers(each.depth):
             if layer.norm is None:
                 continue
             expected = propagation.expected(layer, state[f"{layer.name}.weight"])
@@ -114,20 +113,12 @@ def measure_statistics(
                 layer, state[f"{layer.norm}.weight"], state[f"{layer.norm}.bias"]
             )
             error = moments.residual(expected, found[layer.name])
-            row = torch.full((2, full[_axis(space, layer)]), math.nan, dtype=torch.float64)
+            row = torch.full((2, full[layer.output_axis]), math.nan, dtype=torch.float64)
             row[:, : error.shape[1]] = error
             where, what = moments.keys(space, layer)
             places.setdefault(where, {})[index, layer.block] = moments.features(space, each, layer)
-            tables.setdefault(what, []).append(row.flatten())
-            of[what] = where
-    for what, rows_ in tables.items():
-        points = torch.stack(list(places[of[what]].values()))
-        manifold.statistics[of[what]] = points.float()
-        solved = moments.krige(points.float().double(), torch.stack(rows_))
-        manifold.statistics[what] = solved.float()
-
-
-def _axis(space: Space, layer: Layer) -> str:
-    """The source network's axis of this size: deeper networks have axes that it lacks."""
-    same = next(each for each in space.table.layers(space.depth) if each.role == layer.role)
-    return same.output_axis
+            tables.setdefault((where, what), []).append(row.flatten())
+    for (where, what), rows_ in tables.items():
+        points = torch.stack(list(places[where].values())).float()
+        manifold.statistics[where] = points
+        manifold.statistics[what] = moments.krige(points.double(), torch.stack(rows_)).float()
