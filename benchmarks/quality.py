@@ -180,9 +180,13 @@ def trained(
 
 
 def passes_of(asked: recipe.Recipe, images: int, space: Space) -> float:
-    """Training passes of a recipe, in passes of the source network, over the sizes it really drew."""
+    """Training passes of a recipe, in passes of the source network, over the sizes it really drew.
+
+    A pass is forward and back; a teacher's forward pass counts a third.
+    """
     batches = images // asked.batch
-    total = 0.0
+    taught = asked.distill in ("source", "chain")
+    total = round(asked.epochs * batches) / 3 if taught else 0.0
     steps = round(asked.epochs * batches)
     for step in range(0, steps, 10):
         generator = torch.Generator().manual_seed(step)

@@ -61,6 +61,8 @@ class Coordinates:
 
     def to(self, device: torch.device) -> Coordinates:
         """The same coordinates on this device. Noise is drawn on the CPU: equal on every device."""
+        if device.type == "cpu":
+            return self
         layer, inputs, outputs = self.layer, self.inputs, self.outputs
         moved = (layer.to(device), inputs.to(device), outputs.to(device))
         return Coordinates(*moved, self.scale, self.exact)
@@ -150,7 +152,7 @@ def coordinates(
     middle of its cell and its noise stays within the cell, so it never reaches another layer's.
     `noise_free_first` leaves the first sample exact. `points`, a set in [-1, 1]^6 to average over,
     replaces independent draws: each index mirrors its column of them at random, which no average
-    of a symmetric set over even functions can see.
+    of a symmetric set over even functions can see. All is computed in torch's default dtype.
 
     Raises ValueError if noise is outside [0, 0.5].
     """
@@ -164,15 +166,15 @@ def coordinates(
             drawn = (torch.rand(samples, count, generator=generator) * 2 - 1) * noise
         else:
             mirrored = torch.randint(0, 2, (1, count), generator=generator) * 2 - 1
-            drawn = points[:, column, None] * mirrored * noise
+            drawn = points[:, column, None].to(torch.get_default_dtype()) * mirrored * noise
         if noise_free_first:
             drawn[0] = 0
         return drawn
 
     def channels(column: int, count: int) -> Tensor:
         if not noise:
-            return _exact(count, scale).expand(samples, count, 2)
-        index = torch.arange(count, dtype=torch.float32) + draw(column, count)
+            return whole(count, scale, torch.get_default_dtype()).expand(samples, count, 2)
+        index = torch.arange(count) + draw(column, count)
         one = torch.ones(samples, 1)
         total = (count + draw(column + 1, 1)).expand(samples, count) if count > 1 else one
         return torch.stack((index / total, total / scale), -1)
@@ -187,7 +189,7 @@ def coordinates(
 
 
 @lru_cache(maxsize=1024)
-def _exact(count: int, scale: int) -> Float[Tensor, "1 C 2"]:
+def whole(count: int, scale: int, dtype: torch.dtype) -> Float[Tensor, "1 C 2"]:
     """The noise-free coordinates of an axis of this size."""
-    index = torch.arange(count, dtype=torch.float32)
+    index = torch.arange(count, dtype=dtype)
     return torch.stack((index / count, torch.full_like(index, count / scale)), -1)[None]

@@ -11,21 +11,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from neumeta.coordinates import Coordinates, Site
+from neumeta.coordinates import Coordinates, Site, whole
 
 
 def fourier_features(v: Float[Tensor, "*B D"], num_freq: int) -> Float[Tensor, "*B F"]:
     """gamma(v): v and the sine and cosine of 2^i * pi * v for i < num_freq; F = (2*num_freq+1)*D."""
-    octaves = 2.0 ** torch.arange(num_freq, dtype=v.dtype, device=v.device) * math.pi
-    angles = v[..., None] * octaves
+    angles = v[..., None] * _octaves(num_freq, v.dtype, v.device)
     waves = torch.cat((angles.sin(), angles.cos()), -1).flatten(-2)
     return torch.cat((v, waves), -1)
+
+
+@lru_cache(maxsize=16)
+def _octaves(num_freq: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " L"]:
+    return 2.0 ** torch.arange(num_freq, dtype=dtype, device=device) * math.pi
+
+
+@lru_cache(maxsize=1024)
+def _whole_features(
+    count: int, scale: int, num_freq: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "1 C F"]:
+    """gamma of an axis without noise: the layers that share the axis share it too."""
+    return fourier_features(whole(count, scale, dtype).to(device), num_freq)
 
 
 def module_key(role: str) -> str:
@@ -59,8 +72,8 @@ class _Mlp(nn.Module):
 
     def forward(self, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         layer = self.layer(fourier_features(at.layer, self.num_freq))
-        inputs = self.inputs(fourier_features(at.inputs, self.num_freq))
-        outputs = self.outputs(fourier_features(at.outputs, self.num_freq))
+        inputs = self.inputs(self._along(at.inputs, at))
+        outputs = self.outputs(self._along(at.outputs, at))
         if not torch.is_grad_enabled():
             return self._blocked(inputs, layer[:, None] + outputs)
         h = torch.relu(layer[:, None, None] + inputs[:, None] + outputs[:, :, None])
@@ -68,29 +81,46 @@ class _Mlp(nn.Module):
             h = h + scale * torch.relu(hidden(h)) if self.residual else torch.relu(hidden(h))
         return self.last(h)  # type: ignore[no-any-return]
 
+    def _along(self, axis: Float[Tensor, "S C 2"], at: Coordinates) -> Float[Tensor, "S C F"]:
+        """gamma along one axis of channels."""
+        if at.exact:
+            whole = (axis.shape[1], at.scale, self.num_freq, axis.dtype, axis.device)
+            return _whole_features(*whole).expand(len(axis), -1, -1)
+        return fourier_features(axis, self.num_freq)
+
     def _blocked(
         self, inputs: Float[Tensor, "S I H"], outputs: Float[Tensor, "S O H"]
     ) -> Float[Tensor, "S O I kk"]:
         """The same from the two first-layer terms, ROWS pairs at a time and in place.
 
-        All but the matrix products is then work on data that is still in the cache.
+        All but the matrix products is then work on data that is still in the cache. Hidden layers in
+        a lower precision (`lower`) multiply in it; what is added up stays as it was.
         """
         (samples, count, width), across = outputs.shape, inputs.shape[1]
         rows = outputs.reshape(samples * count, 1, width)
         sample = torch.arange(samples, device=rows.device).repeat_interleave(count)
         made = inputs.new_empty(samples * count, across, self.last.out_features)
-        step = max(1, ROWS // across)
-        spare = [inputs.new_empty(step * across, width) for _ in range(2)]
+        low = self.last.weight.dtype
+        step = min(max(1, ROWS // across), len(rows))
+        h_, t_ = (inputs.new_empty(step * across, width, dtype=kind) for kind in (inputs.dtype, low))
+        scales = self.scale.tolist()
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            h, t = (each[: len(rows[part]) * across] for each in spare)
-            torch.add(inputs[sample[part]], rows[part], out=h.view(-1, across, width)).relu_()
-            for hidden, scale in zip(self.hidden, self.scale.tolist(), strict=False):
+            size = len(rows[part]) * across
+            h, t = h_[:size], t_[:size]
+            first = inputs if samples == 1 else inputs[sample[part]]
+            torch.add(first, rows[part], out=h.view(-1, across, width)).relu_()
+            for hidden, scale in zip(self.hidden, scales, strict=False):
                 assert isinstance(hidden, nn.Linear)
-                torch.addmm(hidden.bias, h, hidden.weight.t(), out=t)
+                torch.addmm(hidden.bias, h.to(low), hidden.weight.t(), out=t)
                 t.relu_()
-                h, t = (h.add_(t, alpha=scale), t) if self.residual else (t, h)
-            made[part] = self.last(h).view(-1, across, made.shape[-1])
+                if self.residual:
+                    h.add_(t, alpha=scale)
+                elif low == h.dtype:
+                    h, t = t, h
+                else:
+                    h.copy_(t)
+            made[part] = self.last(h.to(low)).view(-1, across, made.shape[-1])
         return made.view(samples, count, across, -1)
 
 
@@ -125,6 +155,14 @@ class ResidualMLP(nn.Module):
                 for role, size in networks.items()
             }
         )
+
+    def lower(self, dtype: torch.dtype) -> None:
+        """Multiply in this dtype when sampling: in all but the first layer, which reads features of
+        high frequency. For inference only."""
+        for mlp in self.networks.values():
+            assert isinstance(mlp, _Mlp)
+            mlp.hidden.to(dtype)
+            mlp.last.to(dtype)
 
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates. A 1x1 kernel takes the centre of k*k."""

@@ -50,6 +50,7 @@ def evenly(samples: int, dimensions: int) -> Float[Tensor, "K 6"]:
     return points
 
 
+@torch.no_grad()
 def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tensor:
     """The mean of `samples` noisy evaluations of one tensor, noise spread by `evenly`.
 
@@ -61,6 +62,7 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
     at_once = max(1, min(samples, PAIRS_AT_ONCE // (site.outputs * site.inputs)))
     own = seed_of(seed, site.name)
     points = evenly(samples, 6 if site.length > 1 else 4)
+    device = manifold.device
     total: Tensor | None = None
     for done in range(0, samples, at_once):
         at = coordinates(
@@ -72,13 +74,15 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
             generator=torch.Generator().manual_seed(own) if noise else None,
             points=points[done : done + at_once],
         )
-        part = manifold.representation(site, at.to(manifold.device)).sum(0)
+        made = manifold.representation(site, at.to(device))
+        part = made.sum(0) if len(made) > 1 else made[0]
         total = part if total is None else total + part
     assert total is not None
     shape = (site.outputs, site.inputs, *site.spatial) if site.kind == "weight" else (site.outputs,)
-    return (total / samples).reshape(shape).cpu()
+    return (total / samples if samples > 1 else total).reshape(shape).cpu()
 
 
+@torch.no_grad()
 def sample_layer(
     manifold: Manifold,
     architecture: Architecture,
@@ -103,7 +107,6 @@ def sample_layer(
     return fold(weight, gamma, beta, mean, variance)
 
 
-@torch.no_grad()
 def sample(
     manifold: Manifold, architecture: Architecture, *, samples: int | None = None, seed: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
