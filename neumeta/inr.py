@@ -102,7 +102,9 @@ class _Mlp(nn.Module):
         made = inputs.new_empty(samples * count, across, self.last.out_features)
         low = self.last.weight.dtype
         step = min(max(1, ROWS // across), len(rows))
-        h_, t_ = (inputs.new_empty(step * across, width, dtype=kind) for kind in (inputs.dtype, low))
+        h_, t_ = (
+            inputs.new_empty(step * across, width, dtype=kind) for kind in (inputs.dtype, low)
+        )
         scales = self.scale.tolist()
         for start in range(0, len(rows), step):
             part = slice(start, start + step)

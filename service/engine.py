@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,10 +16,12 @@ from typing import Any
 
 import torch
 
-from neumeta import __version__, checkpoint, wire
+from neumeta import checkpoint, wire
 from neumeta.architecture import Architecture, BadArchitecture, Space
+from neumeta.inr import ResidualMLP
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
+from service.device import chosen, identity
 from service.problem import Problem, refuse
 from service.request import WeightsRequest
 from service.settings import Settings
@@ -71,30 +72,27 @@ class Engine:
         *,
         device: str = "auto",
         threads: int = 1,
+        precision: str = "float32",
         max_samples: int = 64,
         max_file_bytes: int = 64 << 20,
     ) -> None:
         """Read and verify every file.
 
-        Raises BadCheckpoint naming the tensor or digest, or ValueError for a name served twice or
-        a device that is not there.
+        Raises BadCheckpoint naming the tensor or digest, or ValueError for a name served twice, or
+        a device or precision that is not there.
         """
-        if device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device: {device!r} is not 'auto', 'cpu' or 'cuda'")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device: 'cuda' was asked for, but torch sees no CUDA device")
-        self.device, self.threads = device, threads
+        self.device, self.threads = chosen(device, precision), threads
         self.max_samples, self.max_file_bytes = max_samples, max_file_bytes
-        self.identity = identity(device, threads)
+        self.identity = identity(self.device, threads, precision)
         self.manifolds: dict[str, Manifold] = {}
         for path in files:
             manifold = checkpoint.read(path)
             name = manifold.space.arch
             if name in self.manifolds:
                 raise ValueError(f"{path}: {name!r} is served by an earlier file already")
-            manifold.representation.to(device)
+            manifold.representation.to(self.device)
+            if precision == "bfloat16" and isinstance(manifold.representation, ResidualMLP):
+                manifold.representation.lower(torch.bfloat16)
             self.manifolds[name] = manifold
         self._measured = {name: _measured(found) for name, found in self.manifolds.items()}
         self._forget()
@@ -106,6 +104,7 @@ class Engine:
             settings.files(),
             device=settings.device,
             threads=settings.threads,
+            precision=settings.precision,
             max_samples=settings.max_samples,
             max_file_bytes=settings.max_file_bytes,
         )
@@ -277,16 +276,6 @@ class Engine:
             "source": about.get("source", {}),
             "evaluation": about.get("evaluation", []),
         }
-
-
-def identity(device: str, threads: int) -> str:
-    """The engine as far as bytes depend on it: sums round differently between builds of torch,
-    processors and thread counts (measured), so equal bytes are promised within one engine only."""
-    if device == "cuda":
-        unit = torch.cuda.get_device_name()
-    else:
-        unit = f"{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}/{threads}"
-    return f"neumeta-{__version__}/torch-{torch.__version__}/{device}/{unit}"
 
 
 def _factors(space: Space, architecture: Architecture) -> list[float]:

@@ -22,6 +22,11 @@ class Settings(BaseSettings):
         str(MODELS), description="manifold files or folders of them, separated by commas"
     )
     device: str = Field("auto", description="'auto' (CUDA where there is one), 'cpu' or 'cuda'")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="of an MLP's matrix products: 'tf32' (CUDA) or 'bfloat16' where the device has it;"
+        " bytes and ETag follow it",
+    )
     cache_bytes: int = Field(256 << 20, ge=0, description="bound of the in-memory cache, in bytes")
     max_body_bytes: int = Field(16 << 10, ge=256, description="largest request body, in bytes")
     max_file_bytes: int = Field(

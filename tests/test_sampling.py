@@ -68,7 +68,11 @@ def mlp_at(model: ResidualMLP, site: Site, v: Vector, scale: int) -> Tensor:
     mlp = model.networks[module_key(site.role)]
     assert isinstance(mlp, _Mlp)
     h = mlp.layer.bias
-    for part, (position, size) in ((mlp.layer, (0, 3)), (mlp.inputs, (1, 4)), (mlp.outputs, (2, 5))):
+    for part, (position, size) in (
+        (mlp.layer, (0, 3)),
+        (mlp.inputs, (1, 4)),
+        (mlp.outputs, (2, 5)),
+    ):
         features = [v[position], v[size]]
         for x in (v[position], v[size]):
             features += [math.sin(x * 2**i * math.pi) for i in range(mlp.num_freq)]
@@ -169,9 +173,7 @@ def test_a_site_of_a_deep_stage_equals_algorithm_3(float64: None) -> None:
     model = representation("mlp", space, options, norm=False).double()
     normalisation = {"mean": [0.3], "std": [0.4]}
     labels = list("0123456789")
-    manifold = Manifold(
-        space, model, "mlp", options, False, 0.5, 12, 64, normalisation, labels
-    )
+    manifold = Manifold(space, model, "mlp", options, False, 0.5, 12, 64, normalisation, labels)
     architecture = space.architecture(0.1, [3, 2])
     deep = [site for site in all_sites(manifold, architecture) if site.length > 1]
     assert deep

@@ -16,6 +16,7 @@ from starlette.datastructures import QueryParams
 from neumeta import checkpoint
 from neumeta.architecture import Space
 from neumeta.manifold import Manifold, representation
+from service import device
 from service.engine import Engine, Job, growing
 from service.problem import Problem
 from service.request import WeightsRequest, from_query
@@ -197,6 +198,35 @@ def test_one_name_is_served_once(tmp_path: Path) -> None:
         Engine(sorted(tmp_path.iterdir()), device="cpu")
     with pytest.raises(ValueError, match="device: 'tpu'"):
         Engine([], device="tpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [("float8", "'float8' is not"), ("tf32", "needs device 'cuda'"), ("bfloat16", "has none")],
+)
+def test_a_precision_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, precision: str, message: str
+) -> None:
+    monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: False)
+    with pytest.raises(ValueError, match=f"precision: .*{message}"):
+        Engine([], device="cpu", precision=precision)
+
+
+def test_bfloat16_has_bytes_and_etags_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        device, "cpu_has_bfloat16", lambda: True
+    )  # torch emulates it where it is not
+    path = tmp_path / "lenet.safetensors"
+    checkpoint.write(lenet(), path)
+    bodies, keys = set(), set()
+    for precision in ("float32", "bfloat16", "bfloat16"):
+        engine = Engine([path], device="cpu", precision=precision)
+        made = job(engine, arch="lenet", width=0.5)
+        keys.add(made.key)
+        bodies.add(b"".join(engine.weights(made)))
+    assert len(keys) == len(bodies) == 2
 
 
 def test_accuracy_is_never_interpolated_across_depths(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ class Recipe:
     and depth both morph, those three at the source's depth and a fourth at a random one. `per_stage`:
     the share of random widths that differ by stage. `full_weight`: of the largest in the loss.
     `distill`: 'none', 'source' (the source network teaches), 'inplace' (the full-size sample teaches
-    the others) or 'chain' (the source network teaches the full-size sample, which teaches the others). `norm`: train with batch statistics, fold with fitted ones; else the
-    paper's folded training. `feature_views`: activations of the frozen leading part computed once
-    for this many augmented passes (0: run it in every step).
+    the others) or 'chain' (the source network teaches it, and it the others). `norm`: train with
+    batch statistics, fold with fitted ones; else the paper's folded training. `feature_views`:
+    activations of the frozen leading part computed once for this many augmented passes (0: run it in
+    every step).
     """
 
     name: str
