@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.sample import RESNET18, flops, plain_generated, published
+from benchmarks.published import flops, published
+from benchmarks.scale import RESNET18
+from benchmarks.step import plain_generated
 from neumeta.architecture import Space
 from neumeta.family import parameters
 from neumeta.sample import sample

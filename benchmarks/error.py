@@ -1,0 +1,168 @@
+"""How far the mean of K samples is from the mean of 10,000, with random and with even points.
+
+    python -m benchmarks.error --manifolds runs/cifar10-resnet20-last-block/manifold.safetensors
+
+And what K does to accuracy. Always measures the residual MLP on the digits besides. Last line: one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.local import hardware
+from benchmarks.published import DEVICE, median
+from neumeta import checkpoint
+from neumeta.architecture import Architecture
+from neumeta.coordinates import coordinates, sites
+from neumeta.manifold import Manifold
+from neumeta.sample import sample, sample_site, seed_of
+from training import cli, data, fit, plots, recipe, source
+
+
+def small_mlp(run: Path, root: Path | None) -> Manifold:
+    """The residual MLP trained on the digits: regression, then Algorithm 2."""
+    asked = replace(
+        recipe.load("tiny"),
+        name="tiny-mlp",
+        representation="mlp",
+        options={"layers": 5, "hidden": 64, "num_freq": 6},
+        noise=0.5,
+        regression_steps=1500,
+        optimiser="adamw",
+        lr=5e-4,
+        reconstruction=1.0,
+    )
+    loaded = data.load(asked.data, root)
+    net = cli.trained_source(asked, loaded, Path(), run)
+    manifold, targets, smoothed = cli.prepare(asked, loaded, net)
+    fit.fit(manifold, targets, smoothed, loaded, asked, run, resume=True)
+    return manifold
+
+
+def distance(made: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Root mean square over all weights, as a part of that of the weights themselves."""
+    error = torch.cat([(made[name] - exact[name]).flatten() for name in exact])
+    return float(error.norm() / torch.cat([each.flatten() for each in exact.values()]).norm())
+
+
+@torch.no_grad()
+def random_means(
+    manifold: Manifold, architecture: Architecture, samples: int, seed: int
+) -> dict[str, Tensor]:
+    """The mean of K independent samples (the first exact), tensor by tensor."""
+    found = {}
+    for layer in manifold.space.table.layers(architecture.depth):
+        if not manifold.space.morphing(layer):
+            continue
+        for site in sites(manifold.space, architecture, layer, norm=manifold.norm):
+            generator = torch.Generator().manual_seed(seed_of(seed, site.name))
+            total, chunk = torch.zeros(()), 250
+            for done in range(0, samples, chunk):
+                at = coordinates(
+                    site,
+                    manifold.scale,
+                    noise=manifold.noise,
+                    samples=min(chunk, samples - done),
+                    generator=generator,
+                    noise_free_first=done == 0 and samples <= 1000,
+                )
+                total = total + manifold.representation(site, at.to(manifold.device)).sum(0).cpu()
+            found[site.name] = total.flatten() / samples
+    return found
+
+
+@torch.no_grad()
+def even_means(
+    manifold: Manifold, architecture: Architecture, samples: int, seed: int
+) -> dict[str, Tensor]:
+    """The same by `sample_site`."""
+    return {
+        site.name: sample_site(manifold, site, samples, seed).flatten()
+        for layer in manifold.space.table.layers(architecture.depth)
+        if manifold.space.morphing(layer)
+        for site in sites(manifold.space, architecture, layer, norm=manifold.norm)
+    }
+
+
+def error(asked: argparse.Namespace) -> dict[str, Any]:
+    """How far the mean of K samples is from that of 10,000, and what K does to accuracy."""
+    report: dict[str, Any] = {}
+    held = {path.parent.name: checkpoint.read(path) for path in asked.manifolds}
+    held["tiny-mlp"] = small_mlp(asked.run, asked.data)
+    for name, manifold in held.items():
+        if not manifold.noise:
+            continue
+        space = manifold.space
+        architecture = space.architecture(space.width[0])
+        exact = random_means(manifold, architecture, asked.exact, 99)
+        rows = []
+        for samples in (1, 2, 4, 5, 8, 16, 32, 50, 64, 128):
+            row: dict[str, Any] = {"samples": samples}
+            for kind, means in (("random", random_means), ("even", even_means)):
+                errors = [
+                    distance(means(manifold, architecture, samples, seed), exact)
+                    for seed in range(8)
+                ]
+                row[kind] = round(statistics.median(errors), 5)
+            work = partial(dict, sample(manifold, architecture, samples=samples))
+            row["seconds"] = round(median(work, 3), 4)
+            rows.append(row)
+            print(name, row, flush=True)
+        report[name] = {"error": rows, "accuracy": accuracies(manifold, asked)}
+        print(name, report[name]["accuracy"], flush=True)
+    draw(report, asked.figure)
+    return report
+
+
+def accuracies(manifold: Manifold, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    loaded = data.load("digits" if manifold.space.arch == "lenet" else "cifar10", asked.data)
+    rows = []
+    for width in (1.0, 0.5, manifold.space.width[0]):
+        architecture = manifold.space.architecture(width)
+        row: dict[str, Any] = {"width": width}
+        for samples in (1, 4, 8, 16, 50):
+            weights = dict(sample(manifold, architecture, samples=samples))
+            net = source.network_from(weights, architecture.family, architecture.depth)
+            row[str(samples)] = round(
+                source.accuracy(net, loaded.test_images, loaded.test_labels, loaded), 2
+            )
+        rows.append(row)
+    return rows
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Error against K, on logarithmic axes."""
+    curves = {
+        f"{name}, {kind}": [(row["samples"], row[kind]) for row in found["error"]]
+        for name, found in report.items()
+        for kind in ("random", "even")
+    }
+    plots.convergence(curves, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--manifolds", type=Path, nargs="*", default=[])
+    parser.add_argument("--exact", type=int, default=10_000, help="samples of the mean compared to")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--run", type=Path, default=Path(tempfile.gettempdir()) / "tiny-mlp")
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/samples.svg"))
+    asked = parser.parse_args()
+    asked.run.mkdir(parents=True, exist_ok=True)
+    told = {"hardware": hardware(), "threads": torch.get_num_threads(), "device": DEVICE.type}
+    print(json.dumps({"benchmark": "error", **told, "result": error(asked)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The published way of sampling, written here as the paper's code works, and what its cost is.
+
+Every sample builds the coordinates and Fourier features of every pair, runs the MLP over all pairs of
+a tensor at once, keeps a full copy of the network, and K copies are averaged at the end. Rates count
+the multiplications that are really done, in GFLOP/s, beside that of a large matrix product in the
+same run.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neumeta.architecture import Architecture, Space
+from neumeta.coordinates import Site, sites
+from neumeta.inr import ResidualMLP, _Mlp, fourier_features, module_key
+from neumeta.manifold import Manifold, representation
+
+NORMALISATION = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of one run, the device's work included."""
+    began = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def median(work: Callable[[], object], times: int) -> float:
+    return statistics.median(seconds(work) for _ in range(times))
+
+
+def matrix_rate(size: int = 2048) -> float:
+    """GFLOP/s of a large float32 matrix product."""
+    a, b = (torch.randn(size, size, device=DEVICE) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * size**3 / median(lambda: torch.mm(a, b), 7) / 1e9
+
+
+def random_manifold(space: Space, options: dict[str, Any], kind: str = "mlp") -> Manifold:
+    """A manifold of random parameters."""
+    torch.manual_seed(0)
+    model = representation(kind, space, options, norm=False).eval().requires_grad_(False)
+    labels = [str(i) for i in range(space.classes)]
+    return Manifold(
+        space, model.to(DEVICE), kind, options, False, 0.5, 1, 64, NORMALISATION, labels
+    )
+
+
+def all_sites(space: Space, architecture: Architecture) -> Iterator[Site]:
+    for layer in space.table.layers(architecture.depth):
+        yield from sites(space, architecture, layer, norm=False)
+
+
+def flops(manifold: Manifold, architecture: Architecture, *, split: bool) -> float:
+    """Floating-point operations of one sample: two per multiplication of a matrix product."""
+    total = 0.0
+    for site in all_sites(manifold.space, architecture):
+        mlp = network_of(manifold, site)
+        pairs, width = site.outputs * site.inputs, mlp.last.in_features
+        features = 3 * mlp.layer.in_features
+        first = (1 + site.inputs + site.outputs) / 3 if split else pairs
+        total += 2 * (first * features * width + pairs * len(mlp.hidden) * width**2)
+        total += 2 * pairs * width * mlp.last.out_features
+    return total
+
+
+def network_of(manifold: Manifold, site: Site) -> _Mlp:
+    model = manifold.representation
+    assert isinstance(model, ResidualMLP)
+    found = model.networks[module_key(site.role)]
+    assert isinstance(found, _Mlp)
+    return found
+
+
+def per_pair(mlp: _Mlp, v: Float[Tensor, "B 6"]) -> Float[Tensor, "B kk"]:
+    """Figure 3 as it is drawn: all Fourier features of every pair, one first layer over them."""
+    order = ([0, 3], [1, 4], [2, 5])
+    features = torch.cat([fourier_features(v[:, pair], mlp.num_freq) for pair in order], 1)
+    weight = torch.cat([part.weight for part in (mlp.layer, mlp.inputs, mlp.outputs)], 1)
+    h = torch.relu(features @ weight.t() + mlp.layer.bias)
+    for hidden, step in zip(mlp.hidden, mlp.scale, strict=False):
+        h = h + step * torch.relu(hidden(h))
+    made: Tensor = mlp.last(h)
+    return made
+
+
+@torch.no_grad()
+def published(manifold: Manifold, architecture: Architecture, samples: int) -> dict[str, Tensor]:
+    """Algorithm 3 as published: K full copies, each from every pair's own coordinates."""
+    model, noise, scale = manifold.representation, manifold.noise, manifold.scale
+    copies: dict[str, list[Tensor]] = {}
+    for k in range(samples):
+        for site in all_sites(manifold.space, architecture):
+            mlp = network_of(manifold, site)
+            rows, columns = torch.meshgrid(
+                torch.arange(site.outputs), torch.arange(site.inputs), indexing="ij"
+            )
+            place = torch.full(rows.shape, sum(site.cell) / 2 * site.length)
+            raw = torch.stack(
+                [
+                    place,
+                    columns,
+                    rows,
+                    torch.full_like(rows, site.length),
+                    torch.full_like(rows, site.inputs),
+                    torch.full_like(rows, site.outputs),
+                ],
+                -1,
+            ).reshape(-1, 6)
+            raw = raw.float().to(DEVICE)
+            if k:  # an axis of one has nothing to be moved to
+                deep, across, down = site.length > 1, site.inputs > 1, site.outputs > 1
+                moves = torch.tensor([deep, True, True, deep, across, down], device=DEVICE)
+                raw = raw + (torch.rand_like(raw) * 2 - 1) * noise * moves
+            v = torch.cat((raw[:, :3] / raw[:, 3:], raw[:, 3:] / scale), 1)
+            made = per_pair(mlp, v) * (model.get_buffer("scales")[0] * site.gain)
+            copies.setdefault(site.name, []).append(made)
+    return {name: torch.stack(each).mean(0) for name, each in copies.items()}
+
+
+def peak() -> float:
+    """This process's largest resident memory so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
