@@ -23,7 +23,8 @@ import requests
 import schemathesis
 from schemathesis import GenerationMode
 
-from benchmarks.life import Service, manifold
+from benchmarks.life import manifold
+from benchmarks.local import Service
 from neumeta import checkpoint
 
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.local import SAMPLED, Answer, RedisServer, Replica, fetch, hardware, replicas
+from benchmarks.local import SAMPLED, Answer, RedisServer, Service, fetch, hardware, replicas
 from neumeta import checkpoint
 from tests.conftest import lenet
 
@@ -41,7 +41,7 @@ def report(answers: list[Answer | BaseException]) -> dict[str, object]:
     }
 
 
-async def cold(pair: list[Replica], count: int, samples: int) -> dict[str, object]:
+async def cold(pair: list[Service], count: int, samples: int) -> dict[str, object]:
     began = time.perf_counter()
     path = f"/weights/lenet?samples={samples}"
     answers = await herd([each.port for each in pair], path, count)
@@ -50,7 +50,7 @@ async def cold(pair: list[Replica], count: int, samples: int) -> dict[str, objec
     return {"materializations": sum(made), "seconds": round(seconds, 3), **report(answers)}
 
 
-async def killed(pair: list[Replica], count: int, samples: int) -> dict[str, object]:
+async def killed(pair: list[Service], count: int, samples: int) -> dict[str, object]:
     path = f"/weights/lenet?samples={samples}"
     halves = [asyncio.create_task(herd([each.port], path, count // 2)) for each in pair]
     while not any(holders := [await each.metric(WON) for each in pair]):

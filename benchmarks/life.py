@@ -13,11 +13,8 @@ import hashlib
 import json
 import os
 import platform
-import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +24,7 @@ from typing import Any
 import httpx
 import torch
 
+from benchmarks.local import Service
 from neumeta import checkpoint
 from neumeta.architecture import Space
 from neumeta.manifold import Manifold, representation
@@ -49,44 +47,6 @@ def manifold(arch: str = "resnet56", seed: int = 0) -> Manifold:
     normalisation = {"mean": [0.5] * channels, "std": [0.25] * channels}
     labels = [str(label) for label in range(classes)]
     return Manifold(space, model, "grid", {}, False, 0.0, 1, 64, normalisation, labels)
-
-
-class Service:
-    """A service process of our own."""
-
-    def __init__(self, files: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "service.cli", "--models", str(files), "--port", "0"]
-        command += ["--log-level", "warning", "--device", "cpu", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-        assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            told = next((line for line in lines if "curl" in line), "")
-        found = re.search(r":(\d+)/weights", told)
-        if not found:
-            self.process.kill()
-            raise RuntimeError("the service did not start")
-        self.port = int(found.group(1))
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def memory(self) -> int:
-        """Resident bytes."""
-        fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()
-        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def descriptors(self) -> int:
-        """Open files and sockets."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    def metric(self, name: str) -> float:
-        """A metric without labels, or with these, by its exact name."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        found = re.search(rf"(?m)^{re.escape(name)} (\S+)", text)
-        return float(found.group(1)) if found else 0.0
-
-    def stop(self) -> int:
-        """Terminate; the exit code."""
-        self.process.terminate()
-        return self.process.wait(40)
 
 
 def stall(port: int, path: str, *headers: str) -> socket.socket:
@@ -127,7 +87,7 @@ def stalled(readers: int, timeout: float, path: str = "/weights/resnet56") -> di
                     in_flight.append((now, service.descriptors() - before[1]))
                     time.sleep(0.1)
             after = service.memory(), service.descriptors()
-            cut = service.metric("neumeta_stalled_sends_total")
+            cut = asyncio.run(service.metric("neumeta_stalled_sends_total"))
             for reader in held:
                 reader.close()
             return {
@@ -243,8 +203,8 @@ def hup(seconds: float, clients: int = 8, reloads: int = 6) -> dict[str, Any]:
         stop.set()
         outcomes = await running
         name = 'neumeta_reloads_total{outcome="%s"}'
-        ok = await asyncio.to_thread(service.metric, name % "ok")
-        failed = await asyncio.to_thread(service.metric, name % "failed")
+        ok = await service.metric(name % "ok")
+        failed = await service.metric(name % "failed")
         kinds = Counter(kind for kind, _, _ in outcomes)
         return {
             "requests": len(outcomes),
@@ -298,7 +258,7 @@ def widths(count: int, bound: int = 1_000_000) -> dict[str, Any]:
                         began = time.perf_counter()
                         assert client.get("/weights/lenet?width=0.25").status_code == 200
                         waits.append(time.perf_counter() - began)
-                        most = max(most, service.metric("neumeta_cache_bytes"))
+                        most = max(most, asyncio.run(service.metric("neumeta_cache_bytes")))
                         first = first or service.memory() * (step >= count // 4)
             last = service.memory()
         finally:

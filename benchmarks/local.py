@@ -19,7 +19,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 SAMPLED = 'neumeta_sampling_seconds_count{stage="sample"}'
 
@@ -81,12 +83,30 @@ class RedisServer:
             self.process = None
 
 
-@dataclass
-class Replica:
-    """One service process."""
+class Service:
+    """One service process with its real uvicorn on a free port, until `stop` or the block ends."""
 
-    process: subprocess.Popen[str]
-    port: int
+    def __init__(self, models: Path, *flags: str, stderr: int = subprocess.DEVNULL) -> None:
+        command = [sys.executable, "-m", "service.cli", "--models", str(models), "--port", "0"]
+        command += ["--log-level", "warning", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+    @cached_property
+    def port(self) -> int:
+        """Where it listens; the first to ask waits until it does."""
+        assert self.process.stdout
+        with self.process.stdout as lines:
+            for line in lines:
+                if found := re.search(r"curl .*http://[\d.]+:(\d+)/weights", line):
+                    return int(found.group(1))
+        self.process.kill()
+        self.process.wait()
+        raise AssertionError("the service did not start")
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
 
     async def metric(self, name: str) -> float:
         """One value of its /metrics."""
@@ -95,40 +115,45 @@ class Replica:
         assert found, name
         return float(found.group(1))
 
+    def memory(self) -> int:
+        """Resident bytes."""
+        fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def descriptors(self) -> int:
+        """Open files and sockets."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()
         self.process.wait()
 
+    def stop(self) -> int:
+        """Terminate; the exit code."""
+        self.process.terminate()
+        return self.process.wait(40)
+
+    def __enter__(self) -> Self:
+        assert self.port
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self.stop()
+
 
 @contextlib.contextmanager
-def replicas(count: int, models: Path, *flags: str) -> Iterator[list[Replica]]:
-    """`count` service processes, each with its real uvicorn, until the block ends."""
-    started: list[Replica] = []
-    command = [sys.executable, "-m", "service.cli", "--models", str(models), "--port", "0"]
-    command += ["--log-level", "warning"]  # nobody reads what it prints, and a full pipe blocks
-    processes = [
-        subprocess.Popen(
-            [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        for _ in range(count)
-    ]
+def replicas(count: int, models: Path, *flags: str) -> Iterator[list[Service]]:
+    """`count` services, started together, until the block ends."""
+    started = [Service(models, *flags) for _ in range(count)]
     try:
-        for process in processes:
-            assert process.stdout
-            for line in process.stdout:
-                if found := re.search(r"curl .*http://[\d.]+:(\d+)/weights", line):
-                    started.append(Replica(process, int(found.group(1))))
-                    break
-        assert len(started) == count, "a replica did not start"
+        assert all(service.port for service in started)
         yield started
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(30)
-            assert process.stdout
-            process.stdout.close()
+        for service in started:
+            service.process.terminate()
+        for service in started:
+            service.stop()
 
 
 @dataclass

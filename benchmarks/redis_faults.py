@@ -22,7 +22,7 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
-from benchmarks.local import Answer, RedisServer, Replica, fetch, hardware, replicas
+from benchmarks.local import Answer, RedisServer, Service, fetch, hardware, replicas
 from neumeta import checkpoint
 from tests.conftest import lenet
 
@@ -70,7 +70,7 @@ class Load:
         return {**found, "tiers": {tier: tiers.count(tier) for tier in sorted(set(tiers))}}
 
 
-async def until(replica: Replica, value: float, seconds: float = 10) -> float:
+async def until(replica: Service, value: float, seconds: float = 10) -> float:
     """When the circuit's state became `value`."""
     limit = time.monotonic() + seconds
     while await replica.metric(OPEN) != value:
@@ -80,7 +80,7 @@ async def until(replica: Replica, value: float, seconds: float = 10) -> float:
 
 
 async def faults(
-    replica: Replica, redis: RedisServer, rate: float, hang: float, hangs: int
+    replica: Service, redis: RedisServer, rate: float, hang: float, hangs: int
 ) -> dict[str, object]:
     load, found = Load(replica.port, rate), {}
     running = asyncio.create_task(load.run())

@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
+from benchmarks.local import Service
 from neumeta import checkpoint
 from tests.conftest import lenet
 
@@ -24,27 +21,12 @@ CACHE_BYTES = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
-    """(port, process id) of a service on a small manifold."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service on a small manifold."""
     path = tmp_path_factory.mktemp("models") / "lenet.safetensors"
     checkpoint.write(lenet(), path)
-    command = [sys.executable, "-m", "service.cli", "--models", str(path), "--port", "0"]
-    command += ["--log-level", "warning", "--device", "cpu", "--cache-bytes", str(CACHE_BYTES)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    assert process.stdout is not None
-    with process.stdout as lines:
-        told = next((line for line in lines if "curl" in line), "")
-    found = re.search(r":(\d+)/weights", told)
-    assert found, "the service did not start"
-    yield int(found.group(1)), process.pid
-    process.terminate()
-    process.wait(30)
-
-
-def memory(process: int) -> int:
-    """Resident bytes."""
-    fields = Path(f"/proc/{process}/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+    with Service(path, "--device", "cpu", "--cache-bytes", str(CACHE_BYTES)) as service:
+        yield service
 
 
 def send(port: int, raw: bytes) -> bytes:
@@ -139,8 +121,8 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", list(HOSTILE))
-def test_hostile_bytes_get_a_4xx_and_hurt_nobody(server: tuple[int, int], name: str) -> None:
-    port, _ = server
+def test_hostile_bytes_get_a_4xx_and_hurt_nobody(server: Service, name: str) -> None:
+    port = server.port
     raw, expected = HOSTILE[name]
     answer = send(port, raw)
     statuses = [int(code) for code in re.findall(rb"(?m)^HTTP/1\.1 (\d{3})", answer)]
@@ -156,8 +138,8 @@ def test_hostile_bytes_get_a_4xx_and_hurt_nobody(server: tuple[int, int], name: 
     assert time.perf_counter() - began < 5
 
 
-def test_a_hundred_rounds_of_it_leave_no_memory_behind(server: tuple[int, int]) -> None:
-    port, process = server
+def test_a_hundred_rounds_of_it_leave_no_memory_behind(server: Service) -> None:
+    port = server.port
     names = [name for name in HOSTILE if name not in ("half a body", "header of 1 MB")]
 
     def rounds(count: int) -> None:
@@ -166,15 +148,15 @@ def test_a_hundred_rounds_of_it_leave_no_memory_behind(server: tuple[int, int]) 
                 send(port, HOSTILE[name][0])
 
     rounds(2)
-    before = memory(process)
+    before = server.memory()
     rounds(8)
-    assert memory(process) - before < 16 << 20
+    assert server.memory() - before < 16 << 20
     text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     assert not re.search(r'neumeta_requests_total\{[^}]*status="5', text)
 
 
-def test_distinct_widths_in_a_row_stay_within_the_cache(server: tuple[int, int]) -> None:
-    port, _ = server
+def test_distinct_widths_in_a_row_stay_within_the_cache(server: Service) -> None:
+    port = server.port
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         total = 0
         for step in range(60):
@@ -187,8 +169,8 @@ def test_distinct_widths_in_a_row_stay_within_the_cache(server: tuple[int, int])
         assert total > 4 * CACHE_BYTES
 
 
-def test_a_client_that_leaves_is_no_fault_of_the_service(server: tuple[int, int]) -> None:
-    port, _ = server
+def test_a_client_that_leaves_is_no_fault_of_the_service(server: Service) -> None:
+    port = server.port
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", port), 2) as connection:
             connection.sendall(post(b'{"arch"', "Content-Length: 100"))

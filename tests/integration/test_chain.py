@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks.local import Service
 from neumeta import checkpoint, network
 from service import client
-from tests.integration.test_server import start, stop
 from training import cli, data
 
 
@@ -22,12 +22,9 @@ def test_tiny_from_digits_to_a_pulled_network(tmp_path: Path) -> None:
     assert checkpoint.read(path).digest == report["checkpoint"]
     assert cli.main(["tiny", "--run", str(run)]) == 2  # never over an earlier run by accident
 
-    process, url = start(path)
-    try:
-        out = tmp_path / "net.safetensors"
-        client.pull(url, "lenet", out, parameters={"width": "0.5"})
-    finally:
-        stop(process)
+    out = tmp_path / "net.safetensors"
+    with Service(path) as service:
+        client.pull(service.url, "lenet", out, parameters={"width": "0.5"})
     net = network.load(out)
     digits = data.load("digits")
     right = net(digits.test_images.float() / 255).argmax(1) == digits.test_labels

@@ -12,25 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 
-from neumeta import checkpoint
 from service import client
-from tests.conftest import lenet
-from tests.integration.test_server import start, stop
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("models") / "lenet.safetensors"
-    checkpoint.write(lenet(), path)
-    process, address = start(path)
-    yield address
-    stop(process)
 
 
 def command(url: str, out: Path) -> list[str]:

@@ -8,16 +8,14 @@ import re
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from neumeta import checkpoint
+from benchmarks.local import Service
 from service import client
-from tests.conftest import lenet
-from tests.integration.test_server import start, stop
 
 PATH = {"width": "0.5"}
 Fault = Callable[[bytes, socket.socket], bytes | None]
@@ -97,15 +95,6 @@ def wrong_digest(answer: bytes, _: socket.socket) -> bytes:
 FAULTS = (flip, truncate, stall, whole_for_a_range, longer, wrong_digest)
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("models") / "lenet.safetensors"
-    checkpoint.write(lenet(), path)
-    process, address = start(path)
-    yield address
-    stop(process)
-
-
 def pull(proxy: Proxy, out: Path) -> str:
     with httpx.Client(base_url=proxy.url, timeout=1.0) as http:
         return client.pull(
@@ -140,13 +129,12 @@ def test_a_fault_that_stays_leaves_the_last_good_file(
 def test_the_documents_curl_lines_resume_and_verify(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent.parent
     (script,) = re.findall(r"```sh\n(.*?)```", (root / "docs/client.md").read_text(), re.DOTALL)
-    process, address = start(root / "models/resnet20-cifar10.safetensors")
-    try:
-        whole = httpx.get(f"{address}/weights/resnet20?width=0.5").content
+    with Service(root / "models/resnet20-cifar10.safetensors") as service:
+        whole = httpx.get(f"{service.url}/weights/resnet20?width=0.5").content
         out = tmp_path / "net.safetensors"
 
         def run() -> str:
-            environment = {**os.environ, "URL": address}
+            environment = {**os.environ, "URL": service.url}
             command = ["bash", "-ec", script]
             return subprocess.run(
                 command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
@@ -158,8 +146,6 @@ def test_the_documents_curl_lines_resume_and_verify(tmp_path: Path) -> None:
         damaged[90_000] ^= 1
         out.write_bytes(damaged)
         assert run() == ""
-    finally:
-        stop(process)
 
 
 def test_what_no_digest_vouches_for_is_refused(url: str, tmp_path: Path) -> None:

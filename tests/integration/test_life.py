@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import httpx
 import pytest
 
 from benchmarks.life import hup, manifold, stall, stalled, term
+from benchmarks.local import Service
 from neumeta import checkpoint
 from tests.conftest import lenet
 
@@ -54,29 +53,20 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-def begin(file: Path, *flags: str) -> tuple[subprocess.Popen[str], int]:
-    command = [sys.executable, "-m", "service.cli", "--models", str(file), "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    told = next((line for line in process.stdout if "curl" in line), "")
-    found = re.search(r":(\d+)/weights", told)
-    assert found, "the service did not start"
-    return process, int(found.group(1))
-
-
 def test_the_end_of_an_answer_has_a_deadline_too_and_every_log_line_is_json(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "resnet56.safetensors"
     checkpoint.write(manifold(), file)
-    process, port = begin(file, "--send-timeout", "1", "--drain-seconds", "0")
+    flags = ("--send-timeout", "1", "--drain-seconds", "0", "--log-level", "info")
+    service = Service(file, *flags, stderr=subprocess.PIPE)
+    process, port, url = service.process, service.port, service.url
     try:
-        url = f"http://127.0.0.1:{port}"
         whole = len(httpx.get(f"{url}/weights/resnet56", timeout=60).content)
         with socket.create_connection(("127.0.0.1", port)) as garbage:
             garbage.sendall(b"not http at all\r\n\r\n")
             assert b"400" in garbage.recv(100)
-        opened = len(os.listdir(f"/proc/{process.pid}/fd"))
+        opened = service.descriptors()
         # Somewhere in this row an answer's end fits the server's own buffer and not the kernel's:
         # the application is done with it, and no send waits.
         lengths = range(100_000, whole, 48 << 10)
@@ -85,7 +75,7 @@ def test_the_end_of_an_answer_has_a_deadline_too_and_every_log_line_is_json(
         left = len(held)
         while left > 0 and time.monotonic() < deadline:
             time.sleep(0.2)
-            left = len(os.listdir(f"/proc/{process.pid}/fd")) - opened
+            left = service.descriptors() - opened
         text = httpx.get(f"{url}/metrics").text
         for reader in held:
             reader.close()
@@ -102,10 +92,9 @@ def test_the_end_of_an_answer_has_a_deadline_too_and_every_log_line_is_json(
 
 
 def test_a_head_without_an_end_is_431(small: Path) -> None:
-    process, port = begin(small, "--drain-seconds", "0", "--log-level", "error")
-    try:
+    with Service(small, "--drain-seconds", "0") as service:
         for endless in (b"GET /" + b"a" * (1 << 20), b"GET / HTTP/1.1\r\nX: " + b"a" * (1 << 20)):
-            with socket.create_connection(("127.0.0.1", port), 5) as client:
+            with socket.create_connection(("127.0.0.1", service.port), 5) as client:
                 answer = b""
                 try:
                     client.sendall(endless)
@@ -113,10 +102,7 @@ def test_a_head_without_an_end_is_431(small: Path) -> None:
                 except ConnectionError:
                     pass  # reset while it was still sending: cut all the same
                 assert answer == b"" or answer.startswith(b"HTTP/1.1 431")
-        with socket.create_connection(("127.0.0.1", port), 5) as client:
+        with socket.create_connection(("127.0.0.1", service.port), 5) as client:
             client.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 65_600)
             assert client.recv(4096).startswith(b"HTTP/1.1 431")
-        assert httpx.get(f"http://127.0.0.1:{port}/livez").status_code == 200
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        assert httpx.get(f"{service.url}/livez").status_code == 200

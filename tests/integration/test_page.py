@@ -18,12 +18,12 @@ import httpx
 import pytest
 import uvicorn
 
+from benchmarks.local import Service
 from neumeta import checkpoint
 from service import page
 from service.app import create_app
 from service.settings import Settings
 from tests.conftest import lenet
-from tests.integration.test_server import start, stop
 
 pytestmark = pytest.mark.filterwarnings("default:::selenium.*")
 
@@ -120,9 +120,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    process, address = start(MODELS, "--port", "8000" if PICTURE else "0")
-    yield address
-    stop(process)
+    with Service(MODELS, "--port", "8000" if PICTURE else "0") as service:
+        yield service.url
 
 
 def plan(url: str, **asked: object) -> dict[str, Any]:

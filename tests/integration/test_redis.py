@@ -18,7 +18,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from benchmarks.local import SAMPLED, Answer, RedisServer, Replica, fetch, replicas
+from benchmarks.local import SAMPLED, Answer, RedisServer, Service, fetch, replicas
 from neumeta import checkpoint
 from service.app import create_app
 from service.cache import Away, Body, Busy, Cache
@@ -478,7 +478,7 @@ async def herd(ports: list[int], path: str, count: int) -> list[Answer | BaseExc
 @pytest.fixture(scope="module")
 def fleet(
     models: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RedisServer, list[Replica]]]:
+) -> Iterator[tuple[RedisServer, list[Service]]]:
     """Two replicas without a memory tier of their own, and the Redis they share."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     flags = ("--redis-url", server.url, "--redis-pause", "0.1", "--cache-bytes", "0")
@@ -490,7 +490,7 @@ def fleet(
 
 
 def test_two_replicas_a_hundred_clients_one_materialization(
-    fleet: tuple[RedisServer, list[Replica]],
+    fleet: tuple[RedisServer, list[Service]],
 ) -> None:
     _, pair = fleet
 
@@ -506,7 +506,7 @@ def test_two_replicas_a_hundred_clients_one_materialization(
 def test_the_holder_is_killed_and_the_other_replica_answers(
     server: RedisServer, models: Path
 ) -> None:
-    async def check(pair: list[Replica]) -> None:
+    async def check(pair: list[Service]) -> None:
         path = "/weights/lenet?samples=800"
         halves = [asyncio.create_task(herd([each.port], path, 30)) for each in pair]
         won = 'neumeta_lease_total{outcome="won"}'
@@ -527,7 +527,7 @@ def test_the_holder_is_killed_and_the_other_replica_answers(
 
 
 def test_no_request_fails_while_redis_is_killed_hangs_and_returns(
-    fleet: tuple[RedisServer, list[Replica]],
+    fleet: tuple[RedisServer, list[Service]],
 ) -> None:
     server, (replica, _) = fleet
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,39 +16,10 @@ import httpx
 import pytest
 import torch
 
+from benchmarks.local import Service
 from neumeta import checkpoint, network
 from service import client
 from tests.conftest import lenet
-
-
-def start(file: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "service.cli", "--models", str(file), "--port", "0", *flags]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
-    )
-    assert process.stdout is not None
-    with process.stdout as lines:
-        for line in lines:
-            found = re.search(r"curl .*(http://[\d.:]+)/weights", line)
-            if found:
-                return process, found.group(1)
-    process.kill()
-    process.wait()
-    raise AssertionError("the server did not start")
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    process.wait(20)
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("models") / "lenet.safetensors"
-    checkpoint.write(lenet(), path)
-    process, address = start(path)
-    yield address
-    stop(process)
 
 
 def test_pull_gives_a_network_that_runs(url: str, tmp_path: Path) -> None:
@@ -83,39 +52,33 @@ def test_a_failure_while_sampling_breaks_the_connection(tmp_path: Path) -> None:
             parameter.fill_(float("nan"))
     path = tmp_path / "nan.safetensors"
     checkpoint.write(manifold, path)
-    process, address = start(path)
-    try:
+    with Service(path) as service:
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.get(f"{address}/weights/lenet?width=0.5")
-        assert httpx.get(f"{address}/livez").status_code == 200
-        assert "neumeta_sampling_failures_total 1.0" in httpx.get(f"{address}/metrics").text
-    finally:
-        stop(process)
+            httpx.get(f"{service.url}/weights/lenet?width=0.5")
+        assert httpx.get(f"{service.url}/livez").status_code == 200
+        assert "neumeta_sampling_failures_total 1.0" in httpx.get(f"{service.url}/metrics").text
 
 
 def test_a_client_that_hangs_up_stops_the_sampling(tmp_path: Path) -> None:
     path = tmp_path / "lenet.safetensors"
     checkpoint.write(lenet(), path)
-    process, address = start(path, "--max-samples", "4096")
-    try:
+    with Service(path, "--max-samples", "4096") as service:
         # Seconds of sampling, of which the client waits for the first byte.
         with (
             pytest.raises(httpx.ReadTimeout),
             httpx.Client(timeout=0.5) as hasty,
-            hasty.stream("GET", f"{address}/weights/lenet?samples=4096") as answer,
+            hasty.stream("GET", f"{service.url}/weights/lenet?samples=4096") as answer,
         ):
             for _ in answer.iter_bytes():
                 pass
         for _ in range(200):
-            if "neumeta_sampling_cancelled_total 1.0" in httpx.get(f"{address}/metrics").text:
+            if "neumeta_sampling_cancelled_total 1.0" in httpx.get(f"{service.url}/metrics").text:
                 break
             time.sleep(0.05)
-        text = httpx.get(f"{address}/metrics").text
+        text = httpx.get(f"{service.url}/metrics").text
         assert "neumeta_sampling_cancelled_total 1.0" in text
         assert 'neumeta_sampling_seconds_count{stage="sample"} 0.0' in text
         assert "neumeta_flights 0.0" in text
-    finally:
-        stop(process)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "family", "missing", "no manifold"])
