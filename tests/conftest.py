@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
+from fastapi import FastAPI
 
+from neumeta import checkpoint
 from neumeta.architecture import Space
 from neumeta.manifold import Manifold, representation
+from service.app import create_app
+from service.settings import Settings
 
 torch.set_num_threads(1)  # two busy test processes on two cores: more threads only wait
 
@@ -36,6 +43,26 @@ def lenet(kind: str = "mlp", seed: int = 0) -> Manifold:
     return Manifold(
         space, model, kind, options, False, 0.5, 4, 64, normalisation, list("0123456789")
     )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A manifold's file."""
+    path = tmp_path / "lenet.safetensors"
+    checkpoint.write(lenet(), path)
+    return path
+
+
+@asynccontextmanager
+async def served(models: Path, **changes: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
+    """The application on these manifolds, and a client inside the process."""
+    app = create_app(Settings(models=str(models), device="cpu", **changes))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client, app
 
 
 @pytest.hookimpl(wrapper=True)

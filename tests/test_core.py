@@ -10,32 +10,11 @@ import torch
 from safetensors.torch import save
 
 from neumeta import checkpoint, wire
-from neumeta.architecture import BadArchitecture, Space
-from neumeta.manifold import Manifold, representation
+from neumeta.architecture import BadArchitecture
 from neumeta.sample import sample
+from tests.conftest import lenet
 
 ROOT = Path(__file__).parent.parent
-
-
-def small(kind: str = "mlp") -> Manifold:
-    torch.manual_seed(0)
-    space = Space("lenet-mnist", "lenet", 10, ("*",), (0.25, 1.0))
-    options = {"layers": 3, "hidden": 16, "num_freq": 4} if kind == "mlp" else {}
-    model = representation(kind, space, options, norm=False)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return Manifold(
-        space,
-        model,
-        kind,
-        options,
-        False,
-        0.5,
-        4,
-        64,
-        {"mean": [0.3], "std": [0.4]},
-        list("0123456789"),
-    )
 
 
 def test_imports_go_one_way() -> None:
@@ -59,7 +38,7 @@ def test_imports_go_one_way() -> None:
 @pytest.mark.parametrize("kind", ["mlp", "grid"])
 @pytest.mark.parametrize("dtype", list(wire.DTYPES))
 def test_stream_equals_safetensors(kind: str, dtype: str) -> None:
-    manifold = small(kind)
+    manifold = lenet(kind)
     architecture = manifold.space.architecture(0.4)
     plan = wire.plan(manifold.space, architecture, dtype, manifold.normalisation)
     tensors = dict(sample(manifold, architecture))
@@ -71,7 +50,7 @@ def test_stream_equals_safetensors(kind: str, dtype: str) -> None:
 
 
 def test_checkpoint_round_trip_and_damage(tmp_path: Path) -> None:
-    manifold = small()
+    manifold = lenet()
     path = tmp_path / "m.safetensors"
     digest = checkpoint.write(manifold, path)
     kept = checkpoint.read(path)
@@ -95,4 +74,4 @@ def test_checkpoint_round_trip_and_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [0, -1, float("nan"), float("inf"), 10**9, 0.1, [0.5], [0.5] * 4])
 def test_widths_outside_are_refused(width: float) -> None:
     with pytest.raises(BadArchitecture, match="width"):
-        small().space.architecture(width)
+        lenet().space.architecture(width)

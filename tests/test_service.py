@@ -6,15 +6,11 @@ import asyncio
 import hashlib
 import json
 from base64 import b64encode
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -24,9 +20,7 @@ from safetensors.torch import save
 from neumeta import checkpoint
 from neumeta import network as device_network
 from neumeta.sample import sample
-from service.app import create_app
-from service.settings import Settings
-from tests.conftest import lenet
+from tests.conftest import lenet, served
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +28,6 @@ def manifold_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "lenet.safetensors"
     checkpoint.write(lenet(), path)
     return path
-
-
-@asynccontextmanager
-async def served(file: Path, **changes: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    app = create_app(Settings(models=str(file), **changes))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
-        yield client, app
 
 
 def run(coroutine: Any) -> Any:

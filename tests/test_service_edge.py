@@ -7,14 +7,11 @@ import json
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from fastapi import FastAPI
 
 from benchmarks.life import manifold
 from neumeta import checkpoint
@@ -24,27 +21,9 @@ from service.app import create_app
 from service.guard import Guard
 from service.settings import Settings
 from service.tokens import Tokens
-from tests.conftest import lenet
+from tests.conftest import lenet, served
 
 QUERY = "/weights/lenet?width=0.5"
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "lenet.safetensors"
-    checkpoint.write(lenet(), path)
-    return path
-
-
-@asynccontextmanager
-async def served(models: Path, **changes: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    app = create_app(Settings(models=str(models), **changes))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
-        yield client, app
 
 
 def bearer(token: str) -> dict[str, str]:

@@ -6,21 +6,13 @@ import asyncio
 from pathlib import Path
 
 import httpx
-import pytest
 
 from neumeta import checkpoint
 from service.hot import Target
-from tests.conftest import lenet
-from tests.test_service_edge import bearer, served
+from tests.conftest import lenet, served
+from tests.test_service_edge import bearer
 
 QUERY = "/weights/lenet?width=0.5"
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "lenet.safetensors"
-    checkpoint.write(lenet(), path)
-    return path
 
 
 def told(answer: httpx.Response) -> dict[str, str]:

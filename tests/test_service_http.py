@@ -8,25 +8,21 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 
 from neumeta import checkpoint
 from neumeta.sample import sample
-from service.app import create_app
 from service.cli import serve, settings_from
 from service.request import ALLOWED
 from service.settings import Settings
-from tests.conftest import lenet
+from tests.conftest import lenet, served
 from tests.test_service_engine import DEPTH, WHOLE, grid
 
 
@@ -36,17 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for manifold in (lenet(), grid(WHOLE), grid(DEPTH)):
         checkpoint.write(manifold, path / f"{manifold.space.arch}.safetensors")
     return path
-
-
-@asynccontextmanager
-async def served(folder: Path, **changes: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    app = create_app(Settings(models=str(folder), device="cpu", **changes))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
-        yield client, app
 
 
 @pytest.mark.parametrize(

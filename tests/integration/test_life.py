@@ -11,12 +11,10 @@ import time
 from pathlib import Path
 
 import httpx
-import pytest
 
 from benchmarks.life import hup, manifold, stall, stalled, term
 from benchmarks.local import Service
 from neumeta import checkpoint
-from tests.conftest import lenet
 
 
 def test_stalled_readers_are_cut_at_the_deadline_and_hurt_nobody() -> None:
@@ -44,13 +42,6 @@ def test_sighup_under_load_gives_whole_bodies_of_one_file_or_the_other() -> None
     assert told["errors"] == told["mixed"] == 0
     assert (told["reloads_ok"], told["reloads_refused"]) == (2, 1) and told["bad_files"] == 1
     assert len(told["bodies"]) == 2
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    path = tmp_path / "lenet.safetensors"
-    checkpoint.write(lenet(), path)
-    return path
 
 
 def test_the_end_of_an_answer_has_a_deadline_too_and_every_log_line_is_json(
@@ -91,8 +82,8 @@ def test_the_end_of_an_answer_has_a_deadline_too_and_every_log_line_is_json(
     assert process.returncode == 0
 
 
-def test_a_head_without_an_end_is_431(small: Path) -> None:
-    with Service(small, "--drain-seconds", "0") as service:
+def test_a_head_without_an_end_is_431(file: Path) -> None:
+    with Service(file, "--drain-seconds", "0") as service:
         for endless in (b"GET /" + b"a" * (1 << 20), b"GET / HTTP/1.1\r\nX: " + b"a" * (1 << 20)):
             with socket.create_connection(("127.0.0.1", service.port), 5) as client:
                 answer = b""
