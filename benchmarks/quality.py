@@ -53,6 +53,25 @@ POINTS: dict[str, list[Point]] = {
         ([0.4, 0.7, 0.9], [5, 3, 2]),
     ],
 }
+BASELINES: dict[str, dict[str, Any]] = {
+    "slimmable": {"options": {"orders": 0}, "distill": "inplace"},
+    "paper": {
+        "representation": "mlp",
+        "options": {"layers": 5, "hidden": 128, "num_freq": 16},
+        "norm": False,
+        "noise": 0.5,
+        "optimiser": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 1e-2,
+        "clip": 10.0,
+        "sandwich": False,
+        "per_stage": 0.0,
+        "distill": "none",
+        "reconstruction": 1.0,
+        "regularisation": 1e-4,
+        "regression_steps": 600,
+    },
+}
 
 
 class Bench:
@@ -158,25 +177,32 @@ def pruned(bench: Bench, architecture: Architecture) -> dict[str, Any]:
     return {"accuracy": bench.calibrated(net), "passes": 0}
 
 
-def trained(
-    bench: Bench, architecture: Architecture, *, name: str, changes: dict[str, Any]
-) -> dict[str, Any]:
-    """A whole-network manifold of another kind, trained by the same Algorithm 2, calibrated."""
-    asked = replace(recipe.load("cifar10-resnet20"), name=name, epochs=bench.epochs, **changes)
+@cache
+def baseline(bench: Bench, name: str) -> tuple[recipe.Recipe, Manifold]:
+    """A whole-network manifold of another kind, trained by the same Algorithm 2."""
+    asked = replace(
+        recipe.load("cifar10-resnet20"), name=name, epochs=bench.epochs, **BASELINES[name]
+    )
     run = bench.run / name
     run.mkdir(exist_ok=True)
     manifold, targets, smoothed = cli.prepare(asked, bench.data, bench.source)
     if not fit.fit(manifold, targets, smoothed, bench.data, asked, run, resume=True):
         raise RuntimeError(f"{name}: stopped early")
+    return asked, manifold
+
+
+def trained(bench: Bench, architecture: Architecture, *, name: str) -> dict[str, Any]:
+    """What a baseline makes of this size; with batch norm, calibrated."""
+    asked, manifold = baseline(bench, name)
     passes = passes_of(asked, len(bench.data.train_labels), bench.space)
     if asked.norm:
-        return {
-            "accuracy": bench.calibrated(statistics.network(manifold, architecture)),
-            "passes": passes,
-        }
-    weights = dict(sample(manifold, architecture))
-    net = source.network_from(weights, architecture.family, architecture.depth)
-    return {"accuracy": bench.accuracy(net), "passes": passes}
+        accuracy = bench.calibrated(statistics.network(manifold, architecture))
+    else:
+        weights = dict(sample(manifold, architecture))
+        accuracy = bench.accuracy(
+            source.network_from(weights, architecture.family, architecture.depth)
+        )
+    return {"accuracy": accuracy, "passes": passes}
 
 
 def passes_of(asked: recipe.Recipe, images: int, space: Space) -> float:
@@ -210,24 +236,6 @@ def sampled(
     return {"accuracy": bench.accuracy(net), "passes": passes, "bytes": path.stat().st_size}
 
 
-PAPER: dict[str, Any] = {
-    "representation": "mlp",
-    "options": {"layers": 5, "hidden": 128, "num_freq": 16},
-    "norm": False,
-    "noise": 0.5,
-    "optimiser": "adamw",
-    "lr": 1e-3,
-    "weight_decay": 1e-2,
-    "clip": 10.0,
-    "sandwich": False,
-    "per_stage": 0.0,
-    "distill": "none",
-    "reconstruction": 1.0,
-    "regularisation": 1e-4,
-    "regression_steps": 600,
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="cifar10-resnet")
@@ -255,10 +263,8 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
         "pruned by L1": pruned,
         "individual": partial(individual, distilled=False),
         "individual, distilled": partial(individual, distilled=True),
-        "slimmable": partial(
-            trained, name="slimmable", changes={"options": {"orders": 0}, "distill": "inplace"}
-        ),
-        "paper's recipe": partial(trained, name="paper", changes=PAPER),
+        "slimmable": partial(trained, name="slimmable"),
+        "paper's recipe": partial(trained, name="paper"),
     }
     deep = {"individual", "individual, distilled", "manifold"}
     if arguments.manifold:

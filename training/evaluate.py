@@ -50,9 +50,12 @@ def evaluate(
             wanted = [(recipe.width[1], list(depth)) for depth in depths]
     else:
         wanted = [(width, None) for width in recipe.evaluate_widths]
+    found: dict[Architecture, float] = {}
+    for width, depth in wanted:
+        # Full size at the source's depth may be in both lists, and is one row.
+        found.setdefault(manifold.space.architecture(width, depth, extrapolate=True), width)
     rows = []
-    for width, depth in tqdm(wanted, desc="evaluate", mininterval=5):
-        architecture = manifold.space.architecture(width, depth, extrapolate=True)
+    for architecture, width in tqdm(found.items(), desc="evaluate", mininterval=5):
         row = evaluate_one(manifold, architecture, data, samples=samples)
         rows.append({"width": width, **row})
     return rows
