@@ -211,7 +211,7 @@ def passes_of(asked: recipe.Recipe, images: int, space: Space) -> float:
     A pass is forward and back; a teacher's forward pass counts a third.
     """
     batches = images // asked.batch
-    taught = asked.distill in ("source", "chain")
+    taught = asked.distill == "source"
     total = round(asked.epochs * batches) / 3 if taught else 0.0
     steps = round(asked.epochs * batches)
     for step in range(0, steps, 10):

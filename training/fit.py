@@ -179,8 +179,8 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     if both:
         assert space.blocks is not None
         deep = blocks() or []
-        if uniform() < 0.6:  # the same for all stages, and mostly the fewest
-            deep = [space.blocks[0] if uniform() < 2 / 3 else deep[0]] * len(deep)
+        if uniform() < 0.5:  # the same for all stages; as often as not the fewest
+            deep = [space.blocks[0] if uniform() < 0.5 else deep[0]] * len(deep)
         wide = high if uniform() < 0.5 else low + (high - low) * uniform()
         return (space.full, space.architecture(low), drawn, space.architecture(wide, deep))
     if space.blocks is not None:
@@ -320,7 +320,7 @@ def fit(
             group["lr"] = rate * group["factor"]
         optimiser.zero_grad()
         teacher = None
-        if recipe.distill in ("source", "chain"):
+        if recipe.distill == "source":
             with torch.no_grad():
                 teacher = source(x, first)
         total = 0.0
@@ -345,7 +345,7 @@ def fit(
                 loss = loss + recipe.regularisation * torch.stack(norms).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             total += task
-            if is_full and recipe.distill in ("inplace", "chain"):
+            if recipe.distill == "inplace" and teacher is None:
                 teacher = logits.detach()
         _finish(model, optimiser, recipe, world)
         decay = min(recipe.ema, (1 + step) / (10 + step))

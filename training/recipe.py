@@ -25,11 +25,10 @@ class Recipe:
     `sandwich`: each step trains the largest, the smallest and one random architecture; where width
     and depth both morph, those three at the source's depth and a fourth at a random one. `per_stage`:
     the share of random widths that differ by stage. `full_weight`: of the largest in the loss.
-    `distill`: 'none', 'source' (the source network teaches), 'inplace' (the full-size sample teaches
-    the others) or 'chain' (the source network teaches it, and it the others). `norm`: train with
-    batch statistics, fold with fitted ones; else the paper's folded training. `feature_views`:
-    activations of the frozen leading part computed once for this many augmented passes (0: run it in
-    every step).
+    `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
+    teaches the smaller ones). `norm`: train with batch statistics, fold with fitted ones; else the
+    paper's folded training. `feature_views`: activations of the frozen leading part computed once
+    for this many augmented passes (0: run it in every step).
     """
 
     name: str
@@ -135,7 +134,7 @@ def _check(path: Path, recipe: Recipe) -> None:
         "source": ("train", "import", "fine-tune"),
         "representation": tuple(REPRESENTATIONS),
         "optimiser": ("adamw", "sgd"),
-        "distill": ("none", "source", "inplace", "chain"),
+        "distill": ("none", "source", "inplace"),
         "permutation": ("none", "random", "layer-greedy", "layer-2opt", "mshp"),
     }
     for key, allowed in closed.items():
