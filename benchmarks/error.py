@@ -50,6 +50,11 @@ def small_mlp(run: Path, root: Path | None) -> Manifold:
     return manifold
 
 
+def drawn(manifold: Manifold, architecture: Architecture, samples: int) -> dict[str, Tensor]:
+    """The whole network, anew at every call."""
+    return dict(sample(manifold, architecture, samples=samples))
+
+
 def distance(made: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """Root mean square over all weights, as a part of that of the weights themselves."""
     error = torch.cat([(made[name] - exact[name]).flatten() for name in exact])
@@ -115,7 +120,7 @@ def error(asked: argparse.Namespace) -> dict[str, Any]:
                     for seed in range(8)
                 ]
                 row[kind] = round(statistics.median(errors), 5)
-            work = partial(dict, sample(manifold, architecture, samples=samples))
+            work = partial(drawn, manifold, architecture, samples)
             row["seconds"] = round(median(work, 3), 4)
             rows.append(row)
             print(name, row, flush=True)

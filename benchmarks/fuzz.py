@@ -23,7 +23,7 @@ import requests
 import schemathesis
 from schemathesis import GenerationMode
 
-from benchmarks.life import manifold
+from benchmarks.life import CPU, manifold
 from benchmarks.local import Service
 from neumeta import checkpoint
 
@@ -39,7 +39,7 @@ def fuzz(cases: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lenet.safetensors"
         checkpoint.write(manifold("lenet"), file)
-        service = Service(file, "--cache-bytes", "1000000", "--log-level", "critical")
+        service = Service(file, *CPU, "--cache-bytes", "1000000", "--log-level", "critical")
         try:
             schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
             found = [each.ok() for each in schema.get_all_operations()]

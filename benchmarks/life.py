@@ -33,6 +33,8 @@ from service.request import WeightsRequest
 
 Outcome = tuple[str, int, str]
 """What became of a request ('whole', 'truncated', 'refused', 'status'), its status, its sha256."""
+CPU = ("--device", "cpu")
+"""As the engines here are that know what is to be served."""
 
 
 def manifold(arch: str = "resnet56", seed: int = 0) -> Manifold:
@@ -67,7 +69,7 @@ def stalled(readers: int, timeout: float, path: str = "/weights/resnet56") -> di
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "m.safetensors"
         checkpoint.write(manifold(), file)
-        service = Service(file, "--send-timeout", str(timeout))
+        service = Service(file, *CPU, "--send-timeout", str(timeout))
         try:
             size = len(httpx.get(service.url + path, timeout=60).content)
             before = service.memory(), service.descriptors()
@@ -172,7 +174,7 @@ def term(seconds: float, clients: int = 16, drain: float = 3.0) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "m.safetensors"
         checkpoint.write(manifold(), file)
-        service = Service(file, "--drain-seconds", str(drain), "--cache-bytes", "30000000")
+        service = Service(file, *CPU, "--drain-seconds", str(drain), "--cache-bytes", "30000000")
         try:
             return asyncio.run(scene(service))
         finally:
@@ -227,7 +229,7 @@ def hup(seconds: float, clients: int = 8, reloads: int = 6) -> dict[str, Any]:
             job = engine.job(WeightsRequest(arch="resnet56", width=0.5))
             body = job.plan.header + b"".join(engine.weights(job))
             wholes.add(hashlib.sha256(body).hexdigest())
-        service = Service(file)
+        service = Service(file, *CPU)
         try:
             told = asyncio.run(scene(service, file, raws))
         finally:
@@ -242,7 +244,7 @@ def widths(count: int, bound: int = 1_000_000) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "m.safetensors"
         checkpoint.write(manifold("lenet"), file)
-        service = Service(file, "--cache-bytes", str(bound))
+        service = Service(file, *CPU, "--cache-bytes", str(bound))
         try:
             most, waits, tags, first = 0.0, [], set(), 0
             space = manifold("lenet").space

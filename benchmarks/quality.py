@@ -36,6 +36,8 @@ from training import cli, cliques, data, fit, permute, plots, recipe, source, st
 
 WIDTHS = (1.0, 0.75, 0.6, 0.5, 0.35, 0.25)
 CALIBRATION = 2000
+TEACHER = 1 / 3
+"""What the source's forward pass alone costs, in its passes forward and back."""
 
 Width = float | list[float]
 Point = tuple[Width, list[int]]
@@ -126,7 +128,8 @@ def individual(bench: Bench, architecture: Architecture, *, distilled: bool) -> 
         label=f"{folder.name} {name}",
         teacher=bench.source.eval() if distilled else None,
     )
-    passes = bench.epochs * len(bench.data.train_labels) * relative_cost(space, architecture)
+    each = relative_cost(space, architecture) + (TEACHER if distilled else 0.0)
+    passes = bench.epochs * len(bench.data.train_labels) * each
     return {"accuracy": bench.accuracy(net), "passes": passes}
 
 
@@ -208,12 +211,11 @@ def trained(bench: Bench, architecture: Architecture, *, name: str) -> dict[str,
 def passes_of(asked: recipe.Recipe, images: int, space: Space) -> float:
     """Training passes of a recipe, in passes of the source network, over the sizes it really drew.
 
-    A pass is forward and back; a teacher's forward pass counts a third.
+    A pass is forward and back.
     """
     batches = images // asked.batch
-    taught = asked.distill == "source"
-    total = round(asked.epochs * batches) / 3 if taught else 0.0
     steps = round(asked.epochs * batches)
+    total = TEACHER * steps if asked.distill == "source" else 0.0
     for step in range(0, steps, 10):
         generator = torch.Generator().manual_seed(step)
         total += 10 * sum(

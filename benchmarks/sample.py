@@ -31,7 +31,7 @@ from benchmarks.published import (
     published,
     random_manifold,
     seconds,
-)  # fmt: skip
+)
 from neumeta import wire
 from neumeta.architecture import Architecture, Space
 from neumeta.inr import ResidualMLP

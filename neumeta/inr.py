@@ -84,8 +84,8 @@ class _Mlp(nn.Module):
     def _along(self, axis: Float[Tensor, "S C 2"], at: Coordinates) -> Float[Tensor, "S C F"]:
         """gamma along one axis of channels."""
         if at.exact:
-            whole = (axis.shape[1], at.scale, self.num_freq, axis.dtype, axis.device)
-            return _whole_features(*whole).expand(len(axis), -1, -1)
+            key = (axis.shape[1], at.scale, self.num_freq, axis.dtype, axis.device)
+            return _whole_features(*key).expand(len(axis), -1, -1)
         return fourier_features(axis, self.num_freq)
 
     def _blocked(
@@ -118,8 +118,6 @@ class _Mlp(nn.Module):
                 t.relu_()
                 if self.residual:
                     h.add_(t, alpha=scale)
-                elif low == h.dtype:
-                    h, t = t, h
                 else:
                     h.copy_(t)
             made[part] = self.last(h.to(low)).view(-1, across, made.shape[-1])

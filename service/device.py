@@ -39,7 +39,7 @@ def cpu_has_bfloat16() -> bool:
     return told.exists() and "bf16" in told.read_text()
 
 
-def identity(device: str, threads: int, precision: str = "float32") -> str:
+def identity(device: str, threads: int, precision: str) -> str:
     """The engine as far as bytes depend on it: sums round differently between builds of torch,
     processors and thread counts (measured), so equal bytes are promised within one engine only."""
     if device == "cuda":

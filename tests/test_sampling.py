@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.published import all_sites
 from neumeta.architecture import Architecture, Space
-from neumeta.coordinates import Site, sites
+from neumeta.coordinates import Site
 from neumeta.inr import IntegralGrid, LearnedGrid, ResidualMLP, _Mlp, module_key
 from neumeta.manifold import Manifold, representation
 from neumeta.sample import evenly, sample, sample_site, seed_of
@@ -142,11 +143,6 @@ def small(kind: str) -> tuple[Manifold, Architecture]:
     return manifold, manifold.space.architecture(0.25)
 
 
-def all_sites(manifold: Manifold, architecture: Architecture) -> Iterator[Site]:
-    for layer in manifold.space.table.layers(architecture.depth):
-        yield from sites(manifold.space, architecture, layer, norm=manifold.norm)
-
-
 @pytest.mark.parametrize("kind", list(PLAIN))
 @pytest.mark.parametrize("samples", [1, 3, 8])
 def test_a_whole_network_equals_algorithm_3(kind: str, samples: int, float64: None) -> None:
@@ -156,7 +152,7 @@ def test_a_whole_network_equals_algorithm_3(kind: str, samples: int, float64: No
     made = dict(sample(manifold, architecture, samples=samples, seed=5))
     expected = {
         site.name: algorithm_3(manifold, site, samples, 5)
-        for site in all_sites(manifold, architecture)
+        for site in all_sites(manifold.space, architecture)
         if site.outputs * site.inputs < 200 or samples < 8  # the loops take milliseconds a weight
     }
     assert set(expected) <= set(made) and len(expected) > 4
@@ -175,7 +171,7 @@ def test_a_site_of_a_deep_stage_equals_algorithm_3(float64: None) -> None:
     labels = list("0123456789")
     manifold = Manifold(space, model, "mlp", options, False, 0.5, 12, 64, normalisation, labels)
     architecture = space.architecture(0.1, [3, 2])
-    deep = [site for site in all_sites(manifold, architecture) if site.length > 1]
+    deep = [site for site in all_sites(manifold.space, architecture) if site.length > 1]
     assert deep
     with torch.no_grad():
         for site in deep[:3]:
