@@ -34,11 +34,11 @@ def evenly(samples: int, dimensions: int) -> Float[Tensor, "K 6"]:
     """K points of [-1, 1]^6 to average over instead of independent ones, in its last `dimensions`.
 
     2 * dimensions of them are a cubature that integrates every cubic exactly (Stroud 1957, C_n:3-1);
-    any other number is taken from Sobol's sequence.
+    any other number is taken from Sobol's sequence. In float64: kept for users of either precision.
     """
-    points = torch.zeros(samples, 6)
+    points = torch.zeros(samples, 6, dtype=torch.float64)
     if samples == 2 * dimensions:
-        turn = math.pi / dimensions * torch.arange(1, samples + 1)
+        turn = math.pi / dimensions * torch.arange(1, samples + 1, dtype=torch.float64)
         for wave in range(dimensions // 2):
             column = 6 - dimensions + 2 * wave
             points[:, column] = math.sqrt(2 / 3) * torch.cos((2 * wave + 1) * turn)
@@ -46,7 +46,7 @@ def evenly(samples: int, dimensions: int) -> Float[Tensor, "K 6"]:
     else:
         engine = torch.quasirandom.SobolEngine(6)  # type: ignore[no-untyped-call]
         # The middle of each point's cell: the sequence itself begins in a corner.
-        points = 2 * engine.draw(samples) - 1 + 1 / samples
+        points = 2 * engine.draw(samples, dtype=torch.float64) - 1 + 1 / samples
     return points
 
 
