@@ -89,6 +89,12 @@ class Space:
             self.family, self.depth, tuple(self.table.stages[s] for s in self.stages)
         )
 
+    def distance(self, architecture: Architecture) -> float:
+        """From the source's size: the largest relative change of any stage's width or depth."""
+        mine = (*architecture.channels, *architecture.depth)
+        its = (*self.full.channels, *self.depth)
+        return max((abs(1 - a / b) for a, b in zip(mine, its, strict=True)), default=0.0)
+
     def sizes(self, architecture: Architecture) -> dict[str, int]:
         """The size of every axis of the network of this architecture."""
         sizes = self.table.full_sizes(architecture.depth, self.classes)

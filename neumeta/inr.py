@@ -217,9 +217,8 @@ class Grid(nn.Module):
             if nodes == 1 or site.cell[0] <= (node + 0.5) / nodes < site.cell[1]:
                 grid[node] = pooled
 
-    def at_depth(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
-        """The grid at each sample's l/L."""
-        grid = self.grid[module_key(site.role)]
+    def at_depth(self, grid: Tensor, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """A role's grid at each sample's l/L."""
         if len(grid) == 1:
             everywhere: Tensor = grid.expand(len(at.layer), *grid.shape[1:])
             return everywhere
@@ -244,6 +243,10 @@ class LearnedGrid(Grid):
     also holds how much shallower (and that squared) or deeper the stage is than the source's. Tensors
     without an input axis are corrected additively. Repeated blocks share a grid with `nodes` along
     l/L.
+
+    With `reach`, the source's own size keeps the source's own weights S, held in float16: in place of
+    G stands (1 - n) G + n S, where n falls linearly from 1 at the source's size to 0 at a `distance` of
+    `reach` (the reconstruction loss of Algorithm 2, exactly; G is free to serve the other sizes).
     """
 
     def __init__(
@@ -254,9 +257,14 @@ class LearnedGrid(Grid):
         orders: int = 3,
         depths: bool = False,
         stepped: bool = False,
+        reach: float = 0.0,
     ) -> None:
         super().__init__(roles, nodes, stepped=stepped)
-        self.orders, self.depths = orders, depths
+        self.orders, self.depths, self.reach = orders, depths, reach
+        self.source = nn.Module()
+        if reach:
+            for key, grid in self.grid.items():
+                self.source.register_buffer(key, torch.zeros(grid.shape, dtype=torch.float16))
         terms = orders + 3 * depths
         self.outputs, self.inputs = nn.ParameterDict(), nn.ParameterDict()
         for role, site in roles.items():
@@ -268,14 +276,14 @@ class LearnedGrid(Grid):
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         key = module_key(site.role)
-        grid, outputs, inputs = self.at_depth(site, at), None, None
+        outputs = inputs = None
         within = site.outputs <= site.full_outputs and site.inputs <= site.full_inputs
         if at.exact and within:  # whole indices: the first channels of every axis as they are
-            made = grid[:, : site.outputs, : site.inputs]
+            made = self._near(site, at, site.outputs, site.inputs)
         else:
             outputs = _channel(at.outputs, at.scale).clamp(0, site.full_outputs - 1)
             inputs = _channel(at.inputs, at.scale).clamp(0, site.full_inputs - 1)
-            made = _pairs(grid, outputs, inputs)
+            made = _pairs(self._near(site, at), outputs, inputs)
         by_output = self._correction(
             self.outputs[key], outputs, site.outputs, site.full_outputs, site
         )
@@ -287,6 +295,26 @@ class LearnedGrid(Grid):
             * (1 + by_output)[:, :, None, None]
             * ((1 + by_input)[:, None, :, None] * site.gain)
         )
+
+    @torch.no_grad()
+    def fill(self, site: Site, value: Tensor) -> None:
+        """Start from the source network's tensor, and keep it where `reach` says so."""
+        super().fill(site, value)
+        if self.reach:
+            key = module_key(site.role)
+            self.source.get_buffer(key).copy_(self.grid[key])
+
+    def _near(
+        self, site: Site, at: Coordinates, outputs: int | None = None, inputs: int | None = None
+    ) -> Float[Tensor, "S O I kk"]:
+        """The grid's first channels at each sample's l/L, with the source's share near its size."""
+        key = module_key(site.role)
+        grid = self.at_depth(self.grid[key], at)[:, :outputs, :inputs]
+        share = 1 - site.distance / self.reach if self.reach else 0.0
+        if share <= 0:
+            return grid
+        source = self.at_depth(self.source.get_buffer(key).to(grid.dtype), at)
+        return torch.lerp(grid, source[:, :outputs, :inputs], share)
 
     def _correction(
         self, modulation: Tensor, index: Tensor | None, count: int, full: int, site: Site
@@ -320,7 +348,8 @@ class IntegralGrid(Grid):
         (outputs, inputs), (by_output, by_input) = self.points(site), site.morphs
         rows = self._point(at.outputs, at.scale, outputs, by_output)
         columns = self._point(at.inputs, at.scale, inputs, by_input)
-        return _pairs(self.at_depth(site, at), rows, columns) * site.gain
+        grid = self.at_depth(self.grid[module_key(site.role)], at)
+        return _pairs(grid, rows, columns) * site.gain
 
     def _point(self, axis: Tensor, scale: int, points: int, morphs: bool) -> Tensor:
         samples, count = axis.shape[:2]

@@ -31,11 +31,12 @@ def data_root() -> Path:
     return Path(root)
 
 
-def lenet(kind: str = "mlp", seed: int = 0) -> Manifold:
-    """A manifold of random parameters over LeNet's widths."""
+def lenet(kind: str = "mlp", seed: int = 0, **more: Any) -> Manifold:
+    """A manifold of random parameters over LeNet's widths; `more` are options of its kind."""
     torch.manual_seed(seed)
     space = Space("lenet-mnist", "lenet", 10, ("*",), (0.25, 1.0))
     options = {"layers": 3, "hidden": 16, "num_freq": 4} if kind == "mlp" else {}
+    options |= more
     model = representation(kind, space, options, norm=False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

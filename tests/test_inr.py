@@ -274,6 +274,42 @@ def test_whole_indices_need_no_interpolation_and_give_the_same(width: float, mor
         assert torch.equal(model(site, at), model(site, plain))
 
 
+def test_the_source_keeps_its_own_size_and_fades_with_distance() -> None:
+    manifold = lenet("grid", reach=0.25)
+    model, space = manifold.representation, manifold.space
+    assert isinstance(model, LearnedGrid)
+    site = next(
+        site
+        for site in sites(space, space.full, space.table.layers(())[1], norm=False)
+        if site.kind == "weight"
+    )
+    source = torch.randn(site.outputs, site.inputs, *site.spatial)
+    model.fill(site, source)
+    grid = model.grid["conv2/weight"]
+    with torch.no_grad():
+        grid.add_(torch.randn(grid.shape))  # training moves the grid
+    at = coordinates(site, 64)
+    kept = model(site, at)
+    # float16 has 11 bits
+    torch.testing.assert_close(kept.view_as(source), source, atol=1e-6, rtol=2**-11)
+    kept.sum().backward()
+    assert grid.grad is None or not grid.grad.any()  # nothing at this size moves it again
+    free = model(replace(site, distance=1.0), at)
+    for distance in (0.05, 0.125, 0.2):
+        share = 1 - distance / 0.25
+        made = model(replace(site, distance=distance), at)
+        torch.testing.assert_close(made, (1 - share) * free + share * kept)
+    assert torch.equal(model(replace(site, distance=0.25), at), free)
+
+
+def test_distance_is_the_largest_relative_change() -> None:
+    space = Space("resnet-cifar", "resnet20", 10, ("*",), (0.25, 1.0), (1, 5))
+    assert space.distance(space.full) == 0
+    assert space.distance(space.architecture([1.0, 0.75, 0.5])) == 0.5
+    assert space.distance(space.architecture(0.75, [3, 3, 5])) == pytest.approx(2 / 3)
+    assert space.distance(space.architecture(1.25, extrapolate=True)) == 0.25
+
+
 def test_a_grid_is_nested_in_the_absolute_channel_index() -> None:
     """Without correction a narrow network is the first channels of a wide one (fan-in apart)."""
     manifold = lenet("grid")

@@ -99,6 +99,10 @@ def grid_at(model: LearnedGrid, site: Site, v: Vector, scale: int) -> Tensor:
     key = module_key(site.role)
     column, row = v[1] * v[4] * scale, v[2] * v[5] * scale
     value = between(between(model.grid[key][0], row), column)
+    near = 1 - abs(1 - site.outputs / site.full_outputs) / model.reach if model.reach else 0.0
+    if near > 0:  # a scalar width: every axis is as far from the source as the network
+        source = between(between(model.source.get_buffer(key)[0], row), column)
+        value = (1 - near) * value + near * source
 
     def correction(modulation: Tensor, at: float, count: int, full: int) -> Tensor:
         phi = [(1 - count / full) ** (k + 1) for k in range(model.orders)]
@@ -159,6 +163,28 @@ def test_a_whole_network_equals_algorithm_3(kind: str, samples: int, float64: No
     for name, value in expected.items():
         # float64, the same arithmetic with sums in another order
         torch.testing.assert_close(made[name], value, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_near_the_source_its_weights_have_their_share(samples: int, float64: None) -> None:
+    """The reference reads the distance off conv2's own width; 0.875 is 0.5 of the reach away."""
+    manifold = lenet("grid", reach=0.25)
+    model = manifold.representation
+    assert isinstance(model, LearnedGrid)
+    manifold.representation.double()
+    for buffer in model.source.buffers():
+        buffer.normal_()
+    architecture = manifold.space.architecture(0.875)
+    assert architecture.channels == (28, 56, 56)
+    layer = manifold.space.table.layers(())[1]
+    for site in all_sites(manifold.space, architecture):
+        if site.kind == "bias" and site.name.startswith(layer.name):
+            made = sample_site(manifold, site, samples, 3)
+            expected = algorithm_3(manifold, site, samples, 3)
+            torch.testing.assert_close(made, expected, atol=1e-10, rtol=1e-10)
+            break
+    else:
+        raise AssertionError("no site was compared")
 
 
 def test_a_site_of_a_deep_stage_equals_algorithm_3(float64: None) -> None:
