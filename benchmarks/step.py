@@ -24,7 +24,7 @@ from benchmarks.published import NORMALISATION, network_of, per_pair
 from neumeta.architecture import Architecture, Space
 from neumeta.coordinates import coordinates, sites
 from neumeta.manifold import Manifold, representation
-from training import fit, source
+from training import fit, forward, source
 
 
 def steps(rounds: int) -> dict[str, Any]:
@@ -64,13 +64,13 @@ def training_step(
 ) -> tuple[dict[str, float], float]:
     """The seconds of a step's parts, and its loss."""
     full = manifold.space.full
-    net = fit.skeleton(manifold, full)
+    net = forward.skeleton(manifold, full)
     ticks = [time.perf_counter()]
     made = make(manifold, full, 0.5, torch.Generator().manual_seed(number))
     leaves = {key: value.detach().requires_grad_() for key, value in made.items()}
     ticks.append(time.perf_counter())
-    weights = fit.parameters_of(manifold, full, leaves)
-    loss = source.task_loss(torch.func.functional_call(net, weights, (x, 0)), labels, None, 0.0)
+    weights = forward.parameters_of(manifold, full, leaves)
+    loss = source.task_loss(run(net, weights, x), labels, None, 0.0)
     loss.backward()  # type: ignore[no-untyped-call]
     ticks.append(time.perf_counter())
     optimiser.zero_grad()

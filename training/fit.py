@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from neumeta.manifold import Manifold, roles
 from neumeta.network import Network
 from neumeta.sample import seed_of
 from training.data import Dataset, augment, to_float
+from training.forward import logits, parameters_of, skeleton
 from training.recipe import Recipe
 from training.source import one_cycle, save_atomically, task_loss
 
@@ -69,31 +69,6 @@ def generated(
             weight = (site.outputs, site.inputs, *site.spatial)
             found[site.name] = made.reshape(weight if site.kind == "weight" else (site.outputs,))
     return found
-
-
-def parameters_of(
-    manifold: Manifold, architecture: Architecture, made: Targets
-) -> dict[str, Tensor]:
-    """Site names -> the parameter names of a Network (gamma and beta belong to its batch norm)."""
-    found = dict(made)
-    for layer in manifold.space.table.layers(architecture.depth):
-        for kind, name in (("gamma", "weight"), ("beta", "bias")):
-            if f"{layer.name}.{kind}" in found:
-                found[f"{layer.norm}.{name}"] = found.pop(f"{layer.name}.{kind}")
-    return found
-
-
-def skeleton(manifold: Manifold, architecture: Architecture) -> Network:
-    """A Network without storage for functional_call; its batch norm uses each batch's statistics."""
-    with torch.device("meta"):
-        sizes = manifold.space.sizes(architecture)
-        net = Network(architecture.family, architecture.depth, sizes, norm=manifold.norm)
-    net.mean = torch.zeros(1, device=manifold.device)
-    net.std = torch.ones(1, device=manifold.device)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-    return net
 
 
 def initialise(
@@ -182,7 +157,12 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         if uniform() < 0.5:  # the same for all stages; as often as not the fewest
             deep = [space.blocks[0] if uniform() < 0.5 else deep[0]] * len(deep)
         wide = high if uniform() < 0.5 else low + (high - low) * uniform()
-        return (space.full, space.architecture(low), drawn, space.architecture(wide, deep))
+        others = (space.architecture(low), drawn, space.architecture(wide, deep))
+        if recipe.full_weight:
+            return (space.full, *others)
+        # The source's own size needs no training: two more take its place.
+        shallow = space.architecture(high, [space.blocks[0]] * len(deep))
+        return (*others, space.architecture(low + (high - low) * uniform()), shallow)
     if space.blocks is not None:
         least, most = space.blocks
         ends = [space.architecture(high, [n] * len(space.depth)) for n in (most, least)]
@@ -330,11 +310,11 @@ def fit(
             made = generated(manifold, architecture, recipe.noise, generator, recipe.depth_noise)
             net = nets[architecture.key]
             weights = parameters_of(manifold, architecture, made)
-            logits = functional_call(net, weights, (x, first))
+            predicted = logits(net, weights, x, first)
             is_full = (
                 architecture.channels == space.full.channels and architecture.depth == space.depth
             )
-            loss = task_loss(logits, labels, teacher, recipe.distill_weight)
+            loss = task_loss(predicted, labels, teacher, recipe.distill_weight)
             task = loss.item()
             if is_full:
                 loss = recipe.full_weight * loss
@@ -346,7 +326,7 @@ def fit(
             loss.backward()  # type: ignore[no-untyped-call]
             total += task
             if recipe.distill == "inplace" and teacher is None:
-                teacher = logits.detach()
+                teacher = predicted.detach()
         _finish(model, optimiser, recipe, world)
         decay = min(recipe.ema, (1 + step) / (10 + step))
         with torch.no_grad():

@@ -24,7 +24,9 @@ class Recipe:
     `source`: 'train' from scratch, 'import' a public checkpoint as it is, or 'fine-tune' one.
     `sandwich`: each step trains the largest, the smallest and one random architecture; where width
     and depth both morph, those three at the source's depth and a fourth at a random one. `per_stage`:
-    the share of random widths that differ by stage. `full_weight`: of the largest in the loss.
+    the share of random widths that differ by stage. `full_weight`: of the largest in the loss; 0
+    where the representation keeps the source's own size as it is (`reach`): then a second random
+    width and the fewest blocks at full width are trained in its place.
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones). `norm`: train with batch statistics, fold with fitted ones; else the
     paper's folded training. `feature_views`: activations of the frozen leading part computed once

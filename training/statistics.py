@@ -19,7 +19,8 @@ from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import seed_of
 from training.data import Dataset, augment, to_float
-from training.fit import generated, parameters_of
+from training.fit import generated
+from training.forward import parameters_of
 from training.recipe import Recipe
 
 
