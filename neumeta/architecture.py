@@ -89,11 +89,15 @@ class Space:
             self.family, self.depth, tuple(self.table.stages[s] for s in self.stages)
         )
 
-    def distance(self, architecture: Architecture) -> float:
-        """From the source's size: the largest relative change of any stage's width or depth."""
-        mine = (*architecture.channels, *architecture.depth)
-        its = (*self.full.channels, *self.depth)
-        return max((abs(1 - a / b) for a, b in zip(mine, its, strict=True)), default=0.0)
+    def distance(self, architecture: Architecture) -> tuple[float, float]:
+        """How far from the source's size: the largest relative change of any stage's width or loss of
+        its blocks, and the largest relative growth in blocks."""
+        widths = zip(architecture.channels, self.full.channels, strict=True)
+        changed = [abs(1 - mine / full) for mine, full in widths]
+        grown = [
+            mine / blocks - 1 for mine, blocks in zip(architecture.depth, self.depth, strict=True)
+        ]
+        return max([0.0, *changed, *(-more for more in grown)]), max([0.0, *grown])
 
     def sizes(self, architecture: Architecture) -> dict[str, int]:
         """The size of every axis of the network of this architecture."""

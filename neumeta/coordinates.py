@@ -28,7 +28,8 @@ class Site:
     fan-in (a sum over fewer inputs needs larger terms; batch norm makes that needless), and the last
     convolution of a residual branch by its cell, so that blocks are steps of an integrator. `deeper`
     is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
-    `distance` is that of the whole network from the source's size (`Space.distance`).
+    `distance` and `growth` say how far the whole network is from the source's size
+    (`Space.distance`).
     """
 
     name: str
@@ -45,6 +46,7 @@ class Site:
     gain: float
     deeper: float = 0.0
     distance: float = 0.0
+    growth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def sites(
     if space.blocks:
         blocks, source = architecture.depth[layer.stage], space.depth[layer.stage]
         deeper = 2 * (blocks - source) / (blocks + source)
-    distance = space.distance(architecture)
+    distance, growth = space.distance(architecture)
     found = []
     for kind in KINDS[norm and layer.norm is not None]:
         weight = kind == "weight"
@@ -133,6 +135,7 @@ def sites(
                 step * fan_in if weight else step,
                 deeper,
                 distance,
+                growth,
             )
         )
     return tuple(found)

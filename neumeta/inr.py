@@ -247,6 +247,8 @@ class LearnedGrid(Grid):
     With `reach`, the source's own size keeps the source's own weights S, held in float16: in place of
     G stands (1 - n) G + n S, where n falls linearly from 1 at the source's size to 0 at a `distance` of
     `reach` (the reconstruction loss of Algorithm 2, exactly; G is free to serve the other sizes).
+    Relative growth in blocks is as much distance in training, so that deep networks train G too, and
+    `growth` of it afterwards: smaller steps along the source's own path.
     """
 
     def __init__(
@@ -258,9 +260,10 @@ class LearnedGrid(Grid):
         depths: bool = False,
         stepped: bool = False,
         reach: float = 0.0,
+        growth: float = 1.0,
     ) -> None:
         super().__init__(roles, nodes, stepped=stepped)
-        self.orders, self.depths, self.reach = orders, depths, reach
+        self.orders, self.depths, self.reach, self.growth = orders, depths, reach, growth
         self.source = nn.Module()
         if reach:
             for key, grid in self.grid.items():
@@ -310,7 +313,8 @@ class LearnedGrid(Grid):
         """The grid's first channels at each sample's l/L, with the source's share near its size."""
         key = module_key(site.role)
         grid = self.at_depth(self.grid[key], at)[:, :outputs, :inputs]
-        share = 1 - site.distance / self.reach if self.reach else 0.0
+        grown = site.growth * (1.0 if self.training else self.growth)
+        share = 1 - max(site.distance, grown) / self.reach if self.reach else 0.0
         if share <= 0:
             return grid
         source = self.at_depth(self.source.get_buffer(key).to(grid.dtype), at)

@@ -104,6 +104,22 @@ def test_architectures_come_from_the_pool(digits: Dataset) -> None:
     assert seen == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
 
 
+def test_a_size_that_is_kept_is_not_trained() -> None:
+    kept = recipe.load("cifar10-resnet")
+    space, generator = kept.space, torch.Generator().manual_seed(0)
+    assert kept.options["reach"] and kept.full_weight == 0
+    steps = [fit.choose(kept, space, generator) for _ in range(200)]
+    for smallest, wide, _, other, shallow in steps:
+        assert smallest == space.architecture(0.25)
+        assert shallow == space.architecture(1.0, [1, 1, 1])
+        assert wide.depth == other.depth == space.depth
+    # What is drawn covers widths, each stage's own widths, and every trained depth.
+    assert any(len({c / f for c, f in zip(wide.channels, (16, 32, 64), strict=True)}) > 1
+               for _, wide, *_ in steps)  # fmt: skip
+    assert {deep.depth for _, _, deep, *_ in steps} >= {(n, n, n) for n in range(1, 6)}
+    assert {other.channels[2] for *_, other, _ in steps} >= set(range(17, 64))
+
+
 SCRIPT = """
 import sys, warnings
 from pathlib import Path
@@ -244,6 +260,11 @@ def test_rectified_moments_are_those_of_many_draws() -> None:
             "title='x'\ndata='cifar10'\nfamily='resnet-cifar'\narch='resnet20'\nwidth=[0.5,1.0]\n"
             "norm=true\nmorph=['layer3.2.inner']",
             "norm",
+        ),
+        (
+            "title='x'\ndata='cifar10'\nfamily='resnet-cifar'\narch='resnet20'\nwidth=[0.5,1.0]\n"
+            "blocks=[1,3]\nfull_weight=0",
+            "full_weight: 0 .*options.reach",
         ),
     ],
 )

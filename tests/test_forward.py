@@ -52,7 +52,10 @@ def test_padded_channels_compute_the_same(case: tuple, dtype: torch.dtype) -> No
     ours = logits(net, weights, x)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3
     expected, found = gradients(plain), gradients(ours)
-    for a, b in ((ours.detach(), plain.detach()), *((found[name], expected[name]) for name in weights)):
+    for a, b in (
+        (ours.detach(), plain.detach()),
+        *((found[name], expected[name]) for name in weights),
+    ):
         assert float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp(min=1e-3))
 
 

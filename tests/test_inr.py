@@ -300,14 +300,21 @@ def test_the_source_keeps_its_own_size_and_fades_with_distance() -> None:
         made = model(replace(site, distance=distance), at)
         torch.testing.assert_close(made, (1 - share) * free + share * kept)
     assert torch.equal(model(replace(site, distance=0.25), at), free)
+    # More blocks are as far as they are many in training, and a share of it afterwards.
+    deeper = replace(site, growth=0.5)
+    model.growth = 0.125
+    assert torch.equal(model(deeper, at), free)
+    model.eval()
+    assert torch.equal(model(deeper, at), model(replace(site, distance=0.0625), at))
 
 
 def test_distance_is_the_largest_relative_change() -> None:
     space = Space("resnet-cifar", "resnet20", 10, ("*",), (0.25, 1.0), (1, 5))
-    assert space.distance(space.full) == 0
-    assert space.distance(space.architecture([1.0, 0.75, 0.5])) == 0.5
-    assert space.distance(space.architecture(0.75, [3, 3, 5])) == pytest.approx(2 / 3)
-    assert space.distance(space.architecture(1.25, extrapolate=True)) == 0.25
+    assert space.distance(space.full) == (0, 0)
+    assert space.distance(space.architecture([1.0, 0.75, 0.5])) == (0.5, 0)
+    assert space.distance(space.architecture(0.75, [3, 3, 5])) == (0.25, pytest.approx(2 / 3))
+    assert space.distance(space.architecture(0.75, [1, 3, 4])) == pytest.approx((2 / 3, 1 / 3))
+    assert space.distance(space.architecture(1.25, extrapolate=True)) == (0.25, 0)
 
 
 def test_a_grid_is_nested_in_the_absolute_channel_index() -> None:

@@ -344,6 +344,7 @@ def fit(
             return False
     save(steps)
     model.load_state_dict(average)
+    model.eval()
     if writer:
         writer.close()
     return True

@@ -59,7 +59,9 @@ def aligned(net: Network, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]
         weight = found[name]
         rows, columns = (
             0 if axis in (IMAGE, CLASSES) else -count % LANES
-            for axis, count in zip((layer.output_axis, layer.input_axis), weight.shape, strict=False)
+            for axis, count in zip(
+                (layer.output_axis, layer.input_axis), weight.shape, strict=False
+            )
         )
         weight = F.pad(weight, (*[0] * (2 * len(layer.spatial)), 0, columns, 0, rows))
         if layer.spatial:

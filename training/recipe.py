@@ -145,6 +145,12 @@ def _check(path: Path, recipe: Recipe) -> None:
     if recipe.arch not in FAMILIES[recipe.family].architectures:
         allowed = tuple(FAMILIES[recipe.family].architectures)
         raise ValueError(f"{path}: arch: {recipe.arch!r} is not one of {allowed}")
+    both = recipe.blocks is not None and recipe.width[0] < recipe.width[1]
+    if recipe.full_weight == 0 and not (both and recipe.options.get("reach")):
+        raise ValueError(
+            f"{path}: full_weight: 0 leaves the source's own size untrained: it needs a grid's"
+            " options.reach, which keeps that size as it is, and width and blocks that morph"
+        )
     if recipe.norm and recipe.morph != ("*",):
         # A frozen layer is folded already, and batch statistics follow one another from the image on.
         raise ValueError(f"{path}: norm: true needs morph = ['*'], not {list(recipe.morph)}")
