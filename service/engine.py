@@ -26,8 +26,8 @@ from service.problem import Problem, refuse
 from service.request import WeightsRequest
 from service.settings import Settings
 
-Row = tuple[int, float]
-"""Parameters and measured accuracy of one evaluated architecture."""
+Row = tuple[int, float, Architecture]
+"""Parameters, measured accuracy and the architecture that was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Engine:
             raise refuse("samples", asked.samples, f"a whole number from 1 to {most}")
         try:
             if asked.budget is not None:
-                architecture = self._largest(manifold, asked)
+                architecture = self._best(manifold, asked)
             else:
                 width = manifold.space.width[1] if asked.width is None else asked.width
                 architecture = _architecture(manifold.space, width, asked.depth, asked.extrapolate)
@@ -187,8 +187,11 @@ class Engine:
         manifold = self.manifolds[name]
         return wire.plan(manifold.space, architecture, dtype, manifold.normalisation)
 
-    def _largest(self, manifold: Manifold, asked: WeightsRequest) -> Architecture:
-        """The largest architecture within the budget, found by bisection: cost grows with size."""
+    def _best(self, manifold: Manifold, asked: WeightsRequest) -> Architecture:
+        """The largest scalar width within the budget, found by bisection: cost grows with size. Where
+        depth is open too, a measured size that fits and is more accurate: fewer blocks can be
+        better than fewer channels.
+        """
         space = manifold.space
         assert asked.budget is not None
         ((bound, limit),) = asked.budget.model_dump(exclude_none=True).items()
@@ -206,7 +209,17 @@ class Engine:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if need(sizes[middle]) <= limit else (low, middle)
-        return sizes[low]
+        largest = sizes[low]
+        expected, _ = self.expected_accuracy(space.arch, largest)
+        if expected is None or asked.depth is not None or not (space.blocks and space.stages):
+            return largest
+        fitting = [
+            (accuracy, -count, architecture)
+            for count, accuracy, architecture in self._measured[space.arch].values()
+            if (asked.extrapolate or not architecture.extrapolated) and need(architecture) <= limit
+        ]
+        most, _, better = max(fitting, key=lambda row: row[:2], default=(0.0, 0, largest))
+        return better if most > expected else largest
 
     def weights(self, job: Job) -> Iterator[bytes]:
         """The file's bytes after its header, each tensor as soon as it is sampled."""
@@ -245,7 +258,7 @@ class Engine:
             return rows[architecture.key][1], True
         count = self.manifolds[name].space.cost(architecture)["parameters"]
         same = architecture.key.rpartition("/")[0] + "/"
-        points = sorted(row for key, row in rows.items() if key.startswith(same))
+        points = sorted(row[:2] for key, row in rows.items() if key.startswith(same))
         for (a, low), (b, high) in zip(points, points[1:], strict=False):
             if a <= count <= b:
                 part = (count - a) / (b - a) if b > a else 0.0
@@ -336,9 +349,10 @@ def _measured(manifold: Manifold) -> dict[str, Row]:
     for row in manifold.about.get("evaluation", []):
         try:
             depth, channels = tuple(row.get("depth", space.depth)), tuple(row["channels"])
-            architecture = Architecture(space.family, depth, channels)
+            beyond = bool(row.get("extrapolated"))
+            architecture = Architecture(space.family, depth, channels, beyond)
             cost = space.cost(architecture)["parameters"]
-            found[architecture.key] = (cost, float(row["accuracy"]))
+            found[architecture.key] = (cost, float(row["accuracy"]), architecture)
         except (KeyError, TypeError, ValueError):
             continue
     return found

@@ -169,6 +169,35 @@ def test_a_budget_gets_the_largest_that_fits(engine: Engine, arch: str, bound: s
     assert f"at least {needs[0]}" in refused.value.errors[0]["allowed"]
 
 
+def test_a_budget_prefers_fewer_blocks_where_they_were_measured_to_be_better(
+    tmp_path: Path,
+) -> None:
+    space = Space("resnet-cifar", "resnet20", 10, ("*",), (0.25, 1.0), (1, 5))
+    rows = [
+        {"channels": [16, 32, 64], "depth": [3, 3, 3], "accuracy": 88.0},
+        {"channels": [4, 8, 16], "depth": [3, 3, 3], "accuracy": 69.0},
+        {"channels": [16, 32, 64], "depth": [1, 1, 1], "accuracy": 80.0},
+        {"channels": [16, 32, 64], "depth": [6, 6, 6], "accuracy": 90.0, "extrapolated": True},
+    ]
+    path = tmp_path / "both.safetensors"
+    checkpoint.write(grid(space, {"evaluation": rows}), path)
+    engine = Engine([path], device="cpu")
+    shallow = space.cost(space.architecture(1.0, [1, 1, 1]))["parameters"]
+    full = space.cost(space.full)["parameters"]
+
+    def chosen(count: int, **more: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        asked = job(engine, arch="resnet20", budget={"max_params": count}, **more)
+        return asked.architecture.depth, asked.architecture.channels
+
+    assert chosen(shallow) == ((1, 1, 1), (16, 32, 64))
+    assert chosen(shallow - 1)[0] == (3, 3, 3)
+    assert chosen(shallow, depth=[3, 3, 3])[0] == (3, 3, 3)
+    # Wide enough, three blocks are expected to be better again.
+    assert chosen(full - 1)[0] == (3, 3, 3)
+    assert chosen(10 * full) == ((3, 3, 3), (16, 32, 64))
+    assert chosen(10 * full, extrapolate=True)[0] == (6, 6, 6)
+
+
 def test_every_scalar_width_is_a_budget_candidate(engine: Engine) -> None:
     low, high = WHOLE.width
     steps = 20_000
