@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from neumeta.architecture import Space
 from neumeta.manifold import Manifold, representation
-from training.fit import generated
+from training.fit import frozen_segments, generated
 from training.forward import LANES, aligned, logits, parameters_of, skeleton
 from training.source import task_loss
 
@@ -57,6 +57,29 @@ def test_padded_channels_compute_the_same(case: tuple, dtype: torch.dtype) -> No
         *((found[name], expected[name]) for name in weights),
     ):
         assert float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp(min=1e-3))
+
+
+def test_a_frozen_part_that_ran_before_goes_on_the_same() -> None:
+    space = Space("resnet-cifar", "resnet20", 10, ("layer3.2.inner",), (0.25, 1.0))
+    torch.manual_seed(0)
+    model = representation("grid", space, {}, norm=False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    labels = list("0123456789")
+    manifold = Manifold(space, model, "grid", {}, False, 0.0, 1, 64, NORMALISATION, labels)
+    sizes = space.sizes(space.full)
+    for tensor in space.table.tensors(space.depth):
+        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.axes]
+        manifold.frozen[tensor.name] = 0.1 * torch.randn(shape)
+    architecture = space.architecture(0.35)  # 22 of 64 channels
+    net = skeleton(manifold, architecture)
+    made = generated(manifold, architecture, 0.0, torch.Generator())
+    weights = parameters_of(manifold, architecture, made)
+    first = frozen_segments(space, net)
+    features = torch.randn(4, 64, 8, 8)
+    with torch.no_grad():
+        plain = functional_call(net, weights, (features, first))
+        torch.testing.assert_close(logits(net, weights, features, first), plain)
 
 
 def test_every_channel_axis_is_padded_and_nothing_else() -> None:
