@@ -46,8 +46,9 @@ def module_key(role: str) -> str:
     return role.replace(".", "/")
 
 
-ROWS = 1024
-"""Coordinate vectors that go through an MLP together: at 512 units they and the result fit a cache."""
+BLOCK = 1 << 19
+"""Values of a hidden layer that are made together, 2 MB: 1,024 coordinate vectors at 512 units. They and
+the result fit a cache, and a matrix product has enough rows to be at speed."""
 
 
 class _Mlp(nn.Module):
@@ -91,7 +92,7 @@ class _Mlp(nn.Module):
     def _blocked(
         self, inputs: Float[Tensor, "S I H"], outputs: Float[Tensor, "S O H"]
     ) -> Float[Tensor, "S O I kk"]:
-        """The same from the two first-layer terms, ROWS pairs at a time and in place.
+        """The same from the two first-layer terms, a BLOCK at a time and in place.
 
         All but the matrix products is then work on data that is still in the cache. Hidden layers in
         a lower precision (`lower`) multiply in it; what is added up stays as it was.
@@ -101,7 +102,7 @@ class _Mlp(nn.Module):
         sample = torch.arange(samples, device=rows.device).repeat_interleave(count)
         made = inputs.new_empty(samples * count, across, self.last.out_features)
         low = self.last.weight.dtype
-        step = min(max(1, ROWS // across), len(rows))
+        step = min(max(1, BLOCK // (across * width)), len(rows))
         h_, t_ = (
             inputs.new_empty(step * across, width, dtype=kind) for kind in (inputs.dtype, low)
         )
@@ -318,7 +319,8 @@ class LearnedGrid(Grid):
         if share <= 0:
             return grid
         source = self.at_depth(self.source.get_buffer(key).to(grid.dtype), at)
-        return torch.lerp(grid, source[:, :outputs, :inputs], share)
+        source = source[:, :outputs, :inputs]
+        return source if share >= 1 else torch.lerp(grid, source, share)
 
     def _correction(
         self, modulation: Tensor, index: Tensor | None, count: int, full: int, site: Site
