@@ -47,8 +47,8 @@ def module_key(role: str) -> str:
 
 
 BLOCK = 1 << 19
-"""Values of a hidden layer that are made together, 2 MB: 1,024 coordinate vectors at 512 units. They and
-the result fit a cache, and a matrix product has enough rows to be at speed."""
+"""Values of a hidden layer made together, 2 MB: 1,024 coordinate vectors at 512 units. They and the
+result fit a cache, and a matrix product has enough rows to be at speed."""
 
 
 class _Mlp(nn.Module):

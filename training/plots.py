@@ -39,7 +39,7 @@ def width_curve(
     axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f} %")
     axes.axvspan(*recipe.width, color="tab:green", alpha=0.08, label="trained widths")
     axes.set(xlabel="width", ylabel="test accuracy (%)", title=recipe.title)
-    axes.legend()
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
