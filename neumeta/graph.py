@@ -1,0 +1,360 @@
+"""A network as a graph: operations from a closed set, and the axes that each tensor's dimensions span.
+
+Every shape, cost, clique and coordinate follows from this one table. A dimension is a tuple of (axis,
+repeat) parts: a concatenation has two of them, a flattened C x H x W is ((c, H*W),), and ("", n) is
+n constant indices. Knows no weights, and not how an operation is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+BATCH = "batch"
+"""The one axis that is no channel: how many images are run at once."""
+
+Dim = tuple[tuple[str, int], ...]
+"""Parts of one dimension, in order: (axis, repeat), or ("", n) for n constant indices."""
+Shape = tuple[Dim, ...]
+Sizes = Mapping[str, int]
+
+
+def constant(size: int) -> Dim:
+    """A dimension that no axis resizes."""
+    return (("", size),)
+
+
+def extent(dim: Dim, sizes: Sizes) -> int:
+    """How many indices a dimension has where its axes have these sizes."""
+    return sum(repeat * (sizes[axis] if axis else 1) for axis, repeat in dim)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its size in the source network and the group whose width resizes it.
+
+    A size counts units that are permuted and resized as one: channels, or whole channel groups where
+    a grouped convolution or a group norm keeps channels together.
+    """
+
+    size: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation: the values it reads, the tensors it holds by role, and what it makes.
+
+    `module` is the path of the user's module that ran it. `shape` spans BATCH in one dimension.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    tensors: Mapping[str, str]
+    attributes: Mapping[str, Any]
+    shape: Shape
+    module: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A container of `children` consecutive modules, of which `blocks`, from `first` on, are alike.
+
+    Alike blocks may be repeated: a depth is a number of children, `children` in the source.
+    """
+
+    name: str
+    children: int
+    first: int
+    blocks: int
+
+    @property
+    def least(self) -> int:
+        """The fewest children: the ones that are not repeated, and at least one."""
+        return max(1, self.children - self.blocks)
+
+    def repeats(self, depth: int) -> int:
+        """How many alike blocks a network of this depth has."""
+        return depth - self.children + self.blocks
+
+    def child(self, module: str) -> int | None:
+        """Which child of the container a module path lies in."""
+        head, dot, tail = module.partition(self.name + ".")
+        if head or not dot:
+            return None
+        index = tail.partition(".")[0]
+        return int(index) if index.isdigit() else None
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A network of the source's size and, by `at`, of every depth.
+
+    `input` is the shape of the images (batch, channels, height, width); `outputs` are (key, value)
+    pairs: one with the key "" for a network that returns a tensor.
+    """
+
+    input: Shape
+    axes: Mapping[str, Axis]
+    tensors: Mapping[str, Shape]
+    nodes: tuple[Node, ...]
+    outputs: tuple[tuple[str, str], ...]
+    stages: tuple[Stage, ...] = ()
+
+    @cached_property
+    def depth(self) -> tuple[int, ...]:
+        """The source network's number of children in each stage."""
+        return tuple(stage.children for stage in self.stages)
+
+    @cached_property
+    def full(self) -> dict[str, int]:
+        """The size of every axis in the source network."""
+        return {name: axis.size for name, axis in self.axes.items()}
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of axes that a width has a factor for, in the order of the forward pass."""
+        return tuple(dict.fromkeys(axis.group for axis in self.axes.values()))
+
+    @cached_property
+    def owners(self) -> dict[str, Node]:
+        """The first node that reads each tensor."""
+        found: dict[str, Node] = {}
+        for node in self.nodes:
+            for name in node.tensors.values():
+                found.setdefault(name, node)
+        return found
+
+    def shape(self, tensor: str, sizes: Sizes) -> tuple[int, ...]:
+        """A tensor's shape where the axes have these sizes."""
+        return tuple(extent(dim, sizes) for dim in self.tensors[tensor])
+
+    def parameters(self, sizes: Sizes) -> int:
+        """How many numbers all tensors hold."""
+        return sum(math.prod(self.shape(name, sizes)) for name in self.tensors)
+
+    def macs(self, sizes: Sizes) -> int:
+        """Multiply-accumulates of the convolutions and linear maps for one image."""
+        one = {**sizes, BATCH: 1}
+        shapes = {"input": self.input} | {node.name: node.shape for node in self.nodes}
+        total = 0
+        for node in self.nodes:
+            if node.op not in ("conv", "conv_transpose", "linear"):
+                continue
+            weight = self.shape(node.tensors["weight"], sizes)
+            # Each position of the output (of the input, transposed) meets each weight once.
+            shape = shapes[node.inputs[0]] if node.op == "conv_transpose" else node.shape
+            channel = len(shape) - 1 if node.op == "linear" else 1
+            positions = math.prod(
+                extent(dim, one) for place, dim in enumerate(shape) if place != channel
+            )
+            total += positions * math.prod(weight)
+        return total
+
+    def block(self, stage: Stage, child: int) -> tuple[Node, ...]:
+        """The nodes of one child of a stage."""
+        return tuple(node for node in self.nodes if stage.child(node.module) == child)
+
+    @cache  # noqa: B019 (graphs live as long as their manifolds)
+    def at(self, depth: tuple[int, ...]) -> Graph:
+        """The graph of another depth: alike blocks of each stage dropped or repeated.
+
+        Raises ValueError if a stage would have fewer children than its `least`.
+        """
+        if depth == self.depth:
+            return self
+        graph = self
+        for index, (stage, children) in enumerate(zip(self.stages, depth, strict=True)):
+            if children < stage.least:
+                raise ValueError(f"depth: stage {stage.name} has at least {stage.least} blocks")
+            graph = _repeated(graph, index, stage, stage.repeats(children))
+        return graph
+
+    @cached_property
+    def folded(self) -> Graph:
+        """Without batch norms: gone where a convolution or linear map precedes, else `affine`."""
+        return _folded(self)
+
+    @cached_property
+    def folds(self) -> dict[str, Node]:
+        """The batch norms that vanish, by the name of the node before them."""
+        readers: dict[str, int] = {}
+        for node in self.nodes:
+            for value in node.inputs:
+                readers[value] = readers.get(value, 0) + 1
+        for _, value in self.outputs:
+            readers[value] = readers.get(value, 0) + 1
+        makers = {node.name: node for node in self.nodes}
+        users: dict[str, int] = {}
+        for node in self.nodes:
+            for tensor in node.tensors.values():
+                users[tensor] = users.get(tensor, 0) + 1
+        found = {}
+        for node in self.nodes:
+            if node.op != "batch_norm":
+                continue
+            before = makers.get(node.inputs[0])
+            weighted = before is not None and before.op in ("conv", "conv_transpose", "linear")
+            if before is None or not weighted or readers[before.name] > 1:
+                continue
+            # A tensor that two layers share cannot take up two batch norms.
+            if all(users[tensor] == 1 for tensor in before.tensors.values()):
+                found[before.name] = node
+        return found
+
+    def cliques(self) -> dict[str, tuple[tuple[str, int, int, int], ...]]:
+        """The sides that hold each axis: (tensor, dimension, offset, repeat).
+
+        Channel c of the axis takes the indices offset + c * repeat and the repeat - 1 after it.
+        """
+        found: dict[str, list[tuple[str, int, int, int]]] = {axis: [] for axis in self.axes}
+        for tensor, shape in self.tensors.items():
+            for dimension, dim in enumerate(shape):
+                offset = 0
+                for axis, repeat in dim:
+                    if axis:
+                        found[axis].append((tensor, dimension, offset, repeat))
+                    offset += repeat * (self.full[axis] if axis else 1)
+        return {axis: tuple(sides) for axis, sides in found.items()}
+
+
+def _in_child(name: str, stage: Stage, change: Callable[[int], int]) -> str:
+    """A dotted name with the number of the stage's child in it changed."""
+    child = stage.child(name)
+    if child is None:
+        return name
+    rest = name[len(stage.name) + 1 + len(str(child)) :]
+    return f"{stage.name}.{change(child)}{rest}"
+
+
+def renamed(value: Any, rename: Callable[[str], str]) -> Any:
+    """A dimension, or a tuple of them, with every axis renamed; anything else as it is."""
+    if not isinstance(value, tuple):
+        return value
+    if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int):
+        return (rename(value[0]) if value[0] else "", value[1])
+    return tuple(renamed(each, rename) for each in value)
+
+
+class _Rewriting:
+    """A graph's nodes, collected under other names together with their tensors and axes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes: list[Node] = []
+        self.tensors: dict[str, Shape] = {}
+        self.axes: dict[str, Axis] = {}
+
+    def add(self, node: Node, rename: Callable[[str], str]) -> None:
+        for name in node.tensors.values():
+            shape = self.graph.tensors[name]
+            self.tensors[rename(name)] = renamed(shape, rename)
+            for axis in axes_of(shape):
+                self.axes[rename(axis)] = self.graph.axes[axis]
+        self.nodes.append(
+            replace(
+                node,
+                name=rename(node.name),
+                inputs=tuple(rename(value) for value in node.inputs),
+                tensors={key: rename(name) for key, name in node.tensors.items()},
+                attributes={k: renamed(v, rename) for k, v in node.attributes.items()},
+                shape=renamed(node.shape, rename),
+                module=rename(node.module),
+            )
+        )
+
+
+def axes_of(shape: Shape) -> Iterator[str]:
+    """Every axis that a tensor's dimensions span."""
+    return (axis for dim in shape for axis, _ in dim if axis)
+
+
+def interface(graph: Graph, nodes: tuple[Node, ...]) -> tuple[str, str]:
+    """The one value that these nodes read from outside and the one that others read of them.
+
+    Raises ValueError if there is not exactly one of each.
+    """
+    own = {node.name for node in nodes}
+    read = dict.fromkeys(v for node in nodes for v in node.inputs if v not in own)
+    used = [v for node in graph.nodes if node.name not in own for v in node.inputs]
+    made = dict.fromkeys(v for v in (*used, *(v for _, v in graph.outputs)) if v in own)
+    if len(read) != 1 or len(made) != 1:
+        raise ValueError(f"a block reads {len(read)} values and gives {len(made)}, not one each")
+    return next(iter(read)), next(iter(made))
+
+
+def _repeated(graph: Graph, index: int, stage: Stage, repeats: int) -> Graph:
+    """The graph with `repeats` alike blocks in one stage, each a copy of its first one."""
+    first, end, more = stage.first, stage.first + stage.blocks, repeats - stage.blocks
+    template = graph.block(stage, first)
+    given, made = interface(graph, template)
+    _, last = interface(graph, graph.block(stage, end - 1))
+    run = {node.name for child in range(first, end) for node in graph.block(stage, child)}
+    after = given
+    if repeats:
+        after = _in_child(made, stage, lambda _: first + repeats - 1)
+
+    def shifted(name: str) -> str:
+        if name == last:
+            return after
+        return _in_child(name, stage, lambda child: child + more if child >= end else child)
+
+    new, copied = _Rewriting(graph), False
+    for node in graph.nodes:
+        if node.name not in run:
+            new.add(node, shifted)
+            continue
+        for copy in range(0 if copied else repeats):
+            before = given if copy == 0 else _in_child(made, stage, lambda _, c=copy: first + c - 1)
+
+            def moved(name: str, copy: int = copy, before: str = before) -> str:
+                if name == given:
+                    return before
+                return _in_child(name, stage, lambda _: first + copy)
+
+            for each in template:
+                new.add(each, moved)
+        copied = True
+    stages = list(graph.stages)
+    stages[index] = replace(stage, children=stage.children + more, blocks=repeats)
+    outputs = tuple((key, shifted(value)) for key, value in graph.outputs)
+    return Graph(graph.input, new.axes, new.tensors, tuple(new.nodes), outputs, tuple(stages))
+
+
+def _folded(graph: Graph) -> Graph:
+    """The graph without batch norms."""
+    folds = graph.folds
+    gone = {norm.name: name for name, norm in folds.items()}
+    nodes: list[Node] = []
+    tensors: dict[str, Shape] = {}
+    for node in graph.nodes:
+        if node.name in gone:
+            continue
+        held = {key: (name, graph.tensors[name]) for key, name in node.tensors.items()}
+        op, attributes = node.op, node.attributes
+        norm = folds.get(node.name)
+        if norm is not None:
+            stem = node.tensors["weight"].rpartition(".")[0]
+            held.setdefault("bias", (f"{stem}.bias", graph.tensors[norm.tensors["mean"]]))
+            attributes = {**attributes, "norm": norm.module}
+        elif op == "batch_norm":
+            op, attributes = "affine", {"norm": node.module}
+            mean = node.tensors["mean"]
+            stem = mean.rpartition(".")[0]
+            held = {kind: (f"{stem}.{kind}", graph.tensors[mean]) for kind in ("weight", "bias")}
+        tensors.update(dict(held.values()))
+        nodes.append(
+            replace(
+                node,
+                op=op,
+                attributes=attributes,
+                inputs=tuple(gone.get(value, value) for value in node.inputs),
+                tensors={key: name for key, (name, _) in held.items()},
+            )
+        )
+    outputs = tuple((key, gone.get(value, value)) for key, value in graph.outputs)
+    return replace(graph, nodes=tuple(nodes), tensors=tensors, outputs=outputs)
