@@ -8,8 +8,9 @@ n constant indices. Knows no weights, and not how an operation is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import cache, cached_property
 from typing import Any
 
@@ -174,6 +175,42 @@ class Graph:
             graph = _repeated(graph, index, stage, stage.repeats(children))
         return graph
 
+    def morphing(self, patterns: Sequence[str], *, depth: bool = True) -> Graph:
+        """The graph in which only axes whose names match one of `patterns` morph, and depth or not.
+
+        Raises ValueError for a pattern that matches no axis.
+        """
+        for pattern in patterns:
+            if not any(fnmatch(axis, pattern) for axis in self.axes):
+                raise ValueError(f"{pattern!r} matches none of {', '.join(self.axes)}")
+        kept = {axis for axis in self.axes if any(fnmatch(axis, each) for each in patterns)}
+
+        def held(value: Any) -> Any:
+            if not isinstance(value, tuple):
+                return value
+            if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int):
+                if value[0] in kept or value[0] in ("", BATCH):
+                    return value
+                return ("", value[1] * self.full[value[0]])
+            return tuple(held(each) for each in value)
+
+        nodes = tuple(
+            replace(
+                node,
+                shape=held(node.shape),
+                attributes={key: held(value) for key, value in node.attributes.items()},
+            )
+            for node in self.nodes
+        )
+        return Graph(
+            self.input,
+            {name: axis for name, axis in self.axes.items() if name in kept},
+            {name: held(shape) for name, shape in self.tensors.items()},
+            nodes,
+            self.outputs,
+            self.stages if depth else (),
+        )
+
     @cached_property
     def folded(self) -> Graph:
         """Without batch norms: gone where a convolution or linear map precedes, else `affine`."""
@@ -261,7 +298,10 @@ class _Rewriting:
                 name=rename(node.name),
                 inputs=tuple(rename(value) for value in node.inputs),
                 tensors={key: rename(name) for key, name in node.tensors.items()},
-                attributes={k: renamed(v, rename) for k, v in node.attributes.items()},
+                attributes={
+                    key: rename(value) if key == "norm" else renamed(value, rename)
+                    for key, value in node.attributes.items()
+                },
                 shape=renamed(node.shape, rename),
                 module=rename(node.module),
             )

@@ -1,0 +1,330 @@
+"""A graph as compact JSON text, and back, trusting nothing that is read.
+
+What is wrong with a graph in a file is found here, by name and before anything is allocated: by a
+device and by the service alike. Knows no weights.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neumeta.graph import BATCH, Axis, Dim, Graph, Node, Shape, Sizes, Stage, extent
+from neumeta.operations import OPERATIONS
+from neumeta.program import Program
+
+MOST_NODES = 20_000
+MOST_TEXT = 32 << 20
+MOST_COUNT = 1 << 24
+"""Bound of any single number of indices."""
+MOST_VALUE = 1 << 30
+"""Bound of the numbers that one value holds for one image."""
+TEXTS = {
+    "mode": ("nearest", "bilinear", "bicubic", "constant", "reflect", "replicate", "circular"),
+    "approximate": ("none", "tanh"),
+}
+
+
+class BadGraph(ValueError):
+    """A graph that is damaged or tampered with; the message names the node, axis or tensor."""
+
+
+def dump(graph: Graph) -> dict[str, Any]:
+    """The graph as JSON values."""
+    return {
+        "input": [_out(dim) for dim in graph.input],
+        "axes": {name: [axis.size, axis.group] for name, axis in graph.axes.items()},
+        "tensors": {name: [_out(dim) for dim in shape] for name, shape in graph.tensors.items()},
+        "nodes": [
+            [
+                node.name,
+                node.op,
+                list(node.inputs),
+                dict(node.tensors),
+                {
+                    key: _written(OPERATIONS[node.op].attributes[key], value)
+                    for key, value in node.attributes.items()
+                },
+                [_out(dim) for dim in node.shape],
+                node.module,
+            ]
+            for node in graph.nodes
+        ],
+        "outputs": [list(output) for output in graph.outputs],
+        "stages": [[s.name, s.children, s.first, s.blocks] for s in graph.stages],
+    }
+
+
+def _out(dim: Dim) -> Any:
+    """A dimension: a number if it is constant, the axis' name if it is that axis, else its parts."""
+    if len(dim) == 1:
+        axis, repeat = dim[0]
+        if not axis:
+            return repeat
+        if repeat == 1:
+            return axis
+    return [[axis, repeat] for axis, repeat in dim]
+
+
+def _written(kind: str, value: Any) -> Any:
+    if kind == "dim":
+        return _out(value)
+    if kind == "dims":
+        return [_out(dim) for dim in value]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def pack(graph: Graph) -> str:
+    """The graph as a short ASCII text: compressed JSON."""
+    text = json.dumps(dump(graph), sort_keys=True, separators=(",", ":"))
+    return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def unpack(text: Any) -> Graph:
+    """The graph that `pack` wrote. Raises BadGraph."""
+    if not isinstance(text, str):
+        raise BadGraph(f"the graph is a {type(text).__name__}, not a text")
+    try:
+        inflater = zlib.decompressobj()
+        raw = inflater.decompress(base64.b85decode(text), MOST_TEXT)
+        if not inflater.eof:
+            raise BadGraph(f"the graph is cut short, or longer than {MOST_TEXT} bytes")
+        held = json.loads(raw)
+    except (ValueError, zlib.error, RecursionError) as error:
+        if isinstance(error, BadGraph):
+            raise
+        raise BadGraph(f"the graph cannot be read: {str(error)[:100]}") from None
+    return parse(held)
+
+
+def parse(held: Any) -> Graph:
+    """The graph of these JSON values, every part checked. Raises BadGraph."""
+    try:
+        graph = _Reader(held).graph()
+        check(graph, graph.full)
+    except BadGraph:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise BadGraph(f"the graph is malformed: {type(error).__name__}: {str(error)[:100]}") from None
+    return graph
+
+
+def check(graph: Graph, sizes: Sizes) -> None:
+    """Run the graph at these sizes without data: every value must have the shape its node states.
+
+    Raises BadGraph naming the node.
+    """
+    batch = 2
+    wanted = {**sizes, BATCH: batch}
+    shapes = {node.name: node.shape for node in graph.nodes}
+    for name, shape in {"input": graph.input, **shapes}.items():
+        if math.prod(extent(dim, wanted) for dim in shape) > MOST_VALUE * batch:
+            raise BadGraph(f"{name}: a value of more than {MOST_VALUE} numbers")
+
+    def meta(shape: Shape) -> Tensor:
+        return torch.empty(tuple(extent(dim, wanted) for dim in shape), device="meta")
+
+    for name, shape in graph.tensors.items():
+        if math.prod(extent(dim, wanted) for dim in shape) > MOST_VALUE:
+            raise BadGraph(f"{name}: a tensor of more than {MOST_VALUE} numbers")
+    tensors = {name: meta(shape) for name, shape in graph.tensors.items()}
+    program = Program(graph, sizes)
+    held = {"input": meta(graph.input)}
+    for step in program.steps:
+        stated = tuple(extent(dim, wanted) for dim in shapes[step.name])
+        own = {role: tensors[name] for role, name in step.tensors.items()}
+        try:
+            made = OPERATIONS[step.op].run(
+                tuple(held[value] for value in step.inputs), own, step.attributes
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError) as e:
+            why = str(e).partition("\n")[0][:120]
+            raise BadGraph(f"{step.name}: {step.op} does not fit what it reads: {why}") from None
+        if tuple(made.shape) != stated:
+            raise BadGraph(f"{step.name}: {step.op} gives {tuple(made.shape)}, not {stated}")
+        held[step.name] = made
+
+
+class _Reader:
+    """One pass over the JSON values of a graph."""
+
+    def __init__(self, held: Any) -> None:
+        if not isinstance(held, dict) or set(held) != {
+            "input",
+            "axes",
+            "tensors",
+            "nodes",
+            "outputs",
+            "stages",
+        }:
+            raise BadGraph("the graph is not an object of input, axes, tensors, nodes, outputs, stages")
+        self.held = held
+        self.axes: dict[str, Axis] = {}
+        self.tensors: dict[str, Shape] = {}
+        self.values = {"input"}
+
+    def graph(self) -> Graph:
+        for name, entry in _object(self.held["axes"], "axes").items():
+            size, group = entry
+            self.axes[_name(name)] = Axis(_count(size, f"axis {name}"), _name(group))
+            if name == BATCH:
+                raise BadGraph("axis batch: the name is taken")
+        for name, shape in _object(self.held["tensors"], "tensors").items():
+            self.tensors[_name(name)] = self.shape(shape, f"tensor {name}")
+        nodes = self.held["nodes"]
+        if not isinstance(nodes, list) or not 0 < len(nodes) <= MOST_NODES:
+            raise BadGraph(f"nodes: not a list of 1 to {MOST_NODES}")
+        made = tuple(self.node(entry) for entry in nodes)
+        used = {name for node in made for name in node.tensors.values()}
+        if unused := sorted(set(self.tensors) - used):
+            raise BadGraph(f"tensor {unused[0]}: no node holds it")
+        outputs = []
+        for key, value in self.held["outputs"]:
+            if value not in self.values or not isinstance(key, str):
+                raise BadGraph(f"outputs: {str(value)[:60]!r} is no value")
+            outputs.append((key, value))
+        if not outputs:
+            raise BadGraph("outputs: there is none")
+        graph = Graph(
+            self.shape(self.held["input"], "input", batch=True),
+            self.axes,
+            self.tensors,
+            made,
+            tuple(outputs),
+        )
+        return self.with_stages(graph)
+
+    def with_stages(self, graph: Graph) -> Graph:
+        stages = []
+        for name, children, first, blocks in self.held["stages"]:
+            stage = Stage(
+                _name(name),
+                _count(children, f"stage {name}"),
+                _whole(first, f"stage {name}"),
+                _count(blocks, f"stage {name}"),
+            )
+            if stage.first + stage.blocks > stage.children or stage.children > 4096:
+                raise BadGraph(f"stage {name}: blocks beyond its children")
+            stages.append(stage)
+        made = Graph(
+            graph.input, graph.axes, graph.tensors, graph.nodes, graph.outputs, tuple(stages)
+        )
+        for place, stage in enumerate(stages):
+            try:
+                depth = list(made.depth)
+                depth[place] += 1
+                made.at(tuple(depth))
+            except (ValueError, KeyError) as error:
+                raise BadGraph(f"stage {stage.name}: cannot be repeated: {error}") from None
+        return made
+
+    def node(self, entry: Any) -> Node:
+        name, op, inputs, tensors, attributes, shape, module = entry
+        _name(name)
+        if name in self.values:
+            raise BadGraph(f"{name}: there are two nodes of this name")
+        if not isinstance(op, str) or op not in OPERATIONS:
+            raise BadGraph(f"{name}: operation {str(op)[:40]!r} is not one that can be run")
+        operation = OPERATIONS[op]
+        for value in inputs:
+            if value not in self.values:
+                raise BadGraph(f"{name}: reads {str(value)[:60]!r}, which no node before it makes")
+        if operation.inputs not in (None, len(inputs)) or (operation.inputs is None and not inputs):
+            raise BadGraph(f"{name}: {op} reads {len(inputs)} values")
+        roles = {*operation.tensors, *operation.optional}
+        for role, tensor in _object(tensors, name).items():
+            if role not in roles or tensor not in self.tensors:
+                raise BadGraph(f"{name}: holds no tensor {str(tensor)[:60]!r} as {str(role)[:40]!r}")
+        for role in operation.tensors:
+            if role not in tensors:
+                raise BadGraph(f"{name}: lacks its {role}")
+        kinds = operation.attributes
+        found = {}
+        for key, value in _object(attributes, name).items():
+            if key not in kinds:
+                raise BadGraph(f"{name}: {op} has no attribute {str(key)[:40]!r}")
+            found[key] = self.attribute(kinds[key], key, value, f"{name}.{key}")
+        for key, kind in kinds.items():
+            if key not in found and not kind.endswith("?"):
+                raise BadGraph(f"{name}: lacks its attribute {key}")
+        self.values.add(name)
+        return Node(
+            name,
+            op,
+            tuple(inputs),
+            dict(tensors),
+            found,
+            self.shape(shape, name, batch=True),
+            _name(module, empty=True),
+        )
+
+    def attribute(self, kind: str, key: str, value: Any, where: str) -> Any:
+        if kind == "dim":
+            return self.dim(value, where)
+        if kind == "dims":
+            return self.shape(value, where, batch=True)
+        if kind == "flag" and isinstance(value, bool):
+            return value
+        if kind == "number" and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        if kind == "int":
+            return _whole(value, where, least=-8)
+        if kind == "ints" and isinstance(value, list) and len(value) <= 16:
+            return tuple(_whole(each, where, least=-MOST_COUNT) for each in value)
+        if kind == "text" and value in TEXTS.get(key, ()):
+            return value
+        if kind == "text?":
+            return _name(value, empty=True)
+        raise BadGraph(f"{where}: {str(value)[:40]!r} is no {kind}")
+
+    def shape(self, value: Any, where: str, *, batch: bool = False) -> Shape:
+        if not isinstance(value, list) or len(value) > 8:
+            raise BadGraph(f"{where}: no shape of at most 8 dimensions")
+        return tuple(self.dim(dim, where, batch=batch) for dim in value)
+
+    def dim(self, value: Any, where: str, *, batch: bool = False) -> Dim:
+        if type(value) is int:
+            return (("", _whole(value, where)),)
+        if isinstance(value, str):
+            value = [[value, 1]]
+        if not isinstance(value, list) or not 0 < len(value) <= 4096:
+            raise BadGraph(f"{where}: no dimension")
+        parts = []
+        for axis, repeat in value:
+            known = axis in self.axes or axis == "" or (batch and axis == BATCH)
+            if not isinstance(axis, str) or not known:
+                raise BadGraph(f"{where}: there is no axis {str(axis)[:60]!r}")
+            size = self.axes[axis].size if axis in self.axes else 1
+            if _whole(repeat, where) * size > MOST_COUNT:
+                raise BadGraph(f"{where}: more than {MOST_COUNT} indices")
+            parts.append((axis, repeat))
+        return tuple(parts)
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or len(value) > 1 << 16:
+        raise BadGraph(f"{where}: no object")
+    return value
+
+
+def _name(value: Any, empty: bool = False) -> str:
+    if not isinstance(value, str) or len(value) > 512 or not (value or empty):
+        raise BadGraph(f"{str(value)[:60]!r} is no name")
+    return value
+
+
+def _whole(value: Any, where: str, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= MOST_COUNT:
+        raise BadGraph(f"{where}: {str(value)[:40]!r} is no whole number from {least} to {MOST_COUNT}")
+    return value
+
+
+def _count(value: Any, where: str) -> int:
+    return _whole(value, where, least=1)
