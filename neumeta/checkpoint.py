@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from neumeta.architecture import Space
-from neumeta.family import FAMILIES
-from neumeta.manifold import Manifold, representation
-from neumeta.moments import keys
+from neumeta import sites
+from neumeta.manifold import Contract, Manifold, roles
+from neumeta.notation import BadGraph, check, pack, unpack
+from neumeta.representation import build
+from neumeta.space import MOST_BLOCKS, Space
+from neumeta.statistics import Statistics
 
-FORMAT = 1
+FORMAT = 2
 
 
 class BadCheckpoint(ValueError):
@@ -41,10 +43,13 @@ def _seal(header: dict[str, Any]) -> str:
 
 
 def _tensors(manifold: Manifold) -> dict[str, Tensor]:
+    statistics: dict[str, Tensor] = dict(manifold.statistics.kept)
+    images = {} if manifold.statistics.images is None else {"images": manifold.statistics.images}
     groups = {
         "inr": manifold.representation.state_dict(),
         "frozen": manifold.frozen,
-        "statistics": manifold.statistics,
+        "kept": statistics,
+        "calibration": images,
     }
     return {
         f"{group}.{name}": tensor.detach().cpu().contiguous()
@@ -53,29 +58,47 @@ def _tensors(manifold: Manifold) -> dict[str, Tensor]:
     }
 
 
-def encode(manifold: Manifold) -> bytes:
-    """The file's bytes; equal manifolds give equal bytes."""
+def _finite(tensors: dict[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            count = int((~tensor.isfinite()).sum())
+            raise BadCheckpoint(
+                f"{where}: tensor {name} has {count} of {tensor.numel()} values that are not finite"
+            )
+
+
+def encode(manifold: Manifold, where: str = "the manifold") -> bytes:
+    """The file's bytes; equal manifolds give equal bytes. Raises BadCheckpoint for values that are
+    not finite."""
     tensors = _tensors(manifold)
+    _finite(tensors, where)
+    space = manifold.space
     header: dict[str, Any] = {
         "format": FORMAT,
-        "space": asdict(manifold.space),
+        "name": space.name,
+        "graph": pack(space.graph),
+        "width": list(space.width),
+        "blocks": list(space.blocks) if space.blocks else None,
+        "most": space.most,
+        "named": {name: list(depth) for name, depth in space.named.items()},
         "representation": {"kind": manifold.kind, "options": manifold.options},
-        "norm": manifold.norm,
         "noise": manifold.noise,
         "samples": manifold.samples,
         "scale": manifold.scale,
-        "normalisation": manifold.normalisation,
-        "labels": manifold.labels,
+        "contract": asdict(manifold.contract),
         "about": manifold.about,
         "tensors": {name: _sha(tensor) for name, tensor in tensors.items()},
     }
-    header["seal"] = _seal(header)
+    header["seal"] = _seal(json.loads(json.dumps(header)))
     return save(tensors, {"neumeta": json.dumps(header, sort_keys=True)})
 
 
 def write(manifold: Manifold, path: Path) -> str:
-    """Write the checkpoint whole or not at all; returns its sha256, the manifold's identity."""
-    raw = encode(manifold)
+    """Write the checkpoint whole or not at all; returns its sha256, the manifold's identity.
+
+    Raises BadCheckpoint naming a tensor with values that are not finite.
+    """
+    raw = encode(manifold, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -92,8 +115,8 @@ def write(manifold: Manifold, path: Path) -> str:
 def read(path: Path) -> Manifold:
     """The manifold in this file, every tensor verified.
 
-    Raises BadCheckpoint, naming the tensor or the digest, if the file is cut short, damaged, of
-    another format or of a family this version does not know; FileNotFoundError if it is not there.
+    Raises BadCheckpoint, naming the tensor, the digest or the node, if the file is cut short, damaged,
+    tampered with or of another format; FileNotFoundError if it is not there.
     """
     # Read once: the file may be replaced at any moment, and a memory map would follow it.
     raw = path.read_bytes()
@@ -109,14 +132,24 @@ def read(path: Path) -> Manifold:
     try:
         header = json.loads(metadata["neumeta"])
         sealed = header["seal"] == _seal(header)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         sealed = False
     if not sealed:
         raise BadCheckpoint(f"{path}: the header's own digest does not match: it is damaged")
-    if header["format"] != FORMAT:
-        raise BadCheckpoint(f"{path}: format {header['format']}; this version reads {FORMAT}")
-    _verify(path, header, tensors)
-    manifold = _build(path, header, tensors)
+    if header.get("format") != FORMAT:
+        raise BadCheckpoint(
+            f"{path}: format {header.get('format')}; this version reads {FORMAT}"
+            " (benchmarks/convert.py converts files of version 0.1)"
+        )
+    try:
+        _verify(path, header, tensors)
+        manifold = _build(path, header, tensors)
+    except BadCheckpoint:
+        raise
+    except BadGraph as error:
+        raise BadCheckpoint(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise BadCheckpoint(f"{path}: malformed: {type(error).__name__}: {error}") from None
     manifold.digest = sha
     return manifold
 
@@ -130,25 +163,33 @@ def _verify(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> N
     extra = sorted(set(tensors) - set(header["tensors"]))
     if extra:
         raise BadCheckpoint(f"{path}: tensor {extra[0]} is not named in the header")
+    _finite(tensors, str(path))
+
+
+def _space(path: Path, header: dict[str, Any]) -> Space:
+    """The space of a header, each number bounded before anything of that size is made."""
+    graph = unpack(header["graph"])
+    check(graph, graph.full)
+    low, high = (float(each) for each in header["width"])
+    if not 0 < low <= high <= 2:
+        raise BadCheckpoint(f"{path}: width: {header['width']} is no range within 0 to 2")
+    blocks = None
+    if header["blocks"]:
+        least, most = (int(each) for each in header["blocks"])
+        if not 1 <= least <= most <= header["most"] <= MOST_BLOCKS:
+            raise BadCheckpoint(
+                f"{path}: blocks: {header['blocks']} is no range up to {MOST_BLOCKS}"
+            )
+        blocks = (least, most)
+    named = {str(name): tuple(int(n) for n in depth) for name, depth in header["named"].items()}
+    for name, depth in named.items():
+        if len(depth) != len(graph.depth):
+            raise BadCheckpoint(f"{path}: named: {name!r} has not {len(graph.depth)} stages")
+    return Space(str(header["name"]), graph, (low, high), blocks, int(header["most"]), named)
 
 
 def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Manifold:
-    given = header["space"]
-    if given["family"] not in FAMILIES:
-        raise BadCheckpoint(
-            f"{path}: family {given['family']!r} is unknown; this version has {sorted(FAMILIES)}"
-        )
-    blocks = tuple(given["blocks"]) if given["blocks"] else None
-    space = Space(
-        given["family"],
-        given["arch"],
-        given["classes"],
-        tuple(given["morph"]),
-        tuple(given["width"]),
-        blocks,
-    )
-    if space.arch not in space.table.architectures:
-        raise BadCheckpoint(f"{path}: {space.arch!r} is no architecture of {space.family}")
+    space = _space(path, header)
 
     def group(prefix: str) -> dict[str, Tensor]:
         start = prefix + "."
@@ -158,32 +199,39 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
 
     kind, options = header["representation"]["kind"], header["representation"]["options"]
     try:
-        made = representation(kind, space, options, norm=header["norm"])
+        made = build(kind, options, roles(space))
         made.load_state_dict(group("inr"))
     except (ValueError, RuntimeError) as error:
-        raise BadCheckpoint(f"{path}: does not fit {space.family}: {error}") from None
-    frozen, statistics = group("frozen"), group("statistics")
-    for layer in space.table.layers(space.depth):
-        if not space.morphing(layer):
-            for name in (f"{layer.name}.weight", f"{layer.name}.bias"):
-                if name not in frozen:
-                    raise BadCheckpoint(f"{path}: tensor frozen.{name} is missing")
-        elif header["norm"] and layer.norm:
-            for name in keys(space, layer):
-                if name not in statistics:
-                    raise BadCheckpoint(f"{path}: tensor statistics.{name} is missing")
+        raise BadCheckpoint(f"{path}: does not fit {space.name}: {error}") from None
+    frozen, kept, images = group("frozen"), group("kept"), group("calibration").get("images")
+    for name in sites.kept(space.graph):
+        if name not in frozen:
+            raise BadCheckpoint(f"{path}: tensor frozen.{name} is missing")
+        if tuple(frozen[name].shape) != space.graph.shape(name, space.graph.full):
+            raise BadCheckpoint(
+                f"{path}: tensor frozen.{name} has another shape than its graph says"
+            )
+    if images is None and any(node.op == "batch_norm" for node in space.graph.nodes):
+        raise BadCheckpoint(f"{path}: tensor calibration.images is missing: there is batch norm")
+    about = header["contract"]
+    contract = Contract(
+        tuple(float(each) for each in about["mean"]),
+        tuple(float(each) for each in about["std"]),
+        tuple(str(each) for each in about["classes"]),
+        str(about["task"]),
+        str(about["metric"]),
+        bool(about["higher"]),
+    )
     return Manifold(
         space,
         made.eval().requires_grad_(False),
         kind,
         options,
-        header["norm"],
-        header["noise"],
-        header["samples"],
-        header["scale"],
-        header["normalisation"],
-        header["labels"],
+        float(header["noise"]),
+        int(header["samples"]),
+        int(header["scale"]),
+        contract,
         frozen,
-        statistics,
+        Statistics(images, kept),
         header["about"],
     )

@@ -14,52 +14,102 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neumeta.architecture import Architecture, Space
-from neumeta.family import Layer
+
+@dataclass(frozen=True)
+class Span:
+    """One dimension of a tensor at its size and at the source's, part by part.
+
+    A part is (units, units in the source, indices per unit); `morphs` says whether any of it does.
+    """
+
+    parts: tuple[tuple[int, int, int], ...]
+    morphs: bool
+
+    @property
+    def count(self) -> int:
+        """How many indices there are."""
+        return sum(units * repeat for units, _, repeat in self.parts)
+
+    @property
+    def full(self) -> int:
+        """How many there are in the source."""
+        return sum(units * repeat for _, units, repeat in self.parts)
+
+    @property
+    def leading(self) -> bool:
+        """Whether the indices are the source's first ones."""
+        return len(self.parts) == 1 and self.count <= self.full
+
+
+ONE = Span(((1, 1, 1),), False)
+"""The input axis of a tensor that has none."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One sampled tensor: the layer it belongs to, its kind, and its raw integer coordinates.
+    """One sampled tensor: its name, its place in the network, and its raw integer coordinates.
 
-    `cell` is the layer's stretch of its stage, [l/L, (l+1)/L], and `length` L; `outputs` and
-    `inputs` are C_out and C_in (inputs is 1 for tensors without an input axis); `full_*` are the
-    sizes at full width and `morphs` says which of both axes morph. `gain` scales the output: by the
-    fan-in (a sum over fewer inputs needs larger terms; batch norm makes that needless), and the last
-    convolution of a residual branch by its cell, so that blocks are steps of an integrator. `deeper`
-    is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
-    `distance` and `growth` say how far the whole network is from the source's size
-    (`Space.distance`).
+    `cell` is the layer's stretch of its stage, [l/L, (l+1)/L], and `length` L; `rows` and `columns`
+    are its first two dimensions (a vector has one column) and `spatial` the others. `gain` scales the
+    output: by the fan-in (a sum over fewer inputs needs larger terms; batch norm makes that needless),
+    and the last layer of a residual branch by its cell, so that blocks are steps of an integrator.
+    `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
+    `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`).
     """
 
     name: str
     role: str
-    kind: str
+    shape: tuple[int, ...]
     cell: tuple[float, float]
     length: int
-    outputs: int
-    inputs: int
-    full_outputs: int
-    full_inputs: int
-    morphs: tuple[bool, bool]
+    rows: Span
+    columns: Span
     spatial: tuple[int, ...]
     gain: float
     deeper: float = 0.0
     distance: float = 0.0
     growth: float = 0.0
 
+    @property
+    def vector(self) -> bool:
+        """Whether the tensor has a single dimension."""
+        return len(self.shape) == 1
+
+    @property
+    def morphs(self) -> bool:
+        """Whether a width resizes the tensor."""
+        return self.rows.morphs or self.columns.morphs
+
+
+@dataclass(frozen=True)
+class Along:
+    """The coordinates of one dimension; S is 1 or the number of noisy samples.
+
+    `pairs` (S, C, 2) = [c/C, C/N]; `index` (S, C) is the source's index that each one is nested at;
+    `place` (S, C) its middle as a fraction of the whole dimension.
+    """
+
+    span: Span
+    pairs: Float[Tensor, "S C 2"]
+    index: Float[Tensor, "S C"]
+    place: Float[Tensor, "S C"]
+
+    def to(self, device: torch.device) -> Along:
+        """The same on this device."""
+        moved = (self.pairs.to(device), self.index.to(device), self.place.to(device))
+        return Along(self.span, *moved)
+
 
 @dataclass(frozen=True)
 class Coordinates:
-    """The coordinates of one tensor, per axis; S is 1 or the number of noisy samples.
+    """The coordinates of one tensor: layer (S, 2) = [l/L, L/N], and each of its two axes.
 
-    layer (S, 2) = [l/L, L/N], inputs (S, I, 2) = [c_in/C_in, C_in/N], outputs (S, O, 2) =
-    [c_out/C_out, C_out/N]; `scale` is N. `exact` says that no channel's coordinate has noise.
+    `scale` is N; `exact` says that no channel's coordinate has noise.
     """
 
     layer: Float[Tensor, "S 2"]
-    inputs: Float[Tensor, "S I 2"]
-    outputs: Float[Tensor, "S O 2"]
+    inputs: Along
+    outputs: Along
     scale: int
     exact: bool = False
 
@@ -67,78 +117,17 @@ class Coordinates:
         """The same coordinates on this device. Noise is drawn on the CPU: equal on every device."""
         if device.type == "cpu":
             return self
-        layer, inputs, outputs = self.layer, self.inputs, self.outputs
-        moved = (layer.to(device), inputs.to(device), outputs.to(device))
-        return Coordinates(*moved, self.scale, self.exact)
+        inputs, outputs = self.inputs.to(device), self.outputs.to(device)
+        return Coordinates(self.layer.to(device), inputs, outputs, self.scale, self.exact)
 
     def vectors(self) -> Float[Tensor, "S O I 6"]:
         """Every pair's v, in the order of the supplement."""
-        samples, outputs, inputs = len(self.layer), self.outputs.shape[1], self.inputs.shape[1]
-        shape = (samples, outputs, inputs, 2)
+        down, across = self.outputs.pairs, self.inputs.pairs
+        shape = (len(self.layer), down.shape[1], across.shape[1], 2)
         layer = self.layer[:, None, None].expand(shape)
-        across = self.inputs[:, None].expand(shape)
-        down = self.outputs[:, :, None].expand(shape)
-        parts = (
-            layer[..., 0],
-            across[..., 0],
-            down[..., 0],
-            layer[..., 1],
-            across[..., 1],
-            down[..., 1],
-        )
+        across, down = across[:, None].expand(shape), down[:, :, None].expand(shape)
+        parts = [each[..., place] for place in (0, 1) for each in (layer, across, down)]
         return torch.stack(parts, -1)
-
-
-KINDS = {False: ("weight", "bias"), True: ("weight", "gamma", "beta")}
-
-
-def sites(
-    space: Space,
-    architecture: Architecture,
-    layer: Layer,
-    *,
-    norm: bool,
-    cell: tuple[float, float] | None = None,
-) -> tuple[Site, ...]:
-    """The tensors of one layer that the INR makes: weight and bias, or weight, gamma and beta.
-
-    `cell` replaces the block's even share of its stage, [l/L, (l+1)/L].
-    """
-    sizes = space.sizes(architecture)
-    full = space.table.full_sizes(architecture.depth, space.classes)
-    low, high = cell or (layer.block / layer.blocks, (layer.block + 1) / layer.blocks)
-    step = space.repeats(layer) * (high - low) if layer.branch_end and space.blocks else 1.0
-    # Where depth does not morph, every block has a role of its own.
-    role = layer.role if space.blocks else layer.name
-    fan_in = 1.0 if norm else full[layer.input_axis] / sizes[layer.input_axis]
-    deeper = 0.0
-    if space.blocks:
-        blocks, source = architecture.depth[layer.stage], space.depth[layer.stage]
-        deeper = 2 * (blocks - source) / (blocks + source)
-    distance, growth = space.distance(architecture)
-    found = []
-    for kind in KINDS[norm and layer.norm is not None]:
-        weight = kind == "weight"
-        found.append(
-            Site(
-                f"{layer.name}.{kind}",
-                f"{role}.{kind}",
-                kind,
-                (low, high),
-                layer.blocks,
-                sizes[layer.output_axis],
-                sizes[layer.input_axis] if weight else 1,
-                full[layer.output_axis],
-                full[layer.input_axis] if weight else 1,
-                (space.morphs(layer.output_axis), weight and space.morphs(layer.input_axis)),
-                layer.spatial if weight else (),
-                step * fan_in if weight else step,
-                deeper,
-                distance,
-                growth,
-            )
-        )
-    return tuple(found)
 
 
 def coordinates(
@@ -178,25 +167,40 @@ def coordinates(
             drawn[0] = 0
         return drawn
 
-    def channels(column: int, count: int) -> Tensor:
+    def channels(column: int, span: Span) -> Along:
+        still = whole(span, scale, torch.get_default_dtype())
         if not noise:
-            return whole(count, scale, torch.get_default_dtype()).expand(samples, count, 2)
-        index = torch.arange(count) + draw(column, count)
-        one = torch.ones(samples, 1)
-        total = (count + draw(column + 1, 1)).expand(samples, count) if count > 1 else one
-        return torch.stack((index / total, total / scale), -1)
+            fields = (still.pairs, still.index, still.place)
+            return Along(span, *(each.expand(samples, *each.shape[1:]) for each in fields))
+        count = span.count
+        moved = draw(column, count)
+        total = count + draw(column + 1, 1) if count > 1 else torch.ones(samples, 1)
+        place = still.pairs[..., 0] * count + moved
+        pairs = torch.stack((place / total, (total / scale).expand(samples, count)), -1)
+        return Along(span, pairs, still.index + moved, still.place + moved / count)
 
     length = site.length + draw(0, 1) if site.length > 1 else torch.ones(samples, 1)
     # One draw per sample moves the block within its own cell, never into the next one.
     low, high = site.cell
     within = 0.5 + draw(1, 1) if site.length > 1 else torch.full((samples, 1), 0.5)
     layer = torch.cat((low + (high - low) * within, length / scale), -1)
-    inputs, outputs = channels(2, site.inputs), channels(4, site.outputs)
+    inputs, outputs = channels(2, site.columns), channels(4, site.rows)
     return Coordinates(layer, inputs, outputs, scale, exact=not noise)
 
 
 @lru_cache(maxsize=1024)
-def whole(count: int, scale: int, dtype: torch.dtype) -> Float[Tensor, "1 C 2"]:
-    """The noise-free coordinates of an axis of this size."""
-    index = torch.arange(count, dtype=dtype)
-    return torch.stack((index / count, torch.full_like(index, count / scale)), -1)[None]
+def whole(span: Span, scale: int, dtype: torch.dtype) -> Along:
+    """The noise-free coordinates of a dimension."""
+    at, index, place = [], [], []
+    offset, total = 0, span.full
+    for units, full, repeat in span.parts:
+        c = torch.arange(units * repeat, dtype=dtype)
+        # Where the part lies in the source's dimension, whatever size it has here.
+        stretch = full / units if units else 0.0
+        at.append((offset + c * stretch) / total)
+        index.append(offset + c.clamp(max=full * repeat - 1))
+        place.append((offset + (c + 0.5) * stretch) / total)
+        offset += full * repeat
+    first = torch.cat(at)
+    pairs = torch.stack((first, torch.full_like(first, span.count / scale)), -1)
+    return Along(span, pairs[None], torch.cat(index)[None], torch.cat(place)[None])

@@ -9,38 +9,51 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from neumeta.architecture import Space
-from neumeta.coordinates import Site, sites
-from neumeta.inr import REPRESENTATIONS
+from neumeta.coordinates import Site
+from neumeta.representation import Representation
+from neumeta.sites import sites
+from neumeta.space import Space
+from neumeta.statistics import Statistics
 
-BN_EPS = 1e-5
+
+@dataclass(frozen=True)
+class Contract:
+    """What a network of the manifold takes and gives.
+
+    Pixels in [0, 1] are normalised by `mean` and `std` per channel; `classes` are the names of the
+    outputs, where they have any. `task` and `metric` say what the score is: percent right, mean IoU in
+    percent, ELBO in nats; `higher` whether more of it is better.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+    task: str = "classification"
+    metric: str = "accuracy"
+    higher: bool = True
 
 
 @dataclass
 class Manifold:
     """Everything needed to sample weights of any architecture in `space`.
 
-    `frozen` are the source network's folded tensors outside the morphing scope. With `norm`, the
-    representation makes unnormalised weights, gamma and beta, and `statistics` holds what `moments.py`
-    needs to give each batch norm its mean and variance without images. `noise` is a, `samples` the
-    default K, `scale` N. `about` is the checkpoint's own account: recipe, source, evaluation table,
-    licence.
+    `frozen` are the source network's tensors outside the morphing scope; `statistics` give each batch
+    norm of the graph its mean and variance. `noise` is a, `samples` the default K, `scale` N. `about` is
+    the checkpoint's own account: recipe, source, evaluation table, licence.
     """
 
     space: Space
-    representation: nn.Module
+    representation: Representation
     kind: str
     options: dict[str, Any]
-    norm: bool
     noise: float
     samples: int
     scale: int
-    normalisation: dict[str, list[float]]
-    labels: list[str]
+    contract: Contract
     frozen: dict[str, Tensor] = field(default_factory=dict)
-    statistics: dict[str, Tensor] = field(default_factory=dict)
+    statistics: Statistics = field(default_factory=Statistics)
     about: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
 
@@ -50,30 +63,9 @@ class Manifold:
         return next(self.representation.parameters()).device
 
 
-def roles(space: Space, *, norm: bool) -> dict[str, Site]:
-    """Every parameter role the representation must make, with its site in the source network."""
+def roles(space: Space) -> dict[str, Site]:
+    """Every parameter role the representation must make, with its first site in the source network."""
     found: dict[str, Site] = {}
-    for layer in space.table.layers(space.depth):
-        if space.morphing(layer):
-            for site in sites(space, space.full, layer, norm=norm):
-                found.setdefault(site.role, site)
+    for site in sites(space, space.full).values():
+        found.setdefault(site.role, site)
     return found
-
-
-def representation(kind: str, space: Space, options: dict[str, Any], *, norm: bool) -> nn.Module:
-    """A new representation of this kind. Raises ValueError for an unknown kind or option."""
-    if kind not in REPRESENTATIONS:
-        raise ValueError(f"representation: {kind!r} is not one of {sorted(REPRESENTATIONS)}")
-    try:
-        made: nn.Module = REPRESENTATIONS[kind](roles(space, norm=norm), **options)
-    except TypeError as error:
-        raise ValueError(f"representation: {kind}: {error}") from None
-    return made
-
-
-def fold(
-    weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Convolution weight (O, I, k, k) and batch norm (O,) -> folded weight and bias."""
-    scale = gamma * torch.rsqrt(variance + BN_EPS)
-    return weight * scale[:, None, None, None], beta - mean * scale

@@ -7,167 +7,307 @@ a device needs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from functools import partial
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, overload
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from neumeta.family import FAMILIES, Layer
+from neumeta.graph import Graph, Sizes
+from neumeta.notation import check, unpack
+from neumeta.program import Outputs, Program
 
-Segment = tuple[str, Callable[[Tensor], Tensor]]
+MAX_SIZE = 1 << 20
+"""Channels that an axis may have: beyond it a file's metadata is not believed."""
+MOST_BLOCKS = 256
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Network(nn.Module):
-    """A network of one family at given axis sizes.
+    """A graph whose axes have these sizes, with its own parameters.
 
-    `norm=False` is what devices run: every convolution carries a bias, batch norm folded in.
-    `norm=True` keeps batch norm after each convolution that has one in the table; that form exists
-    for training only. The input is (N, C, H, W) float, raw pixels in [0, 1] when `normalise` was
-    set, else already normalised; the output is (N, classes) logits.
+    The input is (N, C, ...): floats, raw pixels in [0, 1] when `normalise` was called, else already
+    normalised; or uint8 pixels, which become [0, 1] first. The output is what the user's own module
+    gave: logits (N, classes), or a tuple or dict of tensors.
+
+    The normalisation is part of `state_dict()`. Tensors without one (a pulled file's) load too, and
+    leave the module's own as it is.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, family: str, depth: tuple[int, ...], sizes: Mapping[str, int], *, norm: bool = False
-    ) -> None:
+    def __init__(self, graph: Graph, sizes: Sizes) -> None:
         super().__init__()
-        self.family, self.depth, self.norm = family, depth, norm
-        channels = sizes["image"]
-        self.register_buffer("mean", torch.zeros(channels, 1, 1), persistent=False)
-        self.register_buffer("std", torch.ones(channels, 1, 1), persistent=False)
-        for layer in FAMILIES[family].layers(depth):
-            self._add(layer, sizes)
+        self.program = Program(graph, sizes)
+        self.shape = tuple(sum(repeat for _, repeat in dim) for dim in graph.input[1:])
+        self.channels = self.shape[0]
+        around = (self.channels, *[1] * (len(self.shape) - 1))
+        self.register_buffer("mean", torch.zeros(around))
+        self.register_buffer("std", torch.ones(around))
+        self.tensor_names = tuple(graph.tensors)
+        for name in graph.tensors:
+            _put(self, name, nn.Parameter(torch.empty(graph.shape(name, sizes))))
 
-    def _add(self, layer: Layer, sizes: Mapping[str, int]) -> None:
-        outputs, inputs = sizes[layer.output_axis], sizes[layer.input_axis]
-        normed = self.norm and layer.norm is not None
-        made: nn.Module
-        if layer.kernel:
-            made = nn.Conv2d(
-                inputs, outputs, layer.kernel, padding=layer.kernel // 2, bias=not normed
-            )
-        else:
-            made = nn.Linear(inputs, outputs)
-        _put(self, layer.name, made)
-        if normed and layer.norm is not None:
-            _put(self, layer.norm, nn.BatchNorm2d(outputs))
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("mean", "std"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def normalise(self, mean: list[float], std: list[float]) -> None:
-        """Take raw pixels in [0, 1] from now on: subtract `mean`, divide by `std`, per channel."""
-        self.mean = torch.tensor(mean, device=self.mean.device).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=self.std.device).view(-1, 1, 1)
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take raw pixels in [0, 1] from now on: subtract `mean`, divide by `std`, per channel.
 
-    def segments(self) -> list[Segment]:
-        """The forward pass in order: (name prefix, function); their composition is the network."""
-        return _SEGMENTS[self.family](self)
+        Raises ValueError unless there is one finite number per channel, those of `std` above 0.
+        """
+        for name, given in (("mean", mean), ("std", std)):
+            if len(given) != self.channels or not all(map(math.isfinite, given)):
+                raise ValueError(f"{name}: {list(given)} is not {self.channels} finite numbers")
+        if min(std) <= 0:
+            raise ValueError(f"std: {list(std)} is not above 0")
+        self.mean = self.mean.new_tensor(mean).view(self.mean.shape)
+        self.std = self.std.new_tensor(std).view(self.mean.shape)
 
-    def forward(self, x: Tensor, first: int = 0) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), or of what segment `first` takes."""
-        if first == 0:
-            x = (x - self.mean) / self.std
-        for _, segment in self.segments()[first:]:
-            x = segment(x)
-        return x
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images in the module's own precision; uint8 ones scaled to [0, 1].
 
-    def unit(self, name: str, norm: str | None, x: Tensor, stride: int = 1) -> Tensor:
-        """Convolution `name` followed by its batch norm, where there is one."""
-        conv = self.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        x = F.conv2d(x, conv.weight, conv.bias, stride=stride, padding=conv.padding)
-        return self.get_submodule(norm)(x) if self.norm and norm else x
+        Raises ValueError for what is no batch of images with the module's number of channels.
+        """
+        # A trace holds what one example did: these questions would only be asked while it is made.
+        if not torch._C._is_tracing():
+            wanted = f"images (N, {self.channels}, height, width), floats in [0, 1] or uint8"
+            if not isinstance(x, Tensor):
+                raise ValueError(f"expected a tensor of {wanted}, got {type(x).__name__}")
+            if not x.is_floating_point() and x.dtype != torch.uint8:
+                raise ValueError(f"expected {wanted}, got {x.dtype}")
+            if x.dim() == len(self.shape) and x.shape[0] == self.channels:
+                raise ValueError(
+                    f"expected {wanted}, got one image {tuple(x.shape)}: the batch dimension is"
+                    " missing, images[None] adds it"
+                )
+            if x.dim() != len(self.shape) + 1 or x.shape[1] != self.channels:
+                raise ValueError(f"expected {wanted}, got shape {tuple(x.shape)}")
+        scaled = x.dtype == torch.uint8
+        x = x.to(self.mean.dtype)
+        return x / 255 if scaled else x
+
+    def forward(self, x: Tensor) -> Outputs:
+        """The network's outputs for a batch of images.
+
+        Raises ValueError for what is no batch of images (see `pixels`).
+        """
+        return self.program.run(self.tensors(), (self.pixels(x) - self.mean) / self.std)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the graph by name, as this module holds it."""
+        found = {}
+        for name in self.tensor_names:
+            parent, _, last = name.rpartition(".")
+            found[name] = getattr(self.get_submodule(parent), last)
+        return found
 
 
-def _put(module: nn.Module, dotted: str, child: nn.Module) -> None:
+def _put(module: nn.Module, dotted: str, parameter: nn.Parameter) -> None:
     *parents, last = dotted.split(".")
     for name in parents:
         if name not in module._modules:
             module.add_module(name, nn.Module())
         module = module.get_submodule(name)
-    module.add_module(last, child)
+    module.register_parameter(last, parameter)
 
 
-def _block(net: Network, at: str, norms: tuple[str | None, ...], stride: int, x: Tensor) -> Tensor:
-    """A basic residual block; a block that changes shape has a 1x1 shortcut."""
-    y = F.relu(net.unit(f"{at}.conv1", norms[0], x, stride))
-    y = net.unit(f"{at}.conv2", norms[1], y)
-    if "shortcut" in net.get_submodule(at)._modules:
-        x = net.unit(f"{at}.shortcut", norms[2], x, stride)
-    return F.relu(y + x)
+@overload
+def load(path: str | Path) -> Network: ...
+@overload
+def load(path: str | Path, into: Module) -> Module: ...
 
 
-def _classifier(net: Network, x: Tensor) -> Tensor:
-    linear = net.get_submodule("linear")
-    assert isinstance(linear, nn.Linear)
-    return linear(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-def _stem(net: Network, name: str, norm: str | None, stride: int, pool: bool, x: Tensor) -> Tensor:
-    x = F.relu(net.unit(name, norm, x, stride))
-    return F.max_pool2d(x, 2) if pool else x
-
-
-def _resnet_cifar(net: Network) -> list[Segment]:
-    found: list[Segment] = [("conv1", partial(_stem, net, "conv1", "bn1", 1, False))]
-    for stage, blocks in enumerate(net.depth):
-        for block in range(blocks):
-            at = f"layer{stage + 1}.{block}"
-            norms = tuple(f"{at}.bn{i}" for i in (1, 2, 3))
-            stride = 2 if stage > 0 and block == 0 else 1
-            found.append((at, partial(_block, net, at, norms, stride)))
-    return [*found, ("linear", partial(_classifier, net))]
-
-
-def _resnet_mnist(net: Network) -> list[Segment]:
-    found: list[Segment] = []
-    for stage, blocks in enumerate(net.depth):
-        entry = "down" if stage else "stem"
-        found.append((entry, partial(_stem, net, entry, None, 2, False)))
-        for block in range(blocks):
-            at = f"stage{stage + 1}.{block}"
-            found.append((at, partial(_block, net, at, (None, None, None), 1)))
-    return [*found, ("linear", partial(_classifier, net))]
-
-
-def _lenet_mnist(net: Network) -> list[Segment]:
-    convs: list[Segment] = [
-        (f"conv{i}", partial(_stem, net, f"conv{i}", None, 1, i < 3)) for i in (1, 2, 3)
-    ]
-    return [*convs, ("linear", partial(_classifier, net))]
-
-
-_SEGMENTS = {
-    "resnet-cifar": _resnet_cifar,
-    "resnet-mnist": _resnet_mnist,
-    "lenet-mnist": _lenet_mnist,
-}
-
-
-def load(path: str | Path) -> Network:
+def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """A ready network in eval mode from a file pulled from the service.
 
-    The file's metadata names the family and the architecture, and carries the input normalisation,
-    so the module takes raw pixels in [0, 1].
+    Without `into`, the file's own graph is run: no code of whoever trained it is needed, and raw pixels
+    in [0, 1], or uint8 ones, are read. With `into`, the user's own module of the same size is filled
+    instead and returned: its batch norms become the identity where they were folded, and its input is
+    normalised images, as in training (`contract(path)` has the mean and std).
 
-    Raises ValueError if the file is no NeuMeta network, RuntimeError if a tensor is missing or has
-    the wrong shape.
+    Raises ValueError, naming the file and what is wrong, if it is no whole network or does not fit;
+    FileNotFoundError if it is not there.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "neumeta" not in metadata:
-            raise ValueError(f"{path}: no NeuMeta network (its metadata has no 'neumeta' key)")
-        about = json.loads(metadata["neumeta"])
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    with torch.device("meta"):
-        net = Network(about["family"], tuple(about["depth"]), about["sizes"])
+    about, weights = _read(Path(path))
+    try:
+        graph, sizes = _architecture(about)
+        _fitting(weights, {name: graph.shape(name, sizes) for name in graph.tensors})
+        check(graph, sizes)
+        if into is not None:
+            return fill(into, graph, weights).eval()
+        with torch.device("meta"):
+            net = Network(graph, sizes)
+        kind = next(iter(weights.values())).dtype
+        net.mean, net.std = (
+            each.new_zeros(each.shape, device="cpu", dtype=kind) for each in (net.mean, net.std)
+        )
+        net.normalise(_numbers(about, "mean"), _numbers(about, "std"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a network this version can run: {error}") from None
     net.load_state_dict(weights, assign=True)
-    net.mean = torch.tensor(about["normalisation"]["mean"]).view(-1, 1, 1)
-    net.std = torch.tensor(about["normalisation"]["std"]).view(-1, 1, 1)
-    dtype = next(iter(weights.values())).dtype
-    net.mean, net.std = net.mean.to(dtype), net.std.to(dtype)
     return net.eval().requires_grad_(False)
+
+
+def contract(path: str | Path) -> dict[str, Any]:
+    """What a pulled file says of itself: arch, depth, channels, mean, std, task and classes.
+
+    Raises ValueError if it is no network, FileNotFoundError if it is not there.
+    """
+    about, _ = _read(Path(path))
+    return {key: value for key, value in about.items() if key != "graph"}
+
+
+@torch.no_grad()
+def fill(module: nn.Module, graph: Graph, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The user's own module with the tensors of this folded graph; its batch norms do nothing more.
+
+    Raises ValueError naming what the module lacks or has in another shape.
+    """
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
+
+    def put(name: str, value: Tensor) -> None:
+        if name not in held:
+            raise ValueError(f"tensor {name} is no part of {type(module).__name__}")
+        if held[name].shape != value.shape:
+            mine, given = tuple(held[name].shape), tuple(value.shape)
+            raise ValueError(
+                f"tensor {name} is {mine} in {type(module).__name__}, {given} in the file"
+            )
+        held[name].copy_(value)
+
+    for node in graph.nodes:
+        norm = node.attributes.get("norm")
+        rest = dict(node.tensors)
+        if norm:
+            scale = weights[rest["weight"]] if node.op == "affine" else None
+            shift = weights[rest.pop("bias")]
+            if scale is not None:
+                rest.pop("weight")
+            _identity(module, norm, scale, shift, put, held)
+            if node.op != "affine" and node.tensors["bias"] in held:
+                put(node.tensors["bias"], torch.zeros_like(shift))
+        for name in rest.values():
+            put(name, weights[name])
+    return module
+
+
+def _identity(
+    module: nn.Module,
+    norm: str,
+    scale: Tensor | None,
+    shift: Tensor,
+    put: Any,
+    held: Mapping[str, Tensor],
+) -> None:
+    """Make a batch norm add `shift`, and multiply by `scale` where there is one."""
+    try:
+        eps = float(module.get_submodule(norm).eps)  # type: ignore[arg-type]
+    except AttributeError:
+        raise ValueError(f"{norm} is no batch norm of {type(module).__name__}") from None
+    factor = torch.ones_like(shift) if scale is None else scale
+    mean, variance = torch.zeros_like(shift), torch.full_like(shift, 1 - eps)
+    if f"{norm}.weight" in held:
+        put(f"{norm}.weight", factor)
+        put(f"{norm}.bias", shift)
+    elif (factor > 0).all():
+        mean, variance = -shift / factor, factor.double().pow(-2).sub(eps).to(factor)
+    else:
+        raise ValueError(f"{norm} has no weight of its own to hold a negative scale")
+    put(f"{norm}.running_mean", mean)
+    put(f"{norm}.running_var", variance)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The `neumeta` metadata and the tensors of a file."""
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, not a network's file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: no regular file")
+    with path.open("rb") as raw:
+        head = raw.read(9)
+    # safetensors has its header's length first, which may look like either, and then the header.
+    if head[8:] != b"{" and head.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path}: a torch or pickle file; a network is a safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            odd = [name for name in names if kinds[name] not in ("F16", "BF16", "F32", "F64")]
+            if odd or len(set(kinds.values())) > 1:
+                raise ValueError(
+                    f"{path}: not a network: its tensors are not all of one float type"
+                )
+            weights = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: empty, cut short or damaged: {error}") from None
+    if "neumeta" not in metadata:
+        raise ValueError(f"{path}: no NeuMeta network (its metadata has no 'neumeta' key)")
+    try:
+        about = json.loads(metadata["neumeta"])
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: its metadata 'neumeta' is not JSON") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: its metadata 'neumeta' is not a JSON object")
+    if "representation" in about:
+        raise ValueError(f"{path}: a manifold, not a network: neumeta-serve makes networks of it")
+    return about, weights
+
+
+def _architecture(about: dict[str, Any]) -> tuple[Graph, dict[str, int]]:
+    """The graph of this size and the sizes of its axes, each checked before anything is allocated."""
+    graph = unpack(about.get("graph"))
+    depth, channels = about.get("depth"), about.get("channels")
+    if (
+        not isinstance(depth, list)
+        or len(depth) != len(graph.stages)
+        or not all(
+            _whole(count, MOST_BLOCKS) and count >= stage.least
+            for count, stage in zip(depth, graph.stages, strict=True)
+        )
+    ):
+        allowed = f"{len(graph.stages)} whole numbers of at most {MOST_BLOCKS}"
+        raise ValueError(f"depth: {str(depth)[:80]} is not {allowed}")
+    extents = dict.fromkeys((axis.group, axis.size) for axis in graph.axes.values())
+    order = sorted(extents, key=lambda extent: graph.groups.index(extent[0]))
+    if (
+        not isinstance(channels, list)
+        or len(channels) != len(order)
+        or not all(_whole(count, MAX_SIZE) for count in channels)
+    ):
+        allowed = f"{len(order)} whole numbers from 1 to {MAX_SIZE}"
+        raise ValueError(f"channels: {str(channels)[:80]} is not {allowed}")
+    here = graph.at(tuple(depth))
+    by_extent = dict(zip(order, channels, strict=True))
+    return here, {name: by_extent[axis.group, axis.size] for name, axis in here.axes.items()}
+
+
+def _fitting(weights: Mapping[str, Tensor], planned: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that are not those of this architecture, before any of it is made."""
+    for name, dimensions in planned.items():
+        if name not in weights:
+            raise ValueError(f"tensor {name} is missing")
+        if tuple(weights[name].shape) != dimensions:
+            given = tuple(weights[name].shape)
+            raise ValueError(f"tensor {name} is {given} where {dimensions} is expected")
+    if extra := sorted(set(weights) - set(planned)):
+        raise ValueError(f"tensor {extra[0]} is no part of it")
+
+
+def _numbers(about: dict[str, Any], key: str) -> list[float]:
+    given = about.get(key)
+    if not isinstance(given, list) or not all(type(each) in (int, float) for each in given):
+        raise ValueError(f"{key}: {str(given)[:80]} is not a list of numbers")
+    return given
+
+
+def _whole(value: object, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most

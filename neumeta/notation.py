@@ -105,14 +105,18 @@ def unpack(text: Any) -> Graph:
 
 
 def parse(held: Any) -> Graph:
-    """The graph of these JSON values, every part checked. Raises BadGraph."""
+    """The graph of these JSON values, every part of them checked. Raises BadGraph.
+
+    Whether operations fit together is `check`'s, at the sizes that will be run.
+    """
     try:
         graph = _Reader(held).graph()
-        check(graph, graph.full)
     except BadGraph:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise BadGraph(f"the graph is malformed: {type(error).__name__}: {str(error)[:100]}") from None
+        raise BadGraph(
+            f"the graph is malformed: {type(error).__name__}: {str(error)[:100]}"
+        ) from None
     return graph
 
 
@@ -144,7 +148,14 @@ def check(graph: Graph, sizes: Sizes) -> None:
             made = OPERATIONS[step.op].run(
                 tuple(held[value] for value in step.inputs), own, step.attributes
             )
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError) as e:
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+        ) as e:
             why = str(e).partition("\n")[0][:120]
             raise BadGraph(f"{step.name}: {step.op} does not fit what it reads: {why}") from None
         if tuple(made.shape) != stated:
@@ -164,7 +175,9 @@ class _Reader:
             "outputs",
             "stages",
         }:
-            raise BadGraph("the graph is not an object of input, axes, tensors, nodes, outputs, stages")
+            raise BadGraph(
+                "the graph is not an object of input, axes, tensors, nodes, outputs, stages"
+            )
         self.held = held
         self.axes: dict[str, Axis] = {}
         self.tensors: dict[str, Shape] = {}
@@ -241,7 +254,9 @@ class _Reader:
         roles = {*operation.tensors, *operation.optional}
         for role, tensor in _object(tensors, name).items():
             if role not in roles or tensor not in self.tensors:
-                raise BadGraph(f"{name}: holds no tensor {str(tensor)[:60]!r} as {str(role)[:40]!r}")
+                raise BadGraph(
+                    f"{name}: holds no tensor {str(tensor)[:60]!r} as {str(role)[:40]!r}"
+                )
         for role in operation.tensors:
             if role not in tensors:
                 raise BadGraph(f"{name}: lacks its {role}")
@@ -322,7 +337,9 @@ def _name(value: Any, empty: bool = False) -> str:
 
 def _whole(value: Any, where: str, least: int = 0) -> int:
     if type(value) is not int or not least <= value <= MOST_COUNT:
-        raise BadGraph(f"{where}: {str(value)[:40]!r} is no whole number from {least} to {MOST_COUNT}")
+        raise BadGraph(
+            f"{where}: {str(value)[:40]!r} is no whole number from {least} to {MOST_COUNT}"
+        )
     return value
 
 

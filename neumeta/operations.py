@@ -145,19 +145,24 @@ def _two(function: Callable[[Any, Any], Tensor]) -> Operation:
 def _with_number(function: Callable[[Any, Any], Tensor]) -> Operation:
     """The same of one value and a number, which stands first if `reversed`."""
     return Operation(
-        lambda v, h, a: function(a["number"], v[0]) if a["reversed"] else function(v[0], a["number"]),
+        lambda v, h, a: (
+            function(a["number"], v[0]) if a["reversed"] else function(v[0], a["number"])
+        ),
         attributes={"number": "number", "reversed": "flag"},
     )
 
 
 _WINDOW = {"stride": "ints", "padding": "ints", "dilation": "ints", "groups": "dim"}
 _POOL = {"kernel": "ints", "stride": "ints", "padding": "ints", "ceil_mode": "flag"}
-_ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
+_ARITHMETIC = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+}
 
 OPERATIONS: dict[str, Operation] = {
-    "conv": Operation(
-        _convolution, 1, ("weight",), ("bias",), {**_WINDOW, "norm": "text?"}
-    ),
+    "conv": Operation(_convolution, 1, ("weight",), ("bias",), {**_WINDOW, "norm": "text?"}),
     "conv_transpose": Operation(
         _transposed,
         1,
@@ -213,9 +218,7 @@ OPERATIONS: dict[str, Operation] = {
     "log_softmax": _one(torch.log_softmax, dim="int"),
     **{name: _two(function) for name, function in _ARITHMETIC.items()},
     **{f"{name}_number": _with_number(function) for name, function in _ARITHMETIC.items()},
-    "cat": Operation(
-        lambda v, h, a: torch.cat(v, a["dim"]), None, attributes={"dim": "int"}
-    ),
+    "cat": Operation(lambda v, h, a: torch.cat(v, a["dim"]), None, attributes={"dim": "int"}),
     "max_pool": Operation(_pool("max"), attributes={**_POOL, "dilation": "ints"}),
     "avg_pool": Operation(_pool("avg"), attributes={**_POOL, "count_include_pad": "flag"}),
     "adaptive_max_pool": Operation(_adaptive("max"), attributes={"size": "ints"}),
@@ -235,9 +238,7 @@ OPERATIONS: dict[str, Operation] = {
     "permute": Operation(
         lambda v, h, a: v[0].permute(tuple(a["order"])), attributes={"order": "ints"}
     ),
-    "expand": Operation(
-        lambda v, h, a: v[0].expand(a["shape"]), attributes={"shape": "dims"}
-    ),
+    "expand": Operation(lambda v, h, a: v[0].expand(a["shape"]), attributes={"shape": "dims"}),
     "slice": Operation(
         _slice, attributes={"dim": "int", "start": "dim", "length": "dim", "step": "int"}
     ),

@@ -118,5 +118,3 @@ def output(given: Outputs) -> Tensor:
     if isinstance(given, dict):
         return given["out"] if "out" in given else next(iter(given.values()))
     return given[0]
-
-

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neumeta.architecture import Architecture
-from neumeta.coordinates import Site, coordinates, sites
-from neumeta.family import Layer
-from neumeta.manifold import Manifold, fold
-from neumeta.moments import Propagation
+from neumeta.coordinates import Site, coordinates
+from neumeta.fold import Moments, folded_node, scale_and_shift
+from neumeta.graph import Node
+from neumeta.manifold import Manifold
+from neumeta.sites import sites
+from neumeta.space import Architecture
+from neumeta.statistics import measure, unflatten
 
 PAIRS_AT_ONCE = 1 << 14
 """Working memory: at most this many coordinate vectors (times a layer's width) at once."""
@@ -59,7 +61,7 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
     noise = manifold.noise if samples > 1 else 0.0
     if noise == 0.0:
         samples = 1
-    at_once = max(1, min(samples, PAIRS_AT_ONCE // (site.outputs * site.inputs)))
+    at_once = max(1, min(samples, PAIRS_AT_ONCE // (site.rows.count * site.columns.count)))
     own = seed_of(seed, site.name)
     points = evenly(samples, 6 if site.length > 1 else 4)
     device = manifold.device
@@ -74,37 +76,82 @@ def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
             generator=torch.Generator().manual_seed(own) if noise else None,
             points=points[done : done + at_once],
         )
-        made = manifold.representation(site, at.to(device))
+        made: Tensor = manifold.representation(site, at.to(device))
         part = made.sum(0) if len(made) > 1 else made[0]
         total = part if total is None else total + part
     assert total is not None
-    shape = (site.outputs, site.inputs, *site.spatial) if site.kind == "weight" else (site.outputs,)
-    return (total / samples if samples > 1 else total).reshape(shape).cpu()
+    return (total * (site.gain / samples)).reshape(site.shape).cpu()
 
 
-@torch.no_grad()
-def sample_layer(
-    manifold: Manifold,
-    architecture: Architecture,
-    layer: Layer,
-    samples: int,
-    seed: int,
-    statistics: Propagation,
-) -> tuple[Tensor, Tensor]:
-    """The folded (weight, bias) of one layer; `statistics` has seen all layers before it."""
-    if not manifold.space.morphing(layer):
-        return manifold.frozen[f"{layer.name}.weight"], manifold.frozen[f"{layer.name}.bias"]
-    normed = manifold.norm and layer.norm is not None
-    made = [
-        sample_site(manifold, site, samples, seed)
-        for site in sites(manifold.space, architecture, layer, norm=manifold.norm)
-    ]
-    if not normed:
-        return made[0], made[1]
-    weight, gamma, beta = made
-    mean, variance = statistics.measured(layer, weight, manifold.statistics)
-    statistics.normalised(layer, gamma, beta)
-    return fold(weight, gamma, beta, mean, variance)
+class _Sampling:
+    """The tensors of one architecture, each made once, when it is first asked for."""
+
+    def __init__(
+        self, manifold: Manifold, architecture: Architecture, samples: int, seed: int
+    ) -> None:
+        self.manifold, self.samples, self.seed = manifold, samples, seed
+        self.graph = manifold.space.graph_of(architecture)
+        self.sizes = manifold.space.sizes(architecture)
+        self.sites = sites(manifold.space, architecture)
+        self.originals = {node.name: node for node in self.graph.nodes}
+        self.held: dict[str, Tensor] = {}
+        self.moments: Mapping[str, Moments] = {}
+        kept = manifold.statistics.kept.get(architecture.key)
+        if any(node.op == "batch_norm" for node in self.graph.nodes):
+            self.moments = (
+                self._measured() if kept is None else unflatten(self.graph, self.sizes, kept)
+            )
+
+    def raw(self, name: str) -> Tensor:
+        """A tensor before folding; kept only where measuring has made it before it is yielded."""
+        if name in self.held:
+            return self.held[name]
+        site = self.sites.get(name)
+        if site is None:
+            return self.manifold.frozen[name]
+        return sample_site(self.manifold, site, self.samples, self.seed)
+
+    def _measured(self) -> dict[str, Moments]:
+        images = self.manifold.statistics.images
+        if images is None:
+            raise ValueError("the manifold has batch norm but no calibration images")
+        x = normalised(self.manifold, images)
+        names = {name for node in self.graph.nodes for name in node.tensors.values()}
+        statistics = {
+            node.tensors[key]
+            for node in self.graph.nodes
+            if node.op == "batch_norm"
+            for key in ("mean", "variance")
+        }
+        self.held = {name: self.raw(name) for name in sorted(names - statistics)}
+        return measure(self.graph, self.sizes, self.held, x)
+
+    def folded(self, node: Node) -> dict[str, Tensor]:
+        """The tensors that a node of the folded graph holds, by name."""
+        before = self.originals[node.name]
+        norm = before if before.op == "batch_norm" else self.graph.folds.get(node.name)
+        if norm is None:
+            return {name: self.raw(name) for name in node.tensors.values()}
+        own = [*before.tensors.values(), *norm.tensors.values()]
+        measured = {norm.tensors[key] for key in ("mean", "variance")}
+        tensors = {name: self.raw(name) for name in own if name not in measured}
+        moments = self.moments[norm.name]
+        if before is norm:
+            weight, bias = scale_and_shift(norm, tensors, moments)
+        else:
+            weight, bias = folded_node(before, norm, tensors, moments)
+        return {node.tensors["weight"]: weight, node.tensors["bias"]: bias}
+
+
+def normalised(manifold: Manifold, images: Tensor) -> Float[Tensor, "N C H W"]:
+    """Calibration images as the network reads them."""
+    if images.dtype != torch.uint8:
+        return images.float()
+    around = (1, -1, *[1] * (images.ndim - 2))
+    mean, std = (
+        torch.tensor(each).view(around) for each in (manifold.contract.mean, manifold.contract.std)
+    )
+    return (images.float() / 255 - mean) / std
 
 
 def sample(
@@ -115,10 +162,10 @@ def sample(
     `samples` is K (None: the manifold's own default). Equal arguments give equal tensors.
     """
     count = manifold.samples if samples is None else samples
-    layers = manifold.space.table.layers(architecture.depth)
-    statistics = Propagation(manifold.space, architecture)
-    # By name is also the order of the forward pass wherever there is batch norm.
-    for layer in sorted(layers, key=lambda layer: layer.name):
-        weight, bias = sample_layer(manifold, architecture, layer, count, seed, statistics)
-        yield f"{layer.name}.bias", bias
-        yield f"{layer.name}.weight", weight
+    sampling = _Sampling(manifold, architecture, count, seed)
+    graph = manifold.space.graph_of(architecture).folded
+    ready: dict[str, Tensor] = {}
+    for name in sorted(graph.tensors):
+        if name not in ready:
+            ready |= sampling.folded(graph.owners[name])
+        yield name, ready.pop(name).detach()

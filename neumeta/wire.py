@@ -10,12 +10,18 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neumeta.architecture import Architecture, Space
-from neumeta.family import shape
+from neumeta.manifold import Manifold
+from neumeta.notation import pack
+from neumeta.space import Architecture, Space
+
+FORMAT = 2
+"""Of the metadata in a pulled file: the graph travels with the weights since 2."""
 
 DTYPES = {
     "float32": (torch.float32, "F32", 4),
@@ -36,27 +42,42 @@ class Plan:
     """Total bytes, header included."""
 
 
-def plan(
-    space: Space, architecture: Architecture, dtype: str, normalisation: dict[str, list[float]]
-) -> Plan:
+def plan(manifold: Manifold, architecture: Architecture, dtype: str) -> Plan:
     """The header and length of the file of this architecture; nothing is materialized.
 
     The one metadata key holds one JSON string, because safetensors writes several keys in an
     unstable order.
     """
-    sizes = space.sizes(architecture)
-    tensors = sorted(space.table.tensors(architecture.depth), key=lambda tensor: tensor.name)
-    about = {
-        "family": architecture.family,
+    space = manifold.space
+    graph, sizes = space.graph_of(architecture).folded, space.sizes(architecture)
+    names = tuple(sorted(graph.tensors))
+    shapes = tuple(graph.shape(name, sizes) for name in names)
+    metadata = {
+        "neumeta": json.dumps(about(manifold, architecture), sort_keys=True, separators=(",", ":"))
+    }
+    return plan_tensors(names, shapes, dtype, metadata)
+
+
+def about(manifold: Manifold, architecture: Architecture) -> dict[str, Any]:
+    """What a device needs to know beside the weights: the graph, its size, and the input's contract."""
+    space, contract = manifold.space, manifold.contract
+    return {
+        "format": FORMAT,
+        "arch": space.name,
+        "graph": packed(space),
         "depth": list(architecture.depth),
         "channels": list(architecture.channels),
-        "sizes": sizes,
-        "normalisation": normalisation,
+        "mean": list(contract.mean),
+        "std": list(contract.std),
+        "task": contract.task,
+        "classes": list(contract.classes),
     }
-    shapes = tuple(shape(tensor, sizes) for tensor in tensors)
-    names = tuple(tensor.name for tensor in tensors)
-    metadata = {"neumeta": json.dumps(about, sort_keys=True, separators=(",", ":"))}
-    return plan_tensors(names, shapes, dtype, metadata)
+
+
+@cache
+def packed(space: Space) -> str:
+    """The folded graph of the source's size, as every pulled file holds it."""
+    return pack(space.graph.folded)
 
 
 def plan_tensors(

@@ -167,9 +167,7 @@ class Axes:
                 merged = dim
             elif len(dim) == 1 and dim[0][0] is None:
                 merged = tuple((axis, repeat * dim[0][1]) for axis, repeat in outer)
-            elif (
-                len(outer) == 1 and outer[0][0] is None and outer[0][1] * len(dim) <= MOST_PARTS
-            ):
+            elif len(outer) == 1 and outer[0][0] is None and outer[0][1] * len(dim) <= MOST_PARTS:
                 merged = dim * outer[0][1]
             else:
                 for each in (outer, dim):

@@ -6,7 +6,6 @@ rule is refused by the name of the module that calls it.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -105,7 +104,9 @@ class _Tracing:
                     continue
                 images += 1
                 if images > 1:
-                    raise TraceError(f"the module takes {images} inputs: one batch of images is read")
+                    raise TraceError(
+                        f"the module takes {images} inputs: one batch of images is read"
+                    )
                 self.values[node.name] = "input"
                 shape = _shape(node)
                 self.dims["input"] = (
@@ -393,7 +394,9 @@ def _keys(spec: Any, count: int) -> list[str]:
     paths = torch.utils._pytree.tree_flatten_with_path(
         torch.utils._pytree.tree_unflatten(list(range(count)), spec)
     )[0]
-    return [".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in paths]
+    return [
+        ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in paths
+    ]
 
 
 def _pair(value: Any, count: int) -> tuple[int, ...]:
@@ -537,16 +540,14 @@ def _layer_norm(t: _Tracing, a: dict[str, Any]) -> str:
     count = len(a["normalized_shape"])
     spans = t.dims[x][-count:]
     held = {"weight": (t.held(a["weight"]), spans), "bias": (t.held(a["bias"]), spans)}
-    return t.add(
-        "layer_norm", (x,), t.dims[x], held, {"dimensions": count, "eps": float(a["eps"])}
-    )
+    return t.add("layer_norm", (x,), t.dims[x], held, {"dimensions": count, "eps": float(a["eps"])})
 
 
 def _prelu(t: _Tracing, a: dict[str, Any]) -> str:
     x, weight = t.read(a["self"]), t.held(a["weight"])
     assert weight is not None
     shared = t.tensors[weight].numel() == 1
-    spans: Sequence[Dim] = ([((None, 1),)] if shared else [t.dims[x][1]])
+    spans: Sequence[Dim] = [((None, 1),)] if shared else [t.dims[x][1]]
     return t.add("prelu", (x,), t.dims[x], {"weight": (weight, spans)}, {})
 
 
@@ -603,7 +604,9 @@ def _broadcast(t: _Tracing, left: str, right: str) -> list[Dim]:
     for one, other in zip(a, b, strict=True):
         sizes = t.axes.size(one), t.axes.size(other)
         if sizes[0] == sizes[1]:
-            made.append(t.axes.unite(one, other, f"is joined with another kind of axis in {t.where()}"))
+            made.append(
+                t.axes.unite(one, other, f"is joined with another kind of axis in {t.where()}")
+            )
         else:
             made.append(one if sizes[1] == 1 else other)
     return made
@@ -618,7 +621,7 @@ def _cat(t: _Tracing, a: dict[str, Any]) -> str:
     for name in names[1:]:
         for place, other in enumerate(t.dims[name]):
             if place == dim:
-                if ((ax.BATCH, 1),) == other:
+                if other == ((ax.BATCH, 1),):
                     raise BatchMixed
                 made[dim] = (*made[dim], *other)
             else:
@@ -668,9 +671,7 @@ def _mean(t: _Tracing, a: dict[str, Any]) -> str:
             made.append(dim)
         elif a["keepdim"]:
             made.append(((None, 1),))
-    return t.add(
-        "mean", (x,), made, {}, {"dims": tuple(places), "keepdim": bool(a["keepdim"])}
-    )
+    return t.add("mean", (x,), made, {}, {"dims": tuple(places), "keepdim": bool(a["keepdim"])})
 
 
 def _resize(mode: str) -> Rule:
@@ -814,9 +815,7 @@ def _split(t: _Tracing, a: dict[str, Any]) -> str:
     dim = t.channels(x, int(a["dim"]))
     sizes = [int(value.shape[dim]) for value in t.node.meta["val"]]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    parts = [
-        _cut(t, x, dim, end - size, end, 1) for size, end in zip(sizes, ends, strict=True)
-    ]
+    parts = [_cut(t, x, dim, end - size, end, 1) for size, end in zip(sizes, ends, strict=True)]
     key = f"parts:{t.node.name}"
     t.parts[key] = parts
     return key

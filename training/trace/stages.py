@@ -49,9 +49,10 @@ def _stage(graph: Graph, name: str, children: list[int]) -> Stage | None:
     stage = Stage(name, len(children), *best)
     # Each must take what the one before it gives.
     for child in range(stage.first, stage.first + stage.blocks - 1):
-        if interface(graph, graph.block(stage, child))[1] != interface(
-            graph, graph.block(stage, child + 1)
-        )[0]:
+        if (
+            interface(graph, graph.block(stage, child))[1]
+            != interface(graph, graph.block(stage, child + 1))[0]
+        ):
             return None
     return stage
 

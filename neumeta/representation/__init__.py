@@ -1,0 +1,35 @@
+"""Continuous representations of weights, by kind, and the wrappers around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from neumeta.coordinates import Site
+from neumeta.representation.base import Representation
+from neumeta.representation.grid import Grid
+from neumeta.representation.integral import IntegralGrid
+from neumeta.representation.mlp import ResidualMLP
+from neumeta.representation.wrappers import Anchored, Corrected
+
+KINDS: dict[str, Any] = {"mlp": ResidualMLP, "grid": Grid, "integral": IntegralGrid}
+WRAPPERS: dict[str, Any] = {"anchored": Anchored, "corrected": Corrected}
+"""Applied in this order, where the options have an entry of the name."""
+
+
+def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> Representation:
+    """A new representation; `options` are its own, and by name those of the wrappers around it.
+
+    Raises ValueError for an unknown kind or option.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"representation: {kind!r} is not one of {sorted(KINDS)}")
+    own = {key: value for key, value in options.items() if key not in WRAPPERS}
+    try:
+        made: Representation = KINDS[kind](roles, **own)
+        for name, wrapper in WRAPPERS.items():
+            if name in options:
+                made = wrapper(made, roles, **options[name])
+    except TypeError as error:
+        raise ValueError(f"representation: {kind}: {error}") from None
+    return made

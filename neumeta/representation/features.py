@@ -1,0 +1,32 @@
+"""Fourier features of coordinates (the supplement's gamma). Knows no weights."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neumeta.coordinates import Span, whole
+
+
+def fourier_features(v: Float[Tensor, "*B D"], num_freq: int) -> Float[Tensor, "*B F"]:
+    """gamma(v): v and the sine and cosine of 2^i * pi * v for i < num_freq; F = (2*num_freq+1)*D."""
+    angles = v[..., None] * _octaves(num_freq, v.dtype, v.device)
+    waves = torch.cat((angles.sin(), angles.cos()), -1).flatten(-2)
+    return torch.cat((v, waves), -1)
+
+
+@lru_cache(maxsize=16)
+def _octaves(num_freq: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " L"]:
+    return 2.0 ** torch.arange(num_freq, dtype=dtype, device=device) * math.pi
+
+
+@lru_cache(maxsize=1024)
+def whole_features(
+    span: Span, scale: int, num_freq: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "1 C F"]:
+    """gamma of an axis without noise: the layers that share the axis share it too."""
+    return fourier_features(whole(span, scale, dtype).pairs.to(device), num_freq)

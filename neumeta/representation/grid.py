@@ -1,0 +1,98 @@
+"""A learned grid over absolute channel indices. Knows no network and no file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neumeta.coordinates import Coordinates, Site, Span
+from neumeta.representation.base import Representation, module_key
+
+
+class Grid(Representation):
+    """Learned values per role: (nodes along l/L, rows, columns, numbers of a kernel).
+
+    `nodes` 0 means one for each block of the source network. Between nodes the grid is interpolated,
+    or, with `stepped`, constant: the blocks of a deep network then repeat those of a shallow one.
+    Channels are nested: a smaller size has the source's first ones; noise interpolates between them.
+    """
+
+    def __init__(self, roles: Mapping[str, Site], *, nodes: int = 1, stepped: bool = False) -> None:
+        super().__init__()
+        self.stepped, self.grid = stepped, nn.ParameterDict()
+        for role, site in roles.items():
+            depth = (nodes or site.length) if site.length > 1 else 1
+            shape = (depth, *self.points(site), math.prod(site.spatial))
+            self.grid[module_key(role)] = nn.Parameter(torch.zeros(shape))
+
+    def points(self, site: Site) -> tuple[int, int]:
+        """How many points of the grid lie along the rows and the columns."""
+        return site.rows.full, site.columns.full
+
+    @torch.no_grad()
+    def fill(self, site: Site, value: Tensor) -> bool:
+        """Start from the source network's tensor: its mean between the points of the grid."""
+        grid = self.grid[module_key(site.role)]
+        value = value.reshape(site.rows.full, site.columns.full, -1).movedim(2, 0)
+        pooled = nn.functional.adaptive_avg_pool2d(value, self.points(site)).movedim(0, 2)
+        nodes = len(grid)
+        for node in range(nodes):
+            if nodes == 1 or site.cell[0] <= (node + 0.5) / nodes < site.cell[1]:
+                grid[node] = pooled
+        return True
+
+    def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The weights of `site` at these coordinates."""
+        return nested(self.at_depth(self.grid[module_key(site.role)], at), site, at)
+
+    def at_depth(self, grid: Tensor, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """A role's grid at each sample's l/L."""
+        if len(grid) == 1:
+            everywhere: Tensor = grid.expand(len(at.layer), *grid.shape[1:])
+            return everywhere
+        place = at.layer[:, 0] * len(grid) - 0.5
+        return interpolate(grid, place.round() if self.stepped else place, 0)
+
+
+def nested(
+    grid: Float[Tensor, "S A B kk"], site: Site, at: Coordinates
+) -> Float[Tensor, "S O I kk"]:
+    """The channels that a size has of the source's: the first ones of every part."""
+    if not at.exact:
+        return pairs(grid, at.outputs.index, at.inputs.index)
+    if site.rows.leading and site.columns.leading:
+        return grid[:, : site.rows.count, : site.columns.count]
+    return _chosen(
+        _chosen(grid, site.rows, at.outputs.index[0], 1), site.columns, at.inputs.index[0], 2
+    )
+
+
+def _chosen(grid: Tensor, span: Span, index: Tensor, dimension: int) -> Tensor:
+    if span.leading:
+        return grid.narrow(dimension, 0, span.count)
+    return grid.index_select(dimension, index.long())
+
+
+def pairs(
+    grid: Float[Tensor, "S A B kk"], outputs: Float[Tensor, "S O"], inputs: Float[Tensor, "S I"]
+) -> Float[Tensor, "S O I kk"]:
+    """The grid at every pair of real-valued indices, sample by sample."""
+    rows = zip(grid, outputs, inputs, strict=True)
+    return torch.stack([interpolate(interpolate(g, o, 0), i, 1) for g, o, i in rows])
+
+
+def interpolate(values: Tensor, index: Float[Tensor, " M"], axis: int) -> Tensor:
+    """Linear interpolation of `values` along `axis` at real-valued indices, clamped at both ends."""
+    index = index.clamp(0, values.shape[axis] - 1)
+    below = index.floor().long()
+    part = (index - below).to(values)
+    low = values.index_select(axis, below)
+    if not bool(part.any()):
+        return low
+    above = (below + 1).clamp(max=values.shape[axis] - 1)
+    part = part.view([-1 if d == axis else 1 for d in range(values.dim())])
+    return torch.lerp(low, values.index_select(axis, above), part)

@@ -1,0 +1,152 @@
+"""The supplement's INR (Figure 3): a residual MLP over Fourier features. Knows no network and no file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neumeta.coordinates import Along, Coordinates, Site
+from neumeta.representation.base import Representation, module_key
+from neumeta.representation.features import fourier_features, whole_features
+
+BLOCK = 1 << 19
+"""Values of a hidden layer made together, 2 MB: 1,024 coordinate vectors at 512 units. They and the
+result fit a cache, and a matrix product has enough rows to be at speed."""
+
+
+class _Mlp(nn.Module):
+    """Figure 3: a first layer over gamma(v), hidden layers with scaled residuals, k*k outputs."""
+
+    def __init__(
+        self, spatial: int, layers: int, hidden: int, num_freq: int, residual: bool
+    ) -> None:
+        super().__init__()
+        per_axis = (2 * num_freq + 1) * 2
+        self.num_freq, self.residual = num_freq, residual
+        # One linear map of (2*num_freq+1)*6 features, kept as its three per-axis column blocks:
+        # a sum of three small products broadcast over pairs instead of one product per pair.
+        self.layer, self.inputs, self.outputs = (
+            nn.Linear(per_axis, hidden, bias=b) for b in (True, False, False)
+        )
+        for part in (self.layer, self.inputs, self.outputs):
+            nn.init.normal_(part.weight, std=1 / math.sqrt(3 * per_axis / 2))
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 2))
+        self.scale = nn.Parameter(torch.full((max(layers - 2, 1),), 0.1))
+        self.last = nn.Linear(hidden, spatial)
+
+    def forward(self, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        layer = self.layer(fourier_features(at.layer, self.num_freq))
+        inputs = self.inputs(self._along(at.inputs, at))
+        outputs = self.outputs(self._along(at.outputs, at))
+        if not torch.is_grad_enabled():
+            return self._blocked(inputs, layer[:, None] + outputs)
+        h = torch.relu(layer[:, None, None] + inputs[:, None] + outputs[:, :, None])
+        for hidden, scale in zip(self.hidden, self.scale, strict=False):
+            h = h + scale * torch.relu(hidden(h)) if self.residual else torch.relu(hidden(h))
+        return self.last(h)  # type: ignore[no-any-return]
+
+    def _along(self, axis: Along, at: Coordinates) -> Float[Tensor, "S C F"]:
+        """gamma along one axis of channels."""
+        if at.exact:
+            pairs = axis.pairs
+            key = (axis.span, at.scale, self.num_freq, pairs.dtype, pairs.device)
+            return whole_features(*key).expand(len(pairs), -1, -1)
+        return fourier_features(axis.pairs, self.num_freq)
+
+    def _blocked(
+        self, inputs: Float[Tensor, "S I H"], outputs: Float[Tensor, "S O H"]
+    ) -> Float[Tensor, "S O I kk"]:
+        """The same from the two first-layer terms, a BLOCK at a time and in place.
+
+        All but the matrix products is then work on data that is still in the cache. Hidden layers in
+        a lower precision (`lower`) multiply in it; what is added up stays as it was.
+        """
+        (samples, count, width), across = outputs.shape, inputs.shape[1]
+        rows = outputs.reshape(samples * count, 1, width)
+        sample = torch.arange(samples, device=rows.device).repeat_interleave(count)
+        made = inputs.new_empty(samples * count, across, self.last.out_features)
+        low = self.last.weight.dtype
+        step = min(max(1, BLOCK // (across * width)), len(rows))
+        h_, t_ = (
+            inputs.new_empty(step * across, width, dtype=kind) for kind in (inputs.dtype, low)
+        )
+        scales = self.scale.tolist()
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            size = len(rows[part]) * across
+            h, t = h_[:size], t_[:size]
+            first = inputs if samples == 1 else inputs[sample[part]]
+            torch.add(first, rows[part], out=h.view(-1, across, width)).relu_()
+            for hidden, scale in zip(self.hidden, scales, strict=False):
+                assert isinstance(hidden, nn.Linear)
+                torch.addmm(hidden.bias, h.to(low), hidden.weight.t(), out=t)
+                t.relu_()
+                if self.residual:
+                    h.add_(t, alpha=scale)
+                else:
+                    h.copy_(t)
+            made[part] = self.last(h.to(low)).view(-1, across, made.shape[-1])
+        return made.view(samples, count, across, -1)
+
+
+class ResidualMLP(Representation):
+    """The supplement's INR: one MLP per parameter role (block-based) or one for all.
+
+    The output is scaled by `scales`, the root mean square of the source tensor of each role, so
+    that the MLP itself works at unit scale.
+    """
+
+    def __init__(
+        self,
+        roles: Mapping[str, Site],
+        *,
+        layers: int = 8,
+        hidden: int = 512,
+        num_freq: int = 16,
+        residual: bool = True,
+        block_based: bool = True,
+    ) -> None:
+        super().__init__()
+        self.block_based = block_based
+        self.order = {role: index for index, role in enumerate(roles)}
+        self.register_buffer("scales", torch.ones(len(roles)))
+        spatial = {role: math.prod(site.spatial) for role, site in roles.items()}
+        self.widest = max(spatial.values())
+        shared = {"all": self.widest}
+        networks = spatial if block_based else shared
+        self.networks = nn.ModuleDict(
+            {
+                module_key(role): _Mlp(size, layers, hidden, num_freq, residual)
+                for role, size in networks.items()
+            }
+        )
+
+    def lower(self, dtype: torch.dtype) -> None:
+        """Multiply in this dtype when sampling: in all but the first layer, which reads features of
+        high frequency. For inference only."""
+        for mlp in self.networks.values():
+            assert isinstance(mlp, _Mlp)
+            mlp.hidden.to(dtype)
+            mlp.last.to(dtype)
+
+    def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The weights of `site` at these coordinates. A 1x1 kernel takes the centre of k*k."""
+        index = self.order[site.role]
+        if self.block_based:
+            out = self.networks[module_key(site.role)](at)
+        else:
+            # One network for all: l/L places each role in a cell of its own.
+            place = (index + at.layer[:, :1]) / len(self.order)
+            layer = torch.cat((place, at.layer[:, 1:]), 1)
+            at = replace(at, layer=layer, exact=False)
+            out = self.networks["all"](at)
+            size = math.prod(site.spatial)
+            if size < self.widest:
+                start = (self.widest - size) // 2
+                out = out[..., start : start + size]
+        return out * self.scales[index]  # type: ignore[index, no-any-return]

@@ -1,0 +1,113 @@
+"""Representations around a representation: anchored to the source, corrected by size. They compose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neumeta.coordinates import Along, Coordinates, Site, Span
+from neumeta.representation.base import Representation, module_key
+from neumeta.representation.grid import Grid, interpolate, nested
+
+
+class Anchored(Representation):
+    """Keeps the source's own size as the source's own weights S, held in float16.
+
+    In place of the inner W stands (1 - n) W + n S, where n falls linearly from 1 at the source's size to
+    0 at a `distance` of `reach`: the reconstruction loss of Algorithm 2, exactly, which leaves W free to
+    serve the other sizes. Relative growth in blocks counts `growth` times as distance: less than once
+    means smaller steps along the source's own path in networks that are deeper than it.
+    """
+
+    growth: float
+    """May be raised while training, so that deep networks train the inner representation too."""
+
+    def __init__(
+        self,
+        inner: Representation,
+        roles: Mapping[str, Site],
+        *,
+        reach: float,
+        growth: float = 1.0,
+        nodes: int = 0,
+        stepped: bool = True,
+    ) -> None:
+        super().__init__()
+        self.inner, self.reach, self.growth = inner, reach, growth
+        self.source = Grid(roles, nodes=nodes, stepped=stepped).half().requires_grad_(False)
+
+    @torch.no_grad()
+    def fill(self, site: Site, value: Tensor) -> bool:
+        """Keep the source's tensor, and let the inner representation start from it if it can."""
+        self.source.fill(site, value.half())
+        return self.inner.fill(site, value)
+
+    def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The weights of `site` at these coordinates."""
+        share = 1 - max(site.distance, self.growth * site.growth) / self.reach
+        if share <= 0:
+            made: Tensor = self.inner(site, at)
+            return made
+        held = self.source.grid[module_key(site.role)].float()
+        source = nested(self.source.at_depth(held, at), site, at)
+        return source if share >= 1 else torch.lerp(self.inner(site, at), source, share)
+
+
+class Corrected(Representation):
+    """Corrects an inner representation W, per channel, by polynomials of the size.
+
+    W(o, i) * (1 + a_o . phi(s_out)) * (1 + b_i . phi(s_in)), s the size as a fraction of the full one and
+    phi(s) = [(1-s), (1-s)^2, (1-s)^3]: nothing at full size. With `depths`, phi also holds how much
+    shallower (and that squared) or deeper the stage is than the source's. Vectors are corrected
+    additively.
+    """
+
+    def __init__(
+        self,
+        inner: Representation,
+        roles: Mapping[str, Site],
+        *,
+        orders: int = 3,
+        depths: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inner, self.orders, self.depths = inner, orders, depths
+        terms = orders + 3 * depths
+        self.rows, self.columns = nn.ParameterDict(), nn.ParameterDict()
+        for role, site in roles.items():
+            key = module_key(role)
+            self.rows[key] = nn.Parameter(torch.zeros(site.rows.full, terms))
+            if not site.vector:
+                self.columns[key] = nn.Parameter(torch.zeros(site.columns.full, terms))
+
+    def fill(self, site: Site, value: Tensor) -> bool:
+        """Let the inner representation start from the source's tensor if it can."""
+        return self.inner.fill(site, value)
+
+    def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The weights of `site` at these coordinates."""
+        made: Tensor = self.inner(site, at)
+        key = module_key(site.role)
+        by_row = self._correction(self.rows[key], site, site.rows, at.outputs, at.exact)
+        if site.vector:
+            return made + by_row[:, :, None, None]
+        by_column = self._correction(self.columns[key], site, site.columns, at.inputs, at.exact)
+        return made * (1 + by_row)[:, :, None, None] * (1 + by_column)[:, None, :, None]
+
+    def _correction(
+        self, modulation: Tensor, site: Site, span: Span, along: Along, exact: bool
+    ) -> Float[Tensor, "S C"]:
+        size = span.count / span.full
+        phi = [(1 - size) ** (k + 1) for k in range(self.orders)]
+        if self.depths:
+            shallower = max(0.0, -site.deeper)
+            phi += [shallower, shallower**2, max(0.0, site.deeper)]
+        by_channel = modulation @ torch.tensor(phi).to(modulation)
+        if not exact:
+            return torch.stack([interpolate(by_channel, row, 0) for row in along.index])
+        if span.leading:
+            return by_channel[None, : span.count]
+        return by_channel[along.index[0].long()][None]

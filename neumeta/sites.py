@@ -1,0 +1,198 @@
+"""Which tensors of a network a representation makes, and where each lies: graph -> sites.
+
+Knows no coordinates and no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+
+from neumeta.coordinates import ONE, Site, Span
+from neumeta.graph import Dim, Graph, Node, Stage, axes_of
+from neumeta.space import Architecture, Space
+
+STATISTICS = ("mean", "variance")
+"""Roles of tensors that are measured, never made."""
+PASSING = {
+    "relu",
+    "relu6",
+    "batch_norm",
+    "affine",
+    "pad",
+    "max_pool",
+    "avg_pool",
+    "resize",
+    "slice",
+}
+
+
+def span(dim: Dim, sizes: Mapping[str, int], full: Mapping[str, int]) -> Span:
+    """A dimension at these sizes."""
+    parts = tuple(
+        (sizes[axis], full[axis], repeat) if axis else (repeat, repeat, 1) for axis, repeat in dim
+    )
+    return Span(parts, any(axis for axis, _ in dim))
+
+
+def role(graph: Graph, name: str) -> str:
+    """The name under which blocks of a stage share a tensor: their number replaced by `n`."""
+    for stage in graph.stages:
+        child = stage.child(name)
+        if child is not None and stage.first <= child < stage.first + stage.blocks:
+            return f"{stage.name}.n{name[len(stage.name) + 1 + len(str(child)) :]}"
+    return name
+
+
+def stage_of(graph: Graph, node: Node) -> Stage | None:
+    """The stage that a node belongs to: the one around it, else the last one before it, else the first."""
+    return _stages(graph)[node.name]
+
+
+@cache
+def _stages(graph: Graph) -> dict[str, Stage | None]:
+    found: dict[str, Stage | None] = {}
+    now = graph.stages[0] if graph.stages else None
+    for node in graph.nodes:
+        now = next((s for s in graph.stages if s.child(node.module) is not None), now)
+        found[node.name] = now
+    return found
+
+
+@cache
+def branch_ends(graph: Graph) -> frozenset[str]:
+    """The tensors of the last layer of every residual branch: what a block adds to its input.
+
+    In an alike block of a stage, an addition one of whose sides is the block's input: all tensors that
+    the other side's last weighted layer, and a norm behind it, hold.
+    """
+    makers = {node.name: node for node in graph.nodes}
+    found: set[str] = set()
+    for stage in graph.stages:
+        for child in range(stage.first, stage.first + stage.blocks):
+            nodes = graph.block(stage, child)
+            own = {node.name for node in nodes}
+            given = {value for node in nodes for value in node.inputs if value not in own}
+            for node in nodes:
+                if node.op == "add" and given & set(node.inputs):
+                    for value in node.inputs:
+                        while value in own:
+                            found |= set(makers[value].tensors.values())
+                            weighted = makers[value].op in ("conv", "conv_transpose", "linear")
+                            if weighted or not makers[value].inputs:
+                                break
+                            value = makers[value].inputs[0]
+    return frozenset(found)
+
+
+@cache
+def made(graph: Graph) -> tuple[str, ...]:
+    """The tensors that a representation makes: all of every node that holds one with an axis; or all
+    there are, where depth morphs."""
+    morphing = {
+        tensor
+        for node in graph.nodes
+        if any(any(axes_of(graph.tensors[name])) for name in node.tensors.values())
+        for tensor in node.tensors.values()
+    }
+    measured = {
+        tensor
+        for node in graph.nodes
+        for key, tensor in node.tensors.items()
+        if node.op == "batch_norm" and key in STATISTICS
+    }
+    return tuple(
+        name
+        for name in graph.tensors
+        if name not in measured and (graph.stages or name in morphing)
+    )
+
+
+@cache
+def kept(graph: Graph) -> tuple[str, ...]:
+    """The tensors that are the source's own, whatever the size."""
+    norms = [node for node in graph.nodes if node.op == "batch_norm"]
+    measured = {node.tensors[key] for node in norms for key in STATISTICS}
+    return tuple(name for name in graph.tensors if name not in measured and name not in made(graph))
+
+
+@cache
+def _normed(graph: Graph) -> frozenset[str]:
+    """The nodes whose output a batch norm rescales."""
+    return frozenset(graph.folds)
+
+
+def sites(
+    space: Space,
+    architecture: Architecture,
+    cells: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
+) -> dict[str, Site]:
+    """Every tensor that the representation makes for this architecture, by name.
+
+    `cells` replaces, by stage and block, the blocks' even shares of their stages, [l/L, (l+1)/L].
+    """
+    if cells is None:
+        return _even(space, architecture)
+    return {site.name: site for site in _sites(space, architecture, cells)}
+
+
+@cache
+def _even(space: Space, architecture: Architecture) -> dict[str, Site]:
+    return {site.name: site for site in _sites(space, architecture, {})}
+
+
+def _sites(
+    space: Space,
+    architecture: Architecture,
+    cells: Mapping[str, Mapping[int, tuple[float, float]]],
+) -> list[Site]:
+    graph, source = space.graph_of(architecture), space.graph
+    sizes, full = space.sizes(architecture), graph.full
+    distance, growth = space.distance(architecture)
+    ends, normed = branch_ends(graph), _normed(graph)
+    depths = {stage.name: stage for stage in source.stages}
+    found = []
+    for name in made(graph):
+        owner = graph.owners[name]
+        shape = graph.tensors[name]
+        rows = span(shape[0], sizes, full)
+        columns = span(shape[1], sizes, full) if len(shape) > 1 else ONE
+        cell, length, step = (0.0, 1.0), 1, 1.0
+        for stage in graph.stages:
+            child = stage.child(name)
+            if child is None or not stage.first <= child < stage.first + stage.blocks:
+                continue
+            block, length = child - stage.first, stage.blocks
+            low, high = block / length, (block + 1) / length
+            cell = cells.get(stage.name, {}).get(block, (low, high))
+            if name in ends:
+                step = depths[stage.name].blocks * (cell[1] - cell[0])
+        deeper = 0.0
+        stage_here = stage_of(graph, owner)
+        if stage_here is not None:
+            mine, theirs = stage_here.children, depths[stage_here.name].children
+            deeper = 2 * (mine - theirs) / (mine + theirs)
+        gain = step
+        # The transposed convolution's rows are its inputs.
+        inputs = rows if owner.op == "conv_transpose" else columns
+        is_weight = owner.tensors.get("weight") == name and len(shape) > 1
+        if is_weight and owner.name not in normed and inputs.count:
+            gain *= inputs.full / inputs.count
+        found.append(
+            Site(
+                name,
+                role(graph, name),
+                graph.shape(name, sizes),
+                cell,
+                length,
+                rows,
+                columns,
+                tuple(math.prod(r for _, r in dim) for dim in shape[2:]),
+                gain,
+                deeper,
+                distance,
+                growth,
+            )
+        )
+    return found

@@ -1,0 +1,76 @@
+"""Batch statistics of any size of any graph: kept for the sizes most asked for, else measured.
+
+Measuring is one forward pass over a small batch of images that the manifold carries (the
+recalibration of US-Nets, Yu and Huang 2019). Knows neither manifolds nor how weights are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from neumeta.fold import Moments
+from neumeta.graph import Graph, Sizes
+from neumeta.program import Program
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a manifold knows of batch norms.
+
+    `images` (N, C, H, W) are calibration images, uint8 pixels, or already normalised float16 ones.
+    `kept` holds, by `Architecture.key`, the mean of every channel of every batch norm in the order of
+    the graph and then the variance of every channel, (2, channels).
+    """
+
+    images: UInt8[Tensor, "N C H W"] | Float[Tensor, "N C H W"] | None = None
+    kept: Mapping[str, Float[Tensor, "2 channels"]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def measure(
+    graph: Graph, sizes: Sizes, tensors: Mapping[str, Tensor], x: Float[Tensor, "N C H W"]
+) -> dict[str, Moments]:
+    """Each batch norm's mean and variance on normalised images, by its node's name.
+
+    The variance is the unbiased one, as torch keeps it for inference.
+    """
+    found: dict[str, Moments] = {}
+    norms = {node.name for node in graph.nodes if node.op == "batch_norm"}
+    dropped = {
+        node.tensors[key]
+        for node in graph.nodes
+        if node.op == "batch_norm"
+        for key in ("mean", "variance")
+    }
+
+    def watch(name: str, value: Tensor) -> None:
+        if name in norms:
+            spatial = [d for d in range(value.ndim) if d != 1]
+            variance, mean = torch.var_mean(value, spatial)
+            found[name] = (mean, variance)
+
+    held = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    Program(graph, sizes).run(held, x, watch=watch)
+    return found
+
+
+def flatten(moments: Mapping[str, Moments]) -> Float[Tensor, "2 channels"]:
+    """What `Statistics.kept` holds of these moments."""
+    return torch.stack([torch.cat([pair[kind] for pair in moments.values()]) for kind in (0, 1)])
+
+
+def unflatten(graph: Graph, sizes: Sizes, kept: Float[Tensor, "2 channels"]) -> dict[str, Moments]:
+    """The moments that `flatten` laid end to end."""
+    norms = [node for node in graph.nodes if node.op == "batch_norm"]
+    counts = [graph.shape(node.tensors["mean"], sizes)[0] for node in norms]
+    means = kept[0].float().split(counts)
+    variances = kept[1].float().split(counts)
+    return {
+        node.name: (mean, variance)
+        for node, mean, variance in zip(norms, means, variances, strict=True)
+    }
