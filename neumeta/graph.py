@@ -14,6 +14,8 @@ from fnmatch import fnmatch
 from functools import cache, cached_property
 from typing import Any
 
+from neumeta.operations import WEIGHTED
+
 BATCH = "batch"
 """The one axis that is no channel: how many images are run at once."""
 
@@ -144,7 +146,7 @@ class Graph:
         shapes = {"input": self.input} | {node.name: node.shape for node in self.nodes}
         total = 0
         for node in self.nodes:
-            if node.op not in ("conv", "conv_transpose", "linear"):
+            if node.op not in WEIGHTED:
                 continue
             weight = self.shape(node.tensors["weight"], sizes)
             # Each position of the output (of the input, transposed) meets each weight once.
@@ -235,7 +237,7 @@ class Graph:
             if node.op != "batch_norm":
                 continue
             before = makers.get(node.inputs[0])
-            weighted = before is not None and before.op in ("conv", "conv_transpose", "linear")
+            weighted = before is not None and before.op in WEIGHTED
             if before is None or not weighted or readers[before.name] > 1:
                 continue
             # A tensor that two layers share cannot take up two batch norms.
@@ -343,21 +345,18 @@ def _repeated(graph: Graph, index: int, stage: Stage, repeats: int) -> Graph:
             return after
         return _in_child(name, stage, lambda child: child + more if child >= end else child)
 
+    def copied_to(child: int) -> Callable[[str], str]:
+        before = given if child == first else _in_child(made, stage, lambda _: child - 1)
+        return lambda name: before if name == given else _in_child(name, stage, lambda _: child)
+
     new, copied = _Rewriting(graph), False
     for node in graph.nodes:
         if node.name not in run:
             new.add(node, shifted)
             continue
         for copy in range(0 if copied else repeats):
-            before = given if copy == 0 else _in_child(made, stage, lambda _, c=copy: first + c - 1)
-
-            def moved(name: str, copy: int = copy, before: str = before) -> str:
-                if name == given:
-                    return before
-                return _in_child(name, stage, lambda _: first + copy)
-
             for each in template:
-                new.add(each, moved)
+                new.add(each, copied_to(first + copy))
         copied = True
     stages = list(graph.stages)
     stages[index] = replace(stage, children=stage.children + more, blocks=repeats)

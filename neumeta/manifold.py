@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neumeta.coordinates import Site
-from neumeta.representation import Representation
+from neumeta.representation.base import Representation
 from neumeta.sites import sites
 from neumeta.space import Space
 from neumeta.statistics import Statistics
@@ -39,9 +39,9 @@ class Contract:
 class Manifold:
     """Everything needed to sample weights of any architecture in `space`.
 
-    `frozen` are the source network's tensors outside the morphing scope; `statistics` give each batch
-    norm of the graph its mean and variance. `noise` is a, `samples` the default K, `scale` N. `about` is
-    the checkpoint's own account: recipe, source, evaluation table, licence.
+    `frozen` are the source network's tensors outside the morphing scope; `statistics` give each
+    batch norm of the graph its mean and variance. `noise` is a, `samples` the default K, `scale` N.
+    `about` is the checkpoint's own account: recipe, source, evaluation table, licence.
     """
 
     space: Space

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from neumeta.graph import Graph, Sizes
-from neumeta.notation import check, unpack
-from neumeta.program import Outputs, Program
+from neumeta.notation import unpack
+from neumeta.program import Outputs, Program, check
 
 MAX_SIZE = 1 << 20
 """Channels that an axis may have: beyond it a file's metadata is not believed."""

@@ -13,19 +13,13 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from neumeta.graph import BATCH, Axis, Dim, Graph, Node, Shape, Sizes, Stage, extent
+from neumeta.graph import BATCH, Axis, Dim, Graph, Node, Shape, Stage
 from neumeta.operations import OPERATIONS
-from neumeta.program import Program
 
 MOST_NODES = 20_000
 MOST_TEXT = 32 << 20
 MOST_COUNT = 1 << 24
 """Bound of any single number of indices."""
-MOST_VALUE = 1 << 30
-"""Bound of the numbers that one value holds for one image."""
 TEXTS = {
     "mode": ("nearest", "bilinear", "bicubic", "constant", "reflect", "replicate", "circular"),
     "approximate": ("none", "tanh"),
@@ -107,7 +101,7 @@ def unpack(text: Any) -> Graph:
 def parse(held: Any) -> Graph:
     """The graph of these JSON values, every part of them checked. Raises BadGraph.
 
-    Whether operations fit together is `check`'s, at the sizes that will be run.
+    Whether operations fit together is `program.check`'s, at the sizes that will be run.
     """
     try:
         graph = _Reader(held).graph()
@@ -118,49 +112,6 @@ def parse(held: Any) -> Graph:
             f"the graph is malformed: {type(error).__name__}: {str(error)[:100]}"
         ) from None
     return graph
-
-
-def check(graph: Graph, sizes: Sizes) -> None:
-    """Run the graph at these sizes without data: every value must have the shape its node states.
-
-    Raises BadGraph naming the node.
-    """
-    batch = 2
-    wanted = {**sizes, BATCH: batch}
-    shapes = {node.name: node.shape for node in graph.nodes}
-    for name, shape in {"input": graph.input, **shapes}.items():
-        if math.prod(extent(dim, wanted) for dim in shape) > MOST_VALUE * batch:
-            raise BadGraph(f"{name}: a value of more than {MOST_VALUE} numbers")
-
-    def meta(shape: Shape) -> Tensor:
-        return torch.empty(tuple(extent(dim, wanted) for dim in shape), device="meta")
-
-    for name, shape in graph.tensors.items():
-        if math.prod(extent(dim, wanted) for dim in shape) > MOST_VALUE:
-            raise BadGraph(f"{name}: a tensor of more than {MOST_VALUE} numbers")
-    tensors = {name: meta(shape) for name, shape in graph.tensors.items()}
-    program = Program(graph, sizes)
-    held = {"input": meta(graph.input)}
-    for step in program.steps:
-        stated = tuple(extent(dim, wanted) for dim in shapes[step.name])
-        own = {role: tensors[name] for role, name in step.tensors.items()}
-        try:
-            made = OPERATIONS[step.op].run(
-                tuple(held[value] for value in step.inputs), own, step.attributes
-            )
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-        ) as e:
-            why = str(e).partition("\n")[0][:120]
-            raise BadGraph(f"{step.name}: {step.op} does not fit what it reads: {why}") from None
-        if tuple(made.shape) != stated:
-            raise BadGraph(f"{step.name}: {step.op} gives {tuple(made.shape)}, not {stated}")
-        held[step.name] = made
 
 
 class _Reader:

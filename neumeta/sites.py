@@ -46,7 +46,7 @@ def role(graph: Graph, name: str) -> str:
 
 
 def stage_of(graph: Graph, node: Node) -> Stage | None:
-    """The stage that a node belongs to: the one around it, else the last one before it, else the first."""
+    """A node's stage: the one around it, else the last one before it, else the first."""
     return _stages(graph)[node.name]
 
 

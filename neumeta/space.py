@@ -67,7 +67,7 @@ class Space:
 
     @cached_property
     def extents(self) -> tuple[tuple[str, int], ...]:
-        """(group, size in the source) of every kind of axis, in the order of an architecture's channels."""
+        """(group, size in the source) of every kind of axis: what an architecture's channels are of."""
         found = dict.fromkeys((axis.group, axis.size) for axis in self.graph.axes.values())
         return tuple(sorted(found, key=lambda extent: self.groups.index(extent[0])))
 

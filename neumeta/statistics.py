@@ -68,8 +68,8 @@ def unflatten(graph: Graph, sizes: Sizes, kept: Float[Tensor, "2 channels"]) -> 
     """The moments that `flatten` laid end to end."""
     norms = [node for node in graph.nodes if node.op == "batch_norm"]
     counts = [graph.shape(node.tensors["mean"], sizes)[0] for node in norms]
-    means = kept[0].float().split(counts)
-    variances = kept[1].float().split(counts)
+    means = torch.split(kept[0].float(), counts)
+    variances = torch.split(kept[1].float(), counts)
     return {
         node.name: (mean, variance)
         for node, mean, variance in zip(norms, means, variances, strict=True)

@@ -1,4 +1,4 @@
-"""A learned grid over relative channel positions (integral neural networks). Knows no network, no file."""
+"""A learned grid over relative channel positions (integral neural networks)."""
 
 from __future__ import annotations
 

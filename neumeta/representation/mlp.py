@@ -1,4 +1,4 @@
-"""The supplement's INR (Figure 3): a residual MLP over Fourier features. Knows no network and no file."""
+"""The supplement's INR (Figure 3): a residual MLP over Fourier features. Knows no network."""
 
 from __future__ import annotations
 

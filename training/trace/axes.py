@@ -16,7 +16,7 @@ Part = tuple[int | None, int]
 Dim = tuple[Part, ...]
 BATCH = 0
 FEWEST = 4
-"""An axis of fewer blocks of channels than this has no widths worth choosing from: it keeps its size."""
+"""An axis of fewer blocks of channels has no widths worth choosing from: it keeps its size."""
 MOST_PARTS = 64
 
 
@@ -193,7 +193,7 @@ class Axes:
         return [outer, *constants[1:]]
 
     def take(self, dim: Dim, start: int, end: int, reason: str) -> tuple[Dim, Dim]:
-        """What lies before `start` and from there to `end`; a cut through a part fixes the dimension."""
+        """What lies before `start`, and from there to `end`; a cut through a part fixes all."""
         dim, offset = self.now(dim), 0
         before: list[Part] = []
         inside: list[Part] = []

@@ -1,4 +1,4 @@
-"""Names of axes and of the groups whose widths resize them. Knows the module tree, not the operations."""
+"""Names of axes and of the groups that widths resize. Knows the module tree, not the operations."""
 
 from __future__ import annotations
 

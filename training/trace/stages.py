@@ -9,7 +9,7 @@ from neumeta.graph import Graph, Node, Stage, axes_of, interface, renamed
 
 
 def find_stages(graph: Graph) -> Graph:
-    """The graph with its stages: the longest run of alike children of each container, outermost first."""
+    """The graph with its stages: each container's longest run of alike children, outermost first."""
     containers: dict[str, set[int]] = {}
     for node in graph.nodes:
         names = node.module.split(".")
