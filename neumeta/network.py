@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from neumeta.graph import Graph, Sizes
 from neumeta.notation import unpack
-from neumeta.program import Outputs, Program, check
+from neumeta.program import Outputs, Program
+from neumeta.shapes import check
 
 MAX_SIZE = 1 << 20
 """Channels that an axis may have: beyond it a file's metadata is not believed."""

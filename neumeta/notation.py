@@ -11,13 +11,26 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-from neumeta.graph import BATCH, Axis, Dim, Graph, Node, Shape, Stage
+from neumeta.graph import (
+    BATCH,
+    MOST_NODES,
+    MOST_PARTS,
+    Axis,
+    Dim,
+    Graph,
+    Node,
+    Shape,
+    Stage,
+    interface,
+)
 from neumeta.operations import OPERATIONS
 
-MOST_NODES = 20_000
 MOST_TEXT = 32 << 20
+MOST_STAGES = 256
 MOST_COUNT = 1 << 24
 """Bound of any single number of indices."""
 TEXTS = {
@@ -133,6 +146,7 @@ class _Reader:
         self.axes: dict[str, Axis] = {}
         self.tensors: dict[str, Shape] = {}
         self.values = {"input"}
+        self.parts = 0
 
     def graph(self) -> Graph:
         for name, entry in _object(self.held["axes"], "axes").items():
@@ -166,8 +180,11 @@ class _Reader:
         return self.with_stages(graph)
 
     def with_stages(self, graph: Graph) -> Graph:
-        stages = []
-        for name, children, first, blocks in self.held["stages"]:
+        stages: list[Stage] = []
+        entries = self.held["stages"]
+        if not isinstance(entries, list) or len(entries) > MOST_STAGES:
+            raise BadGraph(f"stages: not a list of at most {MOST_STAGES}")
+        for name, children, first, blocks in entries:
             stage = Stage(
                 _name(name),
                 _count(children, f"stage {name}"),
@@ -176,17 +193,22 @@ class _Reader:
             )
             if stage.first + stage.blocks > stage.children or stage.children > 4096:
                 raise BadGraph(f"stage {name}: blocks beyond its children")
+            for other in stages:
+                if f"{name}.".startswith(f"{other.name}.") or other.name.startswith(f"{name}."):
+                    raise BadGraph(f"stage {name}: lies in stage {other.name}, or around it")
             stages.append(stage)
-        made = Graph(
-            graph.input, graph.axes, graph.tensors, graph.nodes, graph.outputs, tuple(stages)
-        )
-        for place, stage in enumerate(stages):
+        made = replace(graph, stages=tuple(stages))
+        for stage in stages:
             try:
-                depth = list(made.depth)
-                depth[place] += 1
-                made.at(tuple(depth))
-            except (ValueError, KeyError) as error:
+                ends = [
+                    interface(made, made.block(stage, child))
+                    for child in range(stage.first, stage.first + stage.blocks)
+                ]
+            except ValueError as error:
                 raise BadGraph(f"stage {stage.name}: cannot be repeated: {error}") from None
+            for (_, last), (given, _) in pairwise(ends):
+                if last != given:
+                    raise BadGraph(f"stage {stage.name}: its blocks are no chain")
         return made
 
     def node(self, entry: Any) -> Node:
@@ -256,6 +278,9 @@ class _Reader:
         return tuple(self.dim(dim, where, batch=batch) for dim in value)
 
     def dim(self, value: Any, where: str, *, batch: bool = False) -> Dim:
+        self.parts += len(value) if isinstance(value, list) else 1
+        if self.parts > MOST_PARTS:
+            raise BadGraph(f"{where}: dimensions of more than {MOST_PARTS} parts")
         if type(value) is int:
             return (("", _whole(value, where)),)
         if isinstance(value, str):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 from neumeta.graph import Graph
 
@@ -90,14 +90,14 @@ class Space:
         """The source's graph at this depth."""
         return self.graph.at(architecture.depth)
 
-    @cache  # noqa: B019 (spaces live as long as their manifolds)
+    @lru_cache(maxsize=1024)  # noqa: B019 (bounded)
     def sizes(self, architecture: Architecture) -> dict[str, int]:
         """The size of every axis of the network of this architecture."""
         channels = dict(zip(self.extents, architecture.channels, strict=True))
         axes = self.graph_of(architecture).axes
         return {name: channels[axis.group, axis.size] for name, axis in axes.items()}
 
-    @cache  # noqa: B019 (as above)
+    @lru_cache(maxsize=1024)  # noqa: B019 (bounded)
     def cost(self, architecture: Architecture) -> dict[str, int]:
         """Parameters and multiply-accumulates (one image) of the folded network."""
         graph, sizes = self.graph_of(architecture).folded, self.sizes(architecture)

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def about(manifold: Manifold, architecture: Architecture) -> dict[str, Any]:
     }
 
 
-@cache
+@lru_cache(maxsize=32)
 def packed(space: Space) -> str:
     """The folded graph of the source's size, as every pulled file holds it."""
     return pack(space.graph.folded)

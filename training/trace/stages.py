@@ -18,11 +18,8 @@ def find_stages(graph: Graph) -> Graph:
                 containers.setdefault(".".join(names[:place]), set()).add(int(name))
     stages: list[Stage] = []
     for name in sorted(containers, key=lambda each: each.count(".")):
-        inside = any(
-            stage.child(name + ".0.") is not None
-            and stage.first <= (stage.child(name + ".0.") or 0) < stage.first + stage.blocks
-            for stage in stages
-        )
+        # A stage inside a stage would change its name with the number of the child around it.
+        inside = any(name.startswith(f"{stage.name}.") for stage in stages)
         stage = None if inside else _stage(graph, name, sorted(containers[name]))
         if stage is not None:
             stages.append(stage)
