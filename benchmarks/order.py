@@ -1,6 +1,6 @@
 """Channel orders of large cliques: every clique of a random resnet50, and planted paths.
 
-    python benchmarks/order.py
+    python -m benchmarks.order
 
 Random weights in the shapes of torchvision's resnet50: 37 cliques of 64 to 2,048 channels.
 The planted paths are points on a noisy curve in 200 dimensions, in random order; where fast-tsp is
