@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from training import cliques, permute, plots, recipe, source
+from training import cliques, order, plots, recipe, source
 
 TENSOR = "layer3.1.conv1.weight"
 
@@ -32,8 +32,8 @@ def permuted(run: Path, asked: recipe.Recipe) -> dict[str, torch.Tensor]:
     net = source.restore(run / "source.safetensors", asked.family, asked.space.depth, sizes)
     folded = source.fold(net)
     found = cliques.cliques(asked.space.table, asked.space.depth)
-    orders = permute.order(folded, found, asked.permutation, seed=asked.seed)
-    after = permute.apply(folded, found, orders)
+    orders = order.order(folded, found, asked.permutation, seed=asked.seed)
+    after = order.apply(folded, found, orders)
     return {"as trained": folded[TENSOR], f"after {asked.permutation}": after[TENSOR]}
 
 

@@ -32,7 +32,7 @@ from neumeta.architecture import Architecture, Space
 from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import sample
-from training import cli, cliques, data, fit, permute, plots, recipe, source, statistics
+from training import cli, cliques, data, fit, order, plots, recipe, source, statistics
 
 WIDTHS = (1.0, 0.75, 0.6, 0.5, 0.35, 0.25)
 CALIBRATION = 2000
@@ -138,7 +138,7 @@ def smoothed(bench: Bench) -> dict[str, Tensor]:
     """The source's tensors with batch norm kept, channels in the recipe's order."""
     folded = source.fold(bench.source)
     found = cliques.cliques(bench.space.table, bench.space.depth)
-    orders = permute.order(folded, found, bench.asked.permutation, seed=bench.asked.seed)
+    orders = order.order(folded, found, bench.asked.permutation, seed=bench.asked.seed)
     return source.reorder(bench.source, orders)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from neumeta import checkpoint
 from neumeta.manifold import Manifold, representation
 from neumeta.network import Network
-from training import cliques, data, evaluate, fit, permute, plots, recipe, source, statistics
+from training import cliques, data, evaluate, fit, order, plots, recipe, source, statistics
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,9 +169,9 @@ def prepare(
     folded = source.fold(net)
     found = cliques.cliques(space.table, space.depth)
     axes = [axis for axis in found if space.morphs(axis)]
-    orders = permute.order(folded, found, asked.permutation, seed=asked.seed, axes=axes)
+    orders = order.order(folded, found, asked.permutation, seed=asked.seed, axes=axes)
     # Frozen axes keep their order, so that the source's own prefix stays what it was.
-    smooth = permute.apply(folded, found, orders)
+    smooth = order.apply(folded, found, orders)
     smoothed = source.network_from(smooth, asked.family, space.depth)
     torch.manual_seed(asked.seed)
     model = representation(asked.representation, space, asked.options, norm=asked.norm)
@@ -190,8 +190,8 @@ def prepare(
                 targets[f"{layer.name}.{kind}"] = smooth[f"{layer.name}.{kind}"]
     tv: dict[str, Any] = {
         "strategy": asked.permutation,
-        "total_variation_before": permute.total_variation(folded),
-        "total_variation": permute.total_variation(smooth),
+        "total_variation_before": order.total_variation(folded),
+        "total_variation": order.total_variation(smooth),
     }
     manifold = Manifold(
         space,
