@@ -22,6 +22,7 @@ from neumeta import checkpoint
 from neumeta.manifold import Manifold, representation
 from neumeta.network import Network
 from training import cliques, data, evaluate, fit, permute, plots, recipe, source, statistics
+from training.imported import import_resnet_cifar
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +145,7 @@ def trained_source(
                 f"source checkpoint {path} is not there: it is published at"
                 " https://github.com/akamaster/pytorch_resnet_cifar10; see --checkpoints"
             )
-        net = source.import_resnet_cifar(path)
+        net = import_resnet_cifar(path, asked.space.depth, len(loaded.classes))
     if asked.source != "import":
         source.train(
             net,

@@ -1,4 +1,4 @@
-"""The source network: imported from a public checkpoint, fine-tuned or trained, and folded.
+"""The source network: fine-tuned or trained, and folded.
 
 Knows nothing of permutation or INRs: it ends with a plain network whose batch norm is folded.
 """
@@ -23,38 +23,6 @@ from neumeta.network import Network
 from training.data import Dataset, augment, to_float
 
 BN_EPS = 1e-5
-
-
-def import_resnet_cifar(path: Path) -> Network:
-    """A public `.th` CIFAR ResNet (akamaster/pytorch_resnet_cifar10) as a `norm=True` Network.
-
-    Its parameter-free shortcuts (stride-2 subsampling, channels zero-padded by a quarter on each
-    side; He et al. 2016, option A) become the equivalent 1x1 convolutions with identity batch norm.
-
-    Raises ValueError if the file does not hold such a network.
-    """
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(held, dict) or "state_dict" not in held:
-        raise ValueError(f"{path}: no 'state_dict' in this checkpoint")
-    state = {name.removeprefix("module."): value for name, value in held["state_dict"].items()}
-    blocks = {int(name.split(".")[1]) for name in state if name.startswith("layer1.")}
-    if "linear.weight" not in state or not blocks:
-        raise ValueError(f"{path}: not a CIFAR ResNet (no layer1 or linear)")
-    depth = (len(blocks),) * 3
-    family = FAMILIES["resnet-cifar"]
-    classes = state["linear.weight"].shape[0]
-    net = Network(family.name, depth, family.full_sizes(depth, classes), norm=True)
-    for stage, (before, after) in enumerate(zip(family.stages, family.stages[1:], strict=False), 2):
-        shortcut = torch.zeros(after, before, 1, 1)
-        pad = (after - before) // 2
-        shortcut[torch.arange(before) + pad, torch.arange(before)] = 1
-        state[f"layer{stage}.0.shortcut.weight"] = shortcut
-        identity = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - BN_EPS}
-        for kind, value in identity.items():
-            state[f"layer{stage}.0.bn3.{kind}"] = torch.full((after,), value)
-        state[f"layer{stage}.0.bn3.num_batches_tracked"] = torch.tensor(0)
-    net.load_state_dict(state)
-    return net.eval()
 
 
 def fold(net: Network) -> dict[str, Tensor]:
@@ -89,8 +57,8 @@ def network_from(weights: dict[str, Tensor], family: str, depth: tuple[int, ...]
     """A folded Network that holds these tensors (not copies)."""
     with torch.device("meta"):
         net = Network(family, depth, sizes_of(weights, family, depth))
+    net.mean, net.std = torch.zeros(net.channels, 1, 1), torch.ones(net.channels, 1, 1)
     net.load_state_dict(weights, assign=True)
-    net.mean, net.std = torch.zeros(1), torch.ones(1)
     return net.eval()
 
 
