@@ -23,9 +23,9 @@ from scipy.sparse.csgraph import minimum_spanning_tree  # type: ignore[import-un
 
 from neumeta.family import FAMILIES
 from training.cliques import cliques
+from training.folded import fold, network_from
 from training.imported import import_resnet_cifar
 from training.permute import EXACT, STRATEGIES, apply, distances, length, order, total_variation
-from training.source import fold, network_from
 
 
 def hardware() -> str:

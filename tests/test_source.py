@@ -12,6 +12,7 @@ from torch import Tensor
 from neumeta.family import FAMILIES
 from neumeta.network import Network
 from training import data, source
+from training.folded import fold, network_from
 from training.imported import import_resnet_cifar
 
 FILES = {
@@ -54,7 +55,7 @@ def test_import_equals_the_published_network(file: str, n: int, data_root: Path)
         ].items()
     }
     net = import_resnet_cifar(path)
-    folded = source.network_from(source.fold(net), "resnet-cifar", net.depth)
+    folded = network_from(fold(net), "resnet-cifar", net.depth)
     images = data.load("cifar10", data_root)
     x = data.to_float(images.test_images[:64], images)
     with torch.no_grad():
@@ -76,7 +77,7 @@ def test_folding_changes_nothing(family: str) -> None:
         elif "bn" in name and value.dtype.is_floating_point:
             value.data.normal_()
     x = torch.randn(4, table.input_channels, table.input_size, table.input_size)
-    folded = source.network_from(source.fold(net), family, depth)
+    folded = network_from(fold(net), family, depth)
     with torch.no_grad():
         expected = net(x)
         scale = expected.abs().max().item()
