@@ -181,7 +181,7 @@ def common(names: Iterable[str]) -> dict[str, str]:
         # Only the norm of a shortcut of that name: in a bottleneck, bn3 is the branch's own.
         if norm := re.fullmatch(r"(.*\.|)bn3\.(\w+)", short):
             at = norm[1]
-            if f"{at}shortcut.weight" in everything and f"{at}conv3.weight" not in everything:
+            if f"{at}shortcut.weight" in everything:
                 short = f"{at}shortcut.norm.{norm[2]}"
         found[name] = short
     return found if len(set(found.values())) == len(found) else bare
