@@ -28,6 +28,7 @@ from neumeta.coordinates import coordinates, sites
 from neumeta.manifold import Manifold
 from neumeta.sample import sample, sample_site, seed_of
 from training import cli, data, fit, plots, recipe, source
+from training.folded import network_from
 
 
 def small_mlp(run: Path, root: Path | None) -> Manifold:
@@ -138,7 +139,7 @@ def accuracies(manifold: Manifold, asked: argparse.Namespace) -> list[dict[str, 
         row: dict[str, Any] = {"width": width}
         for samples in (1, 4, 8, 16, 50):
             weights = dict(sample(manifold, architecture, samples=samples))
-            net = source.network_from(weights, architecture.family, architecture.depth)
+            net = network_from(weights, architecture.family, architecture.depth)
             row[str(samples)] = round(
                 source.accuracy(net, loaded.test_images, loaded.test_labels, loaded), 2
             )

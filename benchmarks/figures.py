@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from training import cliques, order, plots, recipe, source
+from training.folded import fold
 
 TENSOR = "layer3.1.conv1.weight"
 
@@ -30,7 +31,7 @@ def permuted(run: Path, asked: recipe.Recipe) -> dict[str, torch.Tensor]:
     """One tensor of the run's source network under 'none' and under the recipe's strategy."""
     sizes = {**asked.space.table.full_sizes(asked.space.depth, 10), "image": 3}
     net = source.restore(run / "source.safetensors", asked.family, asked.space.depth, sizes)
-    folded = source.fold(net)
+    folded = fold(net)
     found = cliques.cliques(asked.space.table, asked.space.depth)
     orders = order.order(folded, found, asked.permutation, seed=asked.seed)
     after = order.apply(folded, found, orders)

@@ -21,6 +21,8 @@ import torch
 
 from neumeta.family import FAMILIES
 from training.cliques import cliques
+from training.folded import fold, network_from
+from training.imported import import_resnet_cifar
 from training.order import (
     EXACT,
     STRATEGIES,
@@ -31,7 +33,6 @@ from training.order import (
     prices,
     total_variation,
 )
-from training.source import fold, import_resnet_cifar, network_from
 
 
 def hardware(threads: int = 1) -> str:

@@ -28,6 +28,7 @@ from neumeta.inr import ResidualMLP
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
 from training import cli, data, fit, source
+from training.folded import network_from
 
 
 def on_the_wire(path: Path, root: Path | None, widths: list[float]) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def on_the_wire(path: Path, root: Path | None, widths: list[float]) -> list[dict
         row: dict[str, Any] = {"width": width}
         for name, (dtype, _, _) in wire.DTYPES.items():
             made = {key: value.to(dtype).float() for key, value in exact.items()}
-            net = source.network_from(made, architecture.family, architecture.depth)
+            net = network_from(made, architecture.family, architecture.depth)
             found = source.accuracy(net, loaded.test_images, loaded.test_labels, loaded)
             row[name] = {"accuracy": round(found, 2), "error": distance(made, exact)}
         rows.append(row)
@@ -95,7 +96,7 @@ def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
     morphing = [name for name in made["float32"] if name not in manifold.frozen]
     found: dict[str, Any] = {}
     for name, weights in made.items():
-        sampled = source.network_from(weights, full.family, full.depth)
+        sampled = network_from(weights, full.family, full.depth)
         accuracy = source.accuracy(sampled, loaded.test_images, loaded.test_labels, loaded)
         ours, exact = ({key: each[key] for key in morphing} for each in (weights, made["float32"]))
         found[name] = {"accuracy": round(accuracy, 2), "error": distance(ours, exact)}

@@ -33,6 +33,7 @@ from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import sample
 from training import cli, cliques, data, fit, order, plots, recipe, source, statistics
+from training.folded import fold, network_from, reorder
 
 WIDTHS = (1.0, 0.75, 0.6, 0.5, 0.35, 0.25)
 CALIBRATION = 2000
@@ -136,10 +137,10 @@ def individual(bench: Bench, architecture: Architecture, *, distilled: bool) -> 
 @cache
 def smoothed(bench: Bench) -> dict[str, Tensor]:
     """The source's tensors with batch norm kept, channels in the recipe's order."""
-    folded = source.fold(bench.source)
+    folded = fold(bench.source)
     found = cliques.cliques(bench.space.table, bench.space.depth)
     orders = order.order(folded, found, bench.asked.permutation, seed=bench.asked.seed)
-    return source.reorder(bench.source, orders)
+    return reorder(bench.source, orders)
 
 
 def interpolated(bench: Bench, architecture: Architecture, *, mode: str) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def interpolated(bench: Bench, architecture: Architecture, *, mode: str) -> dict
 
 def pruned(bench: Bench, architecture: Architecture) -> dict[str, Any]:
     """The source without its channels of least L1 norm, over every tensor side that has the axis."""
-    folded = source.fold(bench.source)
+    folded = fold(bench.source)
     found = cliques.cliques(bench.space.table, bench.space.depth)
     sizes, keep = bench.space.sizes(architecture), {}
     for axis, sides in found.items():
@@ -176,7 +177,7 @@ def pruned(bench: Bench, architecture: Architecture) -> dict[str, Any]:
         ).sum(0)
         keep[axis] = norm.topk(sizes[axis]).indices.sort().values
     net = Network(bench.space.family, architecture.depth, sizes, norm=True)
-    net.load_state_dict(source.reorder(bench.source, keep))
+    net.load_state_dict(reorder(bench.source, keep))
     return {"accuracy": bench.calibrated(net), "passes": 0}
 
 
@@ -202,9 +203,7 @@ def trained(bench: Bench, architecture: Architecture, *, name: str) -> dict[str,
         accuracy = bench.calibrated(statistics.network(manifold, architecture))
     else:
         weights = dict(sample(manifold, architecture))
-        accuracy = bench.accuracy(
-            source.network_from(weights, architecture.family, architecture.depth)
-        )
+        accuracy = bench.accuracy(network_from(weights, architecture.family, architecture.depth))
     return {"accuracy": accuracy, "passes": passes}
 
 
@@ -229,7 +228,7 @@ def sampled(
 ) -> dict[str, Any]:
     """What a device receives from the manifold's file."""
     weights = dict(sample(manifold, architecture))
-    net = source.network_from(weights, architecture.family, architecture.depth)
+    net = network_from(weights, architecture.family, architecture.depth)
     about = dict(manifold.about["recipe"])
     for key in ("width", "blocks"):
         about[key] = tuple(about[key]) if about[key] else None

@@ -14,7 +14,7 @@ from neumeta.network import Network
 from training import order as channels
 from training.cliques import Side, cliques
 from training.order import STRATEGIES, order, total_variation, tv_in, tv_out
-from training.source import network_from
+from training.folded import network_from
 
 SEEDS = st.integers(0, 2**32 - 1)
 CIFAR, DEPTH = FAMILIES["resnet-cifar"], (3, 3, 3)

@@ -22,6 +22,8 @@ from neumeta import checkpoint
 from neumeta.manifold import Manifold, representation
 from neumeta.network import Network
 from training import cliques, data, evaluate, fit, order, plots, recipe, source, statistics
+from training.folded import fold, network_from, reorder
+from training.imported import import_resnet_cifar
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +146,7 @@ def trained_source(
                 f"source checkpoint {path} is not there: it is published at"
                 " https://github.com/akamaster/pytorch_resnet_cifar10; see --checkpoints"
             )
-        net = source.import_resnet_cifar(path)
+        net = import_resnet_cifar(path, asked.space.depth, len(loaded.classes))
     if asked.source != "import":
         source.train(
             net,
@@ -166,17 +168,17 @@ def prepare(
 ) -> tuple[Manifold, dict[str, Tensor], Network]:
     """The untrained manifold, its targets (smoothed source tensors) and the smoothed network."""
     space = asked.space
-    folded = source.fold(net)
+    folded = fold(net)
     found = cliques.cliques(space.table, space.depth)
     axes = [axis for axis in found if space.morphs(axis)]
     orders = order.order(folded, found, asked.permutation, seed=asked.seed, axes=axes)
     # Frozen axes keep their order, so that the source's own prefix stays what it was.
     smooth = order.apply(folded, found, orders)
-    smoothed = source.network_from(smooth, asked.family, space.depth)
+    smoothed = network_from(smooth, asked.family, space.depth)
     torch.manual_seed(asked.seed)
     model = representation(asked.representation, space, asked.options, norm=asked.norm)
     frozen, targets = {}, {}
-    raw = source.reorder(net, orders) if asked.norm else {}
+    raw = reorder(net, orders) if asked.norm else {}
     for layer in space.table.layers(space.depth):
         if not space.morphing(layer):
             for kind in ("weight", "bias"):

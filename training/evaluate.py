@@ -12,8 +12,9 @@ from neumeta.architecture import Architecture
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
 from training.data import Dataset
+from training.folded import network_from
 from training.recipe import Recipe
-from training.source import accuracy, network_from
+from training.source import accuracy
 
 
 def evaluate_one(

@@ -1,6 +1,6 @@
-"""The source network: imported from a public checkpoint, fine-tuned or trained, and folded.
+"""The source network: fine-tuned or trained, scored, and kept.
 
-Knows nothing of permutation or INRs: it ends with a plain network whose batch norm is folded.
+Knows nothing of permutation or INRs, nor where the network is from.
 """
 
 from __future__ import annotations
@@ -18,80 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neumeta.family import FAMILIES
 from neumeta.network import Network
 from training.data import Dataset, augment, to_float
-
-BN_EPS = 1e-5
-
-
-def import_resnet_cifar(path: Path) -> Network:
-    """A public `.th` CIFAR ResNet (akamaster/pytorch_resnet_cifar10) as a `norm=True` Network.
-
-    Its parameter-free shortcuts (stride-2 subsampling, channels zero-padded by a quarter on each
-    side; He et al. 2016, option A) become the equivalent 1x1 convolutions with identity batch norm.
-
-    Raises ValueError if the file does not hold such a network.
-    """
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(held, dict) or "state_dict" not in held:
-        raise ValueError(f"{path}: no 'state_dict' in this checkpoint")
-    state = {name.removeprefix("module."): value for name, value in held["state_dict"].items()}
-    blocks = {int(name.split(".")[1]) for name in state if name.startswith("layer1.")}
-    if "linear.weight" not in state or not blocks:
-        raise ValueError(f"{path}: not a CIFAR ResNet (no layer1 or linear)")
-    depth = (len(blocks),) * 3
-    family = FAMILIES["resnet-cifar"]
-    classes = state["linear.weight"].shape[0]
-    net = Network(family.name, depth, family.full_sizes(depth, classes), norm=True)
-    for stage, (before, after) in enumerate(zip(family.stages, family.stages[1:], strict=False), 2):
-        shortcut = torch.zeros(after, before, 1, 1)
-        pad = (after - before) // 2
-        shortcut[torch.arange(before) + pad, torch.arange(before)] = 1
-        state[f"layer{stage}.0.shortcut.weight"] = shortcut
-        identity = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - BN_EPS}
-        for kind, value in identity.items():
-            state[f"layer{stage}.0.bn3.{kind}"] = torch.full((after,), value)
-        state[f"layer{stage}.0.bn3.num_batches_tracked"] = torch.tensor(0)
-    net.load_state_dict(state)
-    return net.eval()
-
-
-def fold(net: Network) -> dict[str, Tensor]:
-    """The tensors of `net` with batch norm folded into its convolutions; computed in float64."""
-    state, folded = net.state_dict(), {}
-    for layer in FAMILIES[net.family].layers(net.depth):
-        weight = state[f"{layer.name}.weight"].double()
-        if net.norm and layer.norm is not None:
-            gamma, beta, mean, var = (
-                state[f"{layer.norm}.{kind}"].double()
-                for kind in ("weight", "bias", "running_mean", "running_var")
-            )
-            scale = gamma / torch.sqrt(var + BN_EPS)
-            weight, bias = weight * scale[:, None, None, None], beta - mean * scale
-        else:
-            bias = state[f"{layer.name}.bias"].double()
-        folded[f"{layer.name}.weight"] = weight.float().contiguous()
-        folded[f"{layer.name}.bias"] = bias.float().contiguous()
-    return folded
-
-
-def sizes_of(weights: Mapping[str, Tensor], family: str, depth: tuple[int, ...]) -> dict[str, int]:
-    """The size of every axis, read off a network's own tensors."""
-    sizes: dict[str, int] = {}
-    for layer in FAMILIES[family].layers(depth):
-        weight = weights[f"{layer.name}.weight"]
-        sizes[layer.output_axis], sizes[layer.input_axis] = weight.shape[0], weight.shape[1]
-    return sizes
-
-
-def network_from(weights: dict[str, Tensor], family: str, depth: tuple[int, ...]) -> Network:
-    """A folded Network that holds these tensors (not copies)."""
-    with torch.device("meta"):
-        net = Network(family, depth, sizes_of(weights, family, depth))
-    net.load_state_dict(weights, assign=True)
-    net.mean, net.std = torch.zeros(1), torch.ones(1)
-    return net.eval()
 
 
 @torch.no_grad()
@@ -220,21 +148,3 @@ def restore(path: Path, family: str, depth: tuple[int, ...], sizes: Mapping[str,
     net = Network(family, depth, sizes, norm=True)
     net.load_state_dict(load_file(path))
     return net.eval()
-
-
-def reorder(net: Network, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `net`, batch norm kept, with the channels of each axis in the given order."""
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    for layer in FAMILIES[net.family].layers(net.depth):
-        vectors = [f"{layer.name}.bias"]
-        if net.norm and layer.norm:
-            vectors = [
-                f"{layer.norm}.{k}" for k in ("weight", "bias", "running_mean", "running_var")
-            ]
-        name = f"{layer.name}.weight"
-        if layer.output_axis in orders:
-            for each in (name, *vectors):
-                state[each] = state[each][orders[layer.output_axis]]
-        if layer.input_axis in orders:
-            state[name] = state[name][:, orders[layer.input_axis]]
-    return state
