@@ -13,8 +13,8 @@ from neumeta.family import FAMILIES
 from neumeta.network import Network
 from training import order as channels
 from training.cliques import Side, cliques
-from training.order import STRATEGIES, order, total_variation, tv_in, tv_out
 from training.folded import network_from
+from training.order import STRATEGIES, order, total_variation, tv_in, tv_out
 
 SEEDS = st.integers(0, 2**32 - 1)
 CIFAR, DEPTH = FAMILIES["resnet-cifar"], (3, 3, 3)

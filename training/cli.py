@@ -22,6 +22,7 @@ from neumeta import checkpoint
 from neumeta.manifold import Manifold, representation
 from neumeta.network import Network
 from training import cliques, data, evaluate, fit, order, plots, recipe, source, statistics
+from training.divergence import check_tensors
 from training.folded import fold, network_from, reorder
 from training.imported import import_resnet_cifar
 
@@ -167,6 +168,7 @@ def prepare(
     asked: recipe.Recipe, loaded: data.Dataset, net: Network
 ) -> tuple[Manifold, dict[str, Tensor], Network]:
     """The untrained manifold, its targets (smoothed source tensors) and the smoothed network."""
+    check_tensors("source", net.state_dict())
     space = asked.space
     folded = fold(net)
     found = cliques.cliques(space.table, space.depth)

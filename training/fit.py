@@ -25,7 +25,9 @@ from neumeta.manifold import Manifold, roles
 from neumeta.network import Network
 from neumeta.sample import seed_of
 from training.data import Dataset, augment, to_float
+from training.divergence import check_step, check_tensors, gradient_norm
 from training.forward import logits, parameters_of, skeleton
+from training.layout import SoundConvolutions
 from training.recipe import Recipe
 from training.source import one_cycle, save_atomically, task_loss
 
@@ -77,7 +79,7 @@ def initialise(
     """Regress the representation on the smoothed weights, before any image is seen.
 
     A grid takes the values as they are. Returns the relative error: the mean over tensors of
-    ||w - target||^2 / ||target||^2.
+    ||w - target||^2 / ||target||^2. Raises Diverged.
     """
     space, model = manifold.space, manifold.representation
     if isinstance(model, Grid):
@@ -96,12 +98,15 @@ def initialise(
     bar = tqdm(range(recipe.regression_steps), desc="regression", mininterval=2)
     for step in bar:
         for group in optimiser.param_groups:
-            group["lr"] = recipe.regression_lr * one_cycle(step, recipe.regression_steps, 0.05)
+            rate = recipe.regression_lr * one_cycle(step, recipe.regression_steps, 0.05)
+            group["lr"] = rate
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"regression/{step}"))
         made = generated(manifold, space.full, 0.0 if step % 2 else recipe.noise, generator)
         loss = reconstruction(made, targets)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        where = f"regression step {step + 1} of {recipe.regression_steps}"
+        check_step(where, rate, loss, gradient_norm(model.parameters()), "a lower regression_lr")
         optimiser.step()
         error = loss.item()
         if step % 20 == 0:
@@ -213,6 +218,7 @@ def frozen_features(
     return tuple(views)
 
 
+@SoundConvolutions()
 def fit(
     manifold: Manifold,
     targets: Targets,
@@ -230,7 +236,11 @@ def fit(
     State goes to `run/fit.pt` every `save_every` steps and at the end of the time allowed. Returns
     whether all steps were done. With several processes (torch.distributed initialised) each takes
     its share of every batch and gradients are averaged.
+
+    Raises Diverged, with the last good state left on disk, at the first loss, gradient or weight
+    that is not finite, and before the first step if the source has such a weight.
     """
+    check_tensors("source", {**source.state_dict(), **targets})
     model, space, device = manifold.representation, manifold.space, manifold.device
     source = source.to(device)
     targets = {name: target.to(device) for name, target in targets.items()}
@@ -248,6 +258,7 @@ def fit(
 
     if resume and state.exists():
         kept = torch.load(state, weights_only=True, map_location=device)
+        check_tensors(str(state), {**kept["model"], **kept["average"]})
         model.load_state_dict(kept["model"])
         optimiser.load_state_dict(kept["optimiser"])
         average, start = kept["average"], kept["step"]
@@ -263,6 +274,7 @@ def fit(
     began = time.monotonic()
 
     def save(step: int) -> None:
+        check_tensors(f"fit, after step {step} of {steps}", model.state_dict())
         if rank == 0:
             save_atomically(
                 {
@@ -303,7 +315,7 @@ def fit(
         if recipe.distill == "source":
             with torch.no_grad():
                 teacher = source(x, first)
-        total = 0.0
+        total = torch.zeros((), device=device)
         for architecture in choose(recipe, space, generator):
             if architecture.key not in nets:
                 nets[architecture.key] = skeleton(manifold, architecture)
@@ -315,7 +327,7 @@ def fit(
                 architecture.channels == space.full.channels and architecture.depth == space.depth
             )
             loss = task_loss(predicted, labels, teacher, recipe.distill_weight)
-            task = loss.item()
+            total += loss.detach()
             if is_full:
                 loss = recipe.full_weight * loss
             if recipe.reconstruction and is_full:
@@ -324,17 +336,16 @@ def fit(
                 norms = [value.norm() for value in made.values() if value.requires_grad]
                 loss = loss + recipe.regularisation * torch.stack(norms).sum()
             loss.backward()  # type: ignore[no-untyped-call]
-            total += task
             if recipe.distill == "inplace" and teacher is None:
                 teacher = predicted.detach()
-        _finish(model, optimiser, recipe, world)
+        _finish(model, optimiser, recipe, world, total, f"fit, step {step + 1} of {steps}", rate)
         decay = min(recipe.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 average[name].lerp_(value, 1 - decay)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{total:.3f}")
-            log("fit/task_loss", total, step)
+            log("fit/task_loss", float(total), step)
             log("fit/learning_rate", rate, step)
             log("fit/seconds_per_step", (time.monotonic() - began) / (step - start + 1), step)
         if (step + 1) % save_every == 0:
@@ -367,13 +378,25 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, recipe.lr)
 
 
-def _finish(model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, world: int) -> None:
-    """Average gradients over processes, clip them by value and step."""
+def _finish(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    recipe: Recipe,
+    world: int,
+    loss: Tensor,
+    where: str,
+    rate: float,
+) -> None:
+    """Average gradients over processes, clip them by value and step; raises Diverged instead."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if world > 1:
         for gradient in gradients:
             dist.all_reduce(gradient)
             gradient /= world
+        loss = loss.clone()
+        dist.all_reduce(loss)  # so that all processes stop, or none
+    attempt = "a lower lr, a longer warm-up (warm) or a tighter clip"
+    check_step(where, rate, loss, gradient_norm(model.parameters()), attempt)
     if recipe.clip:
         nn.utils.clip_grad_value_(model.parameters(), recipe.clip)
     optimiser.step()

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from neumeta.network import Network
 from training.data import Dataset, augment, to_float
+from training.divergence import check_step, check_tensors, gradient_norm
+from training.layout import SoundConvolutions
 
 
 @torch.no_grad()
@@ -59,6 +61,7 @@ def task_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: fl
     return (1 - weight) * hard + weight * soft
 
 
+@SoundConvolutions()
 def train(
     net: Network,
     data: Dataset,
@@ -77,7 +80,11 @@ def train(
 
     `state` is written after each epoch; a run started again with it goes on after the last whole
     epoch to the same result as an uninterrupted one. `teacher` distils (see `task_loss`).
+
+    Raises Diverged, with the last good state left on disk, at the first loss, gradient or weight
+    that is not finite, and before the first step if `net` comes with such a weight.
     """
+    check_tensors(label, net.state_dict())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -87,15 +94,13 @@ def train(
     start, count = 0, len(data.train_labels)
     if state and state.exists():
         kept = torch.load(state, weights_only=True, map_location=device)
+        check_tensors(str(state), kept["net"])
         net.load_state_dict(kept["net"])
         optimiser.load_state_dict(kept["optimiser"])
         generator.set_state(kept["generator"].cpu())
         start = kept["epoch"]
-    # Channels-last convolutions are faster on CPUs, but with channel counts that are no multiple of
-    # 8 their backward pass has corrupted memory (torch 2.13, oneDNN): the plain layout for those.
-    even = all(conv.out_channels % 8 == 0 for conv in net.modules() if isinstance(conv, nn.Conv2d))
-    layout = torch.channels_last if even else torch.contiguous_format
-    net.to(memory_format=layout)  # type: ignore[call-overload]
+    # Channels-last convolutions are faster on CPUs.
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     per_epoch = count // batch
     for epoch in range(start, epochs):
         net.train()
@@ -108,16 +113,20 @@ def train(
             factor = one_cycle(epoch * per_epoch + i, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
-            x = x.contiguous(memory_format=layout)
+            x = x.contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
                 soft = teacher(x) if teacher else None
             loss = task_loss(net(x), data.train_labels[rows].to(device), soft, teacher_weight)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            where = f"{label}, step {epoch * per_epoch + i + 1} of {epochs * per_epoch}"
+            norm = gradient_norm(net.parameters())
+            check_step(where, lr * factor, loss, norm, "a lower source_lr")
             optimiser.step()
             if i % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
         net.eval()
+        check_tensors(f"{label}, after epoch {epoch + 1} of {epochs}", net.state_dict())
         score = accuracy(net, data.test_images, data.test_labels, data)
         tqdm.write(
             f"{label} epoch {epoch + 1}/{epochs}: test {score:.2f} %  {time.monotonic() - began:.0f} s"
