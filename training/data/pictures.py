@@ -128,7 +128,8 @@ def labelled(tree: Tree, options: Options) -> tuple[list[list[tuple[str, int]]],
             elif "/" in name:
                 others.append(name)
         if others:
-            notes += (f"{inside.at(others[0])}: no image, left out, as {len(others) - 1} more are",)
+            more = f" (and {len(others) - 1} more)" if others[1:] else ""
+            notes += (f"{inside.at(others[0])}: left out, it is no image{more}",)
     train, test = (found[split] for split in both)
     for name, rows in train.items():
         if not rows:
