@@ -46,7 +46,8 @@ def kept(source: Path, options: str, stamp: str, make: Callable[[], Decoded]) ->
 
 def _read(path: Path) -> Decoded | None:
     try:
-        with np.load(path) as held:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as file, np.load(file) as held:
             arrays = [held[name] for name in ARRAYS]
             words = [tuple(held[name].tolist()) for name in WORDS]
     except FileNotFoundError:

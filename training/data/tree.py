@@ -109,7 +109,9 @@ def open_tree(where: Path) -> tuple[Tree, str]:
                 inside = [entry for entry in entries if not junk(entry.name)]
         for entry in inside:
             inner = [*parts, entry.name]
-            if entry.is_dir():
+            with refused(entry.path):
+                is_folder = entry.is_dir()
+            if is_folder:
                 folders.add("/".join(inner))
                 walk(entry.path, inner, above | {identity})
                 continue

@@ -117,6 +117,8 @@ def load(
     """The stream of a user's function that returns (train, test), two torch Datasets."""
     try:
         both = function(name)()
+        if not isinstance(both, (tuple, list)) or len(both) != 2:
+            raise TypeError(f"it returned {type(both).__name__}")
         sets = [UserItems(held, name, mean is not None and std is not None) for held in both]
         train, test = sets
         counts = [len(train), len(test)]
