@@ -86,7 +86,7 @@ def test_a_batch_without_any_labelled_pixel_moves_nothing() -> None:
     outputs = torch.randn(2, 3, 4, 4, requires_grad=True)
     loss = Segmentation().loss(outputs, torch.full((2, 4, 4), NO_LABEL))
     loss.backward()  # type: ignore[no-untyped-call]
-    assert float(loss) == 0 and outputs.grad is not None and not outputs.grad.any()
+    assert loss.item() == 0 and outputs.grad is not None and not outputs.grad.any()
 
 
 def test_mean_iou_leaves_out_classes_that_do_not_occur_but_counts_what_was_wrongly_said() -> None:
