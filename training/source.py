@@ -6,20 +6,21 @@ Knows nothing of permutation or INRs: it ends with a plain network whose batch n
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from neumeta import atomic
 from neumeta.family import FAMILIES
 from neumeta.network import Network
+from training import state as states
 from training.data import Dataset, augment, to_float
 
 BN_EPS = 1e-5
@@ -96,12 +97,16 @@ def network_from(weights: dict[str, Tensor], family: str, depth: tuple[int, ...]
 
 @torch.no_grad()
 def accuracy(net: torch.nn.Module, images: Tensor, labels: Tensor, data: Dataset) -> float:
-    """Percent of uint8 `images` whose class `net` gets right."""
+    """Percent of uint8 `images` whose class `net` gets right. Raises ValueError if an output is not
+    finite: then no class is."""
     right = 0
     device = next(net.parameters()).device
     for at in range(0, len(images), 500):
         x = to_float(images[at : at + 500], data).to(device)
-        right += int((net(x).argmax(1).cpu() == labels[at : at + 500]).sum())
+        scores = net(x)
+        if not bool(scores.isfinite().all()):
+            raise ValueError("the network's outputs are not finite numbers")
+        right += int((scores.argmax(1).cpu() == labels[at : at + 500]).sum())
     return 100 * right / len(images)
 
 
@@ -111,13 +116,6 @@ def one_cycle(step: int, steps: int, warm: float = 0.2) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def save_atomically(value: Any, path: Path) -> None:
-    """torch.save to a temporary name in the same folder, then rename: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(value, temporary)
-    temporary.replace(path)
 
 
 def task_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: float) -> Tensor:
@@ -158,11 +156,11 @@ def train(
     )
     start, count = 0, len(data.train_labels)
     if state and state.exists():
-        kept = torch.load(state, weights_only=True, map_location=device)
-        net.load_state_dict(kept["net"])
-        optimiser.load_state_dict(kept["optimiser"])
-        generator.set_state(kept["generator"].cpu())
-        start = kept["epoch"]
+        with states.loaded(state, device) as kept:
+            net.load_state_dict(kept["net"])
+            optimiser.load_state_dict(kept["optimiser"])
+            generator.set_state(kept["generator"].cpu())
+            start = kept["epoch"]
     # Channels-last convolutions are faster on CPUs, but with channel counts that are no multiple of
     # 8 their backward pass has corrupted memory (torch 2.13, oneDNN): the plain layout for those.
     even = all(conv.out_channels % 8 == 0 for conv in net.modules() if isinstance(conv, nn.Conv2d))
@@ -195,7 +193,7 @@ def train(
             f"{label} epoch {epoch + 1}/{epochs}: test {score:.2f} %  {time.monotonic() - began:.0f} s"
         )
         if state:
-            save_atomically(
+            states.save(
                 {
                     "net": net.state_dict(),
                     "optimiser": optimiser.state_dict(),
@@ -209,16 +207,15 @@ def train(
 
 def save(net: Network, path: Path) -> None:
     """Write the trained network (with batch norm) as safetensors, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {name: value.contiguous() for name, value in net.state_dict().items()}
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    atomic.write(path, serialised(tensors))
 
 
 def restore(path: Path, family: str, depth: tuple[int, ...], sizes: Mapping[str, int]) -> Network:
-    """The network (with batch norm) that `save` wrote."""
+    """The network (with batch norm) that `save` wrote. Raises BadState if the file is damaged."""
     net = Network(family, depth, sizes, norm=True)
-    net.load_state_dict(load_file(path))
+    with states.reading(path):
+        net.load_state_dict(load_file(path))
     return net.eval()
 
 
