@@ -65,7 +65,7 @@ def test_the_table_gives_the_module_shapes_parameters_and_macs(family: str) -> N
             net(torch.zeros(1, table.input_channels, table.input_size, table.input_size))
         finally:
             torch.nn.functional.conv2d = real
-        assert macs(table.layers(depth), sizes, table.input_size) == done
+        assert macs(table, depth, sizes, (table.input_size,) * 2) == done
 
 
 @given(st.integers(0, 2**32), st.floats(0, 0.5), st.floats(0.25, 1.0))

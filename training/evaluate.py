@@ -39,17 +39,17 @@ def evaluate(
     """The evaluation table: every width, or every depth, that the recipe lists; where it lists
     both, the widths at the source's depth and even depths at full width."""
     wanted: list[tuple[float, list[int] | None]]
-    if recipe.evaluate_blocks:
-        least, most = recipe.evaluate_blocks
+    if recipe.evaluate.blocks:
+        least, most = recipe.evaluate.blocks
         stages = len(manifold.space.depth)
-        if len(recipe.evaluate_widths) > 1:
-            wanted = [(width, None) for width in recipe.evaluate_widths]
-            wanted += [(recipe.width[1], [n] * stages) for n in range(least, most + 1)]
+        if len(recipe.evaluate.widths) > 1:
+            wanted = [(width, None) for width in recipe.evaluate.widths]
+            wanted += [(recipe.fit.width[1], [n] * stages) for n in range(least, most + 1)]
         else:
             depths = itertools.product(range(least, most + 1), repeat=stages)
-            wanted = [(recipe.width[1], list(depth)) for depth in depths]
+            wanted = [(recipe.fit.width[1], list(depth)) for depth in depths]
     else:
-        wanted = [(width, None) for width in recipe.evaluate_widths]
+        wanted = [(width, None) for width in recipe.evaluate.widths]
     found: dict[Architecture, float] = {}
     for width, depth in wanted:
         # Full size at the source's depth may be in both lists, and is one row.

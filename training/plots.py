@@ -19,10 +19,10 @@ plt.rcParams["svg.hashsalt"] = "neumeta"  # equal results give equal files
 
 def evaluation(rows: list[dict[str, Any]], recipe: Recipe, source: float, path: Path) -> None:
     """Accuracy over width, or a heatmap over depth, whichever the recipe evaluates."""
-    if recipe.evaluate_blocks and len(rows[0]["depth"]) == 2:
+    if recipe.evaluate.blocks and len(rows[0]["depth"]) == 2:
         depth_heatmap(rows, recipe, path)
     else:
-        depth = list(recipe.space.depth)
+        depth = list(recipe.depth)
         width_curve(
             {"manifold": [row for row in rows if row["depth"] == depth]}, recipe, source, path
         )
@@ -37,7 +37,7 @@ def width_curve(
         points = sorted((row["width"], row["accuracy"]) for row in rows)
         axes.plot(*zip(*points, strict=True), "o-", label=label)
     axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f} %")
-    axes.axvspan(*recipe.width, color="tab:green", alpha=0.08, label="trained widths")
+    axes.axvspan(*recipe.fit.width, color="tab:green", alpha=0.08, label="trained widths")
     axes.set(xlabel="width", ylabel="test accuracy (%)", title=recipe.title)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
@@ -49,8 +49,8 @@ def depth_curve(curves: dict[str, list[dict[str, Any]]], recipe: Recipe, path: P
     for label, rows in curves.items():
         points = sorted((row["depth"][0], row["accuracy"]) for row in rows)
         axes.plot(*zip(*points, strict=True), "o-", label=label)
-    if recipe.blocks:
-        axes.axvspan(*recipe.blocks, color="tab:green", alpha=0.08, label="trained depths")
+    if recipe.fit.blocks:
+        axes.axvspan(*recipe.fit.blocks, color="tab:green", alpha=0.08, label="trained depths")
     axes.set(xlabel="blocks per stage", ylabel="test accuracy (%)", title=recipe.title)
     axes.legend()
     _save(figure, path)
@@ -75,8 +75,8 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
             fontsize=8,
             color="white" if value < 90 else "black",
         )
-    if recipe.blocks:
-        low, high = recipe.blocks
+    if recipe.fit.blocks:
+        low, high = recipe.fit.blocks
         side = high - low + 1
         axes.add_patch(
             Rectangle(
