@@ -19,9 +19,21 @@ from training.source import accuracy, network_from
 def evaluate_one(
     manifold: Manifold, architecture: Architecture, data: Dataset, *, samples: int | None = None
 ) -> dict[str, Any]:
-    """One row of the table: the architecture, its cost, and its accuracy on the test images."""
+    """One row of the table: the architecture, its cost, and its accuracy on the test images.
+
+    Raises ValueError, naming the architecture, if a weight or an output is not a finite number.
+    """
     weights = dict(sample(manifold, architecture, samples=samples))
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{architecture.key}: sampled weights of {name} are not finite numbers"
+            )
     net = network_from(weights, architecture.family, architecture.depth)
+    try:
+        score = accuracy(net, data.test_images, data.test_labels, data)
+    except ValueError as error:
+        raise ValueError(f"{architecture.key}: {error}") from None
     plan = wire.plan(manifold.space, architecture, "float32", manifold.normalisation)
     return {
         "channels": list(architecture.channels),
@@ -29,7 +41,7 @@ def evaluate_one(
         "extrapolated": architecture.extrapolated,
         **manifold.space.cost(architecture),
         "bytes": plan.length,
-        "accuracy": round(accuracy(net, data.test_images, data.test_labels, data), 2),
+        "accuracy": round(score, 2),
     }
 
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
+from neumeta import atomic
 from training.recipe import Recipe
 
 plt.rcParams["svg.hashsalt"] = "neumeta"  # equal results give equal files
@@ -137,12 +138,9 @@ def kernels(shown: dict[str, Any], name: str, path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(
-        temporary,
-        format=path.suffix[1:],
-        bbox_inches="tight",
-        metadata={"Date": None} if path.suffix == ".svg" else None,
-    )
-    temporary.replace(path)
-    plt.close(figure)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    try:
+        with atomic.writing(path) as file:
+            figure.savefig(file, format=path.suffix[1:], bbox_inches="tight", metadata=metadata)
+    finally:
+        plt.close(figure)
