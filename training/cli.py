@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one recipe; returns the exit code: 0 done, 2 bad input or no room for the result, 3 stopped
     by --max-minutes, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    threading.excepthook = _in_a_thread
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -34,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         told = f"stopped after {arguments.max_minutes:g} minutes; --resume goes on"
         return _say(told, STOPPED)
     except OSError as error:
-        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _say(named, BAD_INPUT)
+        told = f"{error.filename or 'a file of this run'}: {error.strerror}"
+        return _say(told if error.strerror else str(error), BAD_INPUT)
     except ValueError as error:
         return _say(str(error), BAD_INPUT)
     finally:
@@ -80,6 +82,12 @@ def _say(message: str, code: int) -> int:
     print("".join(f"neumeta-train: {line}\n" for line in message.splitlines()),
           end="", file=sys.stderr, flush=True)  # fmt: skip
     return code
+
+
+def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
+    # TensorBoard's writer raises a full disk's error again in the main thread, which tells it.
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def _run(arguments: argparse.Namespace) -> int:
