@@ -1,4 +1,4 @@
-"""A recipe is right as a whole, or every problem is a line with file, key, value and what is allowed."""
+"""A recipe is right as a whole, or each problem is a line: file, key, value, what is allowed."""
 
 from __future__ import annotations
 
