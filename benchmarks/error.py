@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,26 +26,21 @@ from neumeta.architecture import Architecture
 from neumeta.coordinates import coordinates, sites
 from neumeta.manifold import Manifold
 from neumeta.sample import sample, sample_site, seed_of
-from training import cli, data, fit, plots, recipe, source
+from training import data, fit, pipeline, plots, recipe, source
 from training.folded import network_from
 
 
 def small_mlp(run: Path, root: Path | None) -> Manifold:
     """The residual MLP trained on the digits: regression, then Algorithm 2."""
-    asked = replace(
-        recipe.load("tiny"),
+    options = {"layers": 5, "hidden": 64, "num_freq": 6}
+    asked = recipe.load("tiny").changed(
         name="tiny-mlp",
-        representation="mlp",
-        options={"layers": 5, "hidden": 64, "num_freq": 6},
-        noise=0.5,
-        regression_steps=1500,
-        optimiser="adamw",
-        lr=5e-4,
-        reconstruction=1.0,
+        representation={"kind": "mlp", "options": options, "noise": 0.5},
+        fit={"regression_steps": 1500, "optimiser": "adamw", "lr": 5e-4, "reconstruction": 1.0},
     )
-    loaded = data.load(asked.data, root)
-    net = cli.trained_source(asked, loaded, Path(), run)
-    manifold, targets, smoothed = cli.prepare(asked, loaded, net)
+    loaded = data.load(asked.data.name, root)
+    net = pipeline.trained_source(asked, loaded, Path(), run)
+    manifold, targets, smoothed = pipeline.prepare(asked, loaded, net)
     fit.fit(manifold, targets, smoothed, loaded, asked, run, resume=True)
     return manifold
 

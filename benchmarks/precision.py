@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from neumeta.coordinates import coordinates, sites
 from neumeta.inr import ResidualMLP
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
-from training import cli, data, fit, source
+from training import data, fit, pipeline, source
 from training.folded import network_from
 
 
@@ -81,11 +80,11 @@ def imitated(manifold: Manifold) -> dict[str, Tensor]:
 
 def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
     """Error and accuracy of the network that an MLP makes, by the precision of its products."""
-    asked = replace(variants()["MLP, no noise"], regression_steps=steps)
-    loaded = data.load(asked.data, root)
+    asked = variants()["MLP, no noise"].changed(fit={"regression_steps": steps})
+    loaded = data.load(asked.data.name, root)
     run.mkdir(parents=True, exist_ok=True)
-    net = cli.trained_source(asked, loaded, Path(), run)
-    manifold, targets, _ = cli.prepare(asked, loaded, net)
+    net = pipeline.trained_source(asked, loaded, Path(), run)
+    manifold, targets, _ = pipeline.prepare(asked, loaded, net)
     fit.initialise(manifold, targets, asked, lambda name, value, step: None)
     full, made = manifold.space.full, {}
     made["float32"] = dict(sample(manifold, full, samples=1))

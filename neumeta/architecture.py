@@ -48,7 +48,8 @@ class Space:
 
     `morph` are patterns over axis names (`*`: the whole network); every other axis keeps its full
     size. `width` is the trained range of width factors; `blocks` the trained range of blocks per
-    stage, None where depth does not morph.
+    stage, None where depth does not morph. `image` is the height and width in pixels of the images it
+    was trained on, which cost is counted at; None: the family's own.
     """
 
     family: str
@@ -57,6 +58,7 @@ class Space:
     morph: tuple[str, ...]
     width: tuple[float, float]
     blocks: tuple[int, int] | None = None
+    image: tuple[int, int] | None = None
 
     @property
     def table(self) -> Family:
@@ -121,11 +123,12 @@ class Space:
         return depth_morphs or self.morphs(layer.output_axis) or self.morphs(layer.input_axis)
 
     def cost(self, architecture: Architecture) -> dict[str, int]:
-        """Parameters and multiply-accumulates (one image) of the folded network."""
-        sizes = self.sizes(architecture)
+        """Parameters and multiply-accumulates (one image of the data's own size) of the folded
+        network."""
+        sizes, side = self.sizes(architecture), self.table.input_size
         return {
             "parameters": parameters(self.table.tensors(architecture.depth), sizes),
-            "macs": macs(self.table.layers(architecture.depth), sizes, self.table.input_size),
+            "macs": macs(self.table, architecture.depth, sizes, self.image or (side, side)),
         }
 
     def scaled(self, depth: Sequence[int] | None = None) -> tuple[Architecture, ...]:

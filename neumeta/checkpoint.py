@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from neumeta import atomic
 from neumeta.architecture import Space
 from neumeta.family import FAMILIES
 from neumeta.manifold import Manifold, representation
@@ -53,9 +54,30 @@ def _tensors(manifold: Manifold) -> dict[str, Tensor]:
     }
 
 
-def encode(manifold: Manifold) -> bytes:
-    """The file's bytes; equal manifolds give equal bytes."""
+def _finite(name: str, tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise BadCheckpoint(f"{name}: tensor {key} holds a number that is not finite")
+
+
+def _finite_numbers(name: str, value: Any, key: str = "") -> None:
+    """The same for the header: its noise, its normalisation, its account of itself."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadCheckpoint(f"{name}: {key} is {value}, which is not finite")
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for part, each in value.items():
+            _finite_numbers(name, each, f"{key}.{part}" if key else str(part))
+
+
+def encode(manifold: Manifold, name: str = "manifold") -> bytes:
+    """The file's bytes; equal manifolds give equal bytes.
+
+    Raises BadCheckpoint, with `name` in it, if a number is not finite: it names the tensor or key.
+    """
     tensors = _tensors(manifold)
+    _finite(name, tensors)
     header: dict[str, Any] = {
         "format": FORMAT,
         "space": asdict(manifold.space),
@@ -69,23 +91,18 @@ def encode(manifold: Manifold) -> bytes:
         "about": manifold.about,
         "tensors": {name: _sha(tensor) for name, tensor in tensors.items()},
     }
+    _finite_numbers(name, header)
     header["seal"] = _seal(header)
     return save(tensors, {"neumeta": json.dumps(header, sort_keys=True)})
 
 
 def write(manifold: Manifold, path: Path) -> str:
-    """Write the checkpoint whole or not at all; returns its sha256, the manifold's identity."""
-    raw = encode(manifold)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the checkpoint whole or not at all; returns its sha256, the manifold's identity.
+
+    Raises BadCheckpoint if a number is not finite, atomic.BadTarget and OSError.
+    """
+    raw = encode(manifold, str(path))
+    atomic.write(path, raw)
     return hashlib.sha256(raw).hexdigest()
 
 
@@ -93,7 +110,8 @@ def read(path: Path) -> Manifold:
     """The manifold in this file, every tensor verified.
 
     Raises BadCheckpoint, naming the tensor or the digest, if the file is cut short, damaged, of
-    another format or of a family this version does not know; FileNotFoundError if it is not there.
+    another format or of a family this version does not know, or holds a number that is not finite;
+    FileNotFoundError if it is not there.
     """
     # Read once: the file may be replaced at any moment, and a memory map would follow it.
     raw = path.read_bytes()
@@ -116,6 +134,8 @@ def read(path: Path) -> Manifold:
     if header["format"] != FORMAT:
         raise BadCheckpoint(f"{path}: format {header['format']}; this version reads {FORMAT}")
     _verify(path, header, tensors)
+    _finite(str(path), tensors)
+    _finite_numbers(str(path), header)
     manifold = _build(path, header, tensors)
     manifold.digest = sha
     return manifold
@@ -139,6 +159,8 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
             f"{path}: family {given['family']!r} is unknown; this version has {sorted(FAMILIES)}"
         )
     blocks = tuple(given["blocks"]) if given["blocks"] else None
+    # Files of version 0.1 do not say it: then cost is counted at the family's own size.
+    image = tuple(given["image"]) if given.get("image") else None
     space = Space(
         given["family"],
         given["arch"],
@@ -146,6 +168,7 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
         tuple(given["morph"]),
         tuple(given["width"]),
         blocks,
+        image,
     )
     if space.arch not in space.table.architectures:
         raise BadCheckpoint(f"{path}: {space.arch!r} is no architecture of {space.family}")

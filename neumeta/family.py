@@ -59,6 +59,7 @@ class Family:
 
     `stages` are the stage widths at full size; `architectures` names points of the family by
     depth; `table(depth)` lists the layers; `stage_of(axis)` says which stage's width sizes an axis.
+    `pools`: sides shrink by pooling, which drops an odd row; a strided convolution keeps it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Family:
     input_size: int
     table: Callable[[tuple[int, ...]], tuple[Layer, ...]]
     stage_of: Callable[[str], int | None]
+    pools: bool = False
 
     @cache  # noqa: B019 (families live as long as the module)
     def layers(self, depth: tuple[int, ...]) -> tuple[Layer, ...]:
@@ -111,11 +113,18 @@ def parameters(tensors: tuple[Tensor, ...], sizes: Mapping[str, int]) -> int:
     return sum(math.prod(shape(tensor, sizes)) for tensor in tensors)
 
 
-def macs(layers: tuple[Layer, ...], sizes: Mapping[str, int], image: int) -> int:
-    """Multiply-accumulates for one image of `image` x `image` pixels."""
+def macs(
+    family: Family, depth: tuple[int, ...], sizes: Mapping[str, int], image: tuple[int, int]
+) -> int:
+    """Multiply-accumulates for one image of this height and width in pixels."""
     total = 0
-    for layer in layers:
-        positions = (-(-image // layer.resolution)) ** 2 if layer.kernel else 1
+    for layer in family.layers(depth):
+        positions = 1
+        if layer.kernel:
+            for side in image:
+                # Halving again and again rounds as dividing once does, up or down.
+                down, up = side // layer.resolution, -(-side // layer.resolution)
+                positions *= down if family.pools else up
         per_position = (
             sizes[layer.output_axis] * sizes[layer.input_axis] * max(layer.kernel, 1) ** 2
         )
@@ -226,6 +235,7 @@ FAMILIES: dict[str, Family] = {
             28,
             _lenet_mnist,
             _lenet_mnist_stage,
+            pools=True,
         ),
     )
 }

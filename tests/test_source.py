@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neumeta.family import FAMILIES
 from neumeta.network import Network
-from training import data, source
+from training import data, source, state
 from training.folded import fold, network_from
 from training.imported import import_resnet_cifar
 
@@ -101,12 +101,12 @@ def test_training_resumes_to_the_same_network(tmp_path: Path) -> None:
         real(value, path)
         raise Killed
 
-    real, source.save_atomically = source.save_atomically, killed_after_one
+    real, state.save = state.save, killed_after_one
     try:
         with pytest.raises(Killed):
             source.train(fresh(), digits, epochs=2, lr=0.05, state=tmp_path / "s.pt")
     finally:
-        source.save_atomically = real
+        state.save = real
     resumed = source.train(fresh(), digits, epochs=2, lr=0.05, state=tmp_path / "s.pt")
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)

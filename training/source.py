@@ -6,19 +6,20 @@ Knows nothing of permutation or INRs, nor where the network is from.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 from tqdm import tqdm
 
+from neumeta import atomic
 from neumeta.network import Network
+from training import state as states
 from training.data import Dataset, augment, to_float
 from training.divergence import check_step, check_tensors, gradient_norm
 from training.layout import SoundConvolutions
@@ -26,12 +27,16 @@ from training.layout import SoundConvolutions
 
 @torch.no_grad()
 def accuracy(net: torch.nn.Module, images: Tensor, labels: Tensor, data: Dataset) -> float:
-    """Percent of uint8 `images` whose class `net` gets right."""
+    """Percent of uint8 `images` whose class `net` gets right. Raises ValueError if an output is not
+    finite: then no class is."""
     right = 0
     device = next(net.parameters()).device
     for at in range(0, len(images), 500):
         x = to_float(images[at : at + 500], data).to(device)
-        right += int((net(x).argmax(1).cpu() == labels[at : at + 500]).sum())
+        scores = net(x)
+        if not bool(scores.isfinite().all()):
+            raise ValueError("the network's outputs are not finite numbers")
+        right += int((scores.argmax(1).cpu() == labels[at : at + 500]).sum())
     return 100 * right / len(images)
 
 
@@ -41,13 +46,6 @@ def one_cycle(step: int, steps: int, warm: float = 0.2) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def save_atomically(value: Any, path: Path) -> None:
-    """torch.save to a temporary name in the same folder, then rename: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(value, temporary)
-    temporary.replace(path)
 
 
 def task_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: float) -> Tensor:
@@ -93,12 +91,12 @@ def train(
     )
     start, count = 0, len(data.train_labels)
     if state and state.exists():
-        kept = torch.load(state, weights_only=True, map_location=device)
-        check_tensors(str(state), kept["net"])
-        net.load_state_dict(kept["net"])
-        optimiser.load_state_dict(kept["optimiser"])
-        generator.set_state(kept["generator"].cpu())
-        start = kept["epoch"]
+        with states.loaded(state, device) as kept:
+            check_tensors(str(state), kept["net"])
+            net.load_state_dict(kept["net"])
+            optimiser.load_state_dict(kept["optimiser"])
+            generator.set_state(kept["generator"].cpu())
+            start = kept["epoch"]
     # Channels-last convolutions are faster on CPUs.
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     per_epoch = count // batch
@@ -121,7 +119,7 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             where = f"{label}, step {epoch * per_epoch + i + 1} of {epochs * per_epoch}"
             norm = gradient_norm(net.parameters())
-            check_step(where, lr * factor, loss, norm, "a lower source_lr")
+            check_step(where, lr * factor, loss, norm, "a lower network.train.lr")
             optimiser.step()
             if i % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -132,7 +130,7 @@ def train(
             f"{label} epoch {epoch + 1}/{epochs}: test {score:.2f} %  {time.monotonic() - began:.0f} s"
         )
         if state:
-            save_atomically(
+            states.save(
                 {
                     "net": net.state_dict(),
                     "optimiser": optimiser.state_dict(),
@@ -146,14 +144,13 @@ def train(
 
 def save(net: Network, path: Path) -> None:
     """Write the trained network (with batch norm) as safetensors, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {name: value.contiguous() for name, value in net.state_dict().items()}
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    atomic.write(path, serialised(tensors))
 
 
 def restore(path: Path, family: str, depth: tuple[int, ...], sizes: Mapping[str, int]) -> Network:
-    """The network (with batch norm) that `save` wrote."""
+    """The network (with batch norm) that `save` wrote. Raises BadState if the file is damaged."""
     net = Network(family, depth, sizes, norm=True)
-    net.load_state_dict(load_file(path))
+    with states.reading(path):
+        net.load_state_dict(load_file(path))
     return net.eval()
