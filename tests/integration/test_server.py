@@ -18,8 +18,9 @@ import torch
 
 from benchmarks.local import Service
 from neumeta import checkpoint, network
-from service import client
+from neumeta import pull as client
 from tests.conftest import lenet
+from tests.test_pull import files
 
 
 def test_pull_gives_a_network_that_runs(url: str, tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_pull_gives_a_network_that_runs(url: str, tmp_path: Path) -> None:
     digest = client.pull(url, "lenet", out, parameters={"width": "0.5"})
     assert hashlib.sha256(out.read_bytes()).hexdigest() == digest
     assert network.load(out)(torch.rand(3, 1, 28, 28)).shape == (3, 10)
-    assert {path.name for path in out.parent.iterdir()} == {out.name, f".{out.name}.pull"}
+    assert set(files(out.parent)) == {out.name, f".{out.name}.pull"}
 
 
 def test_the_command_says_what_is_wrong_and_keeps_the_last_good_file(
@@ -168,7 +169,7 @@ def test_a_faulty_server_never_leaves_a_bad_file(url: str, tmp_path: Path, mode:
         if mode == "flips":
             with pytest.raises(client.PullError, match="digest"):
                 client.pull(address, "lenet", out, sleep=lambda _: None)
-            assert list(tmp_path.iterdir()) == []
+            assert files(tmp_path) == []
         else:
             client.pull(address, "lenet", out, sleep=lambda _: None)
             assert out.read_bytes() == good
