@@ -135,7 +135,6 @@ def create_app(settings: Settings) -> FastAPI:
         description="Weights of any width and depth, sampled from one manifold.",
         version=__version__,
         lifespan=lifespan,
-        root_path=settings.root_path,
     )
     app.state.engine, app.state.metrics, app.state.cache = engine, metrics, cache
     app.state.settings, app.state.lifecycle, app.state.hot = settings, lifecycle, hot

@@ -153,7 +153,8 @@ class Guard:
 
 
 def _below(scope: Scope, root_path: str) -> Scope:
-    """The scope with this prefix taken off its path: a proxy may have done so already, or not."""
+    """The scope with this prefix named, and taken off its path: a proxy may have done that, or not."""
+    scope = {**scope, "root_path": root_path}
     path, raw = scope["path"], scope.get("raw_path") or b""
     if path != root_path and not path.startswith(root_path + "/"):
         return scope

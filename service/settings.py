@@ -28,9 +28,7 @@ ROUTES = (
     "/openapi.json",
 )
 _LINK = re.compile(r"(tcp|udp|sctp)://")
-_LINKED = re.compile(
-    r"NEUMETA_(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_(TCP|UDP|SCTP)\w*|ENV_\w+|NAME)"
-)
+_LINKED = re.compile(r"NEUMETA_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_(TCP|UDP|SCTP)\w*)")
 
 
 def shipped() -> str:
@@ -48,12 +46,13 @@ def shipped() -> str:
 
 
 def linked(environment: Mapping[str, str]) -> list[str]:
-    """The variables that Kubernetes, for a Service called `neumeta`, or Docker, for a linked
-    container of that name, put beside the settings: they are none, and are left out."""
+    """The variables that Kubernetes, for a Service whose name begins with `neumeta`, or Docker, for a
+    linked container, put beside the settings: they are none, and are left out."""
     return sorted(
         name
         for name, value in environment.items()
-        if _LINKED.fullmatch(name) or (name == "NEUMETA_PORT" and _LINK.match(value))
+        if _LINKED.fullmatch(name)
+        or (re.fullmatch(r"NEUMETA_(\w+_)?PORT", name) and _LINK.match(value))
     )
 
 
