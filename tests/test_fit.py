@@ -74,7 +74,7 @@ def test_a_grid_starts_as_the_source_network(digits: Dataset, run_folder: Path) 
     manifold, targets, smoothed = prepared(TINY, digits, run_folder)
     assert fit.initialise(manifold, targets, TINY, lambda *_: None) == 0.0
     made = dict(sample(manifold, manifold.space.full))
-    for name, value in smoothed.state_dict().items():
+    for name, value in smoothed.named_parameters():
         torch.testing.assert_close(made[name], value, atol=0, rtol=0)
 
 
