@@ -136,7 +136,7 @@ def test_a_broken_state_is_not_resumed(tmp_path: Path) -> None:
 
 def test_the_norm_is_of_all_gradients_together() -> None:
     one, two, unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
-    (one * torch.tensor([3.0, 0.0]) + two * torch.tensor([0.0, 4.0])).sum().backward()
+    (one * torch.tensor([3.0, 0.0]) + two * torch.tensor([0.0, 4.0])).sum().backward()  # type: ignore[no-untyped-call]
     assert float(divergence.gradient_norm([one, two, unused])) == 5.0
     for loss, norm in ((math.inf, 1.0), (1.0, math.nan)):
         with pytest.raises(Diverged, match="here, learning rate 0.5: .* try that"):
