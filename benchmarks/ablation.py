@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.local import hardware
-from training import cli, data, evaluate, fit, plots, recipe, source
+from training import data, evaluate, fit, pipeline, plots, recipe, source
 
 WIDTHS = (1.0, 0.75, 0.5, 0.375, 0.25)
 MLP = {"layers": 5, "hidden": 64, "num_freq": 6, "residual": True, "block_based": True}
@@ -29,43 +28,42 @@ MLP = {"layers": 5, "hidden": 64, "num_freq": 6, "residual": True, "block_based"
 
 def variants() -> dict[str, recipe.Recipe]:
     """Each variant's recipe, but for the seed."""
-    tiny = replace(
-        recipe.load("tiny"),
-        morph=("conv3",),
-        width=(0.5, 1.0),
-        feature_views=8,
-        evaluate_widths=WIDTHS,
-        epochs=30.0,
+    tiny = recipe.load("tiny").changed(
+        fit={"morph": ["conv3"], "width": [0.5, 1.0], "feature_views": 8, "epochs": 30},
+        evaluate={"widths": WIDTHS},
     )
-    base = replace(tiny, representation="integral", options={"density": 0.5}, noise=0.5, samples=1)
-    mlp = replace(
-        tiny, representation="mlp", options=MLP, noise=0.5, regression_steps=600, epochs=0.0
+    integral = {"kind": "integral", "options": {"density": 0.5}, "noise": 0.5, "samples": 1}
+    base = tiny.changed(representation=integral)
+    mlp = tiny.changed(
+        representation={"kind": "mlp", "options": MLP, "noise": 0.5},
+        fit={"regression_steps": 600, "epochs": 0},
     )
+    unordered, random = {"strategy": "none"}, {"strategy": "random"}
     return {
         "integral": base,
-        "no permutation": replace(base, permutation="none"),
-        "random order": replace(base, permutation="random"),
-        "no noise": replace(base, noise=0.0),
-        "K = 8": replace(base, samples=8),
-        "K = 50": replace(base, samples=50),
-        "no EMA": replace(base, ema=0.0),
-        "nested grid": replace(tiny, options={}),
-        "nested grid, random order": replace(tiny, options={}, permutation="random"),
+        "no permutation": base.changed(order=unordered),
+        "random order": base.changed(order=random),
+        "no noise": base.changed(representation={"noise": 0.0}),
+        "K = 8": base.changed(representation={"samples": 8}),
+        "K = 50": base.changed(representation={"samples": 50}),
+        "no EMA": base.changed(fit={"ema": 0.0}),
+        "nested grid": tiny,
+        "nested grid, random order": tiny.changed(order=random),
         "MLP": mlp,
-        "MLP, no permutation": replace(mlp, permutation="none"),
-        "MLP, random order": replace(mlp, permutation="random"),
-        "MLP, no noise": replace(mlp, noise=0.0),
-        "MLP, one for all": replace(mlp, options={**MLP, "block_based": False}),
-        "MLP, not residual": replace(mlp, options={**MLP, "residual": False}),
+        "MLP, no permutation": mlp.changed(order=unordered),
+        "MLP, random order": mlp.changed(order=random),
+        "MLP, no noise": mlp.changed(representation={"noise": 0.0}),
+        "MLP, one for all": mlp.changed(representation={"options": {**MLP, "block_based": False}}),
+        "MLP, not residual": mlp.changed(representation={"options": {**MLP, "residual": False}}),
     }
 
 
 def measure(asked: recipe.Recipe, run: Path, root: Path | None) -> dict[str, Any]:
     """One seed of one variant. K alone changes nothing in training: those share a run."""
-    loaded = data.load(asked.data, root)
+    loaded = data.load(asked.data.name, root)
     run.mkdir(parents=True, exist_ok=True)
-    net = cli.trained_source(asked, loaded, Path(), run)
-    manifold, targets, smoothed = cli.prepare(asked, loaded, net)
+    net = pipeline.trained_source(asked, loaded, Path(), run)
+    manifold, targets, smoothed = pipeline.prepare(asked, loaded, net)
     test = (loaded.test_images, loaded.test_labels, loaded)
     report: dict[str, Any] = {
         "source": source.accuracy(net, *test),
@@ -73,7 +71,7 @@ def measure(asked: recipe.Recipe, run: Path, root: Path | None) -> dict[str, Any
         "total variation": manifold.about["permutation"]["total_variation"],
     }
     errors: dict[int, float] = {}
-    if asked.regression_steps:
+    if asked.fit.regression_steps:
 
         def log(name: str, value: float, step: int) -> None:
             errors[step] = value
@@ -99,7 +97,7 @@ def main() -> None:
             if not path.exists():
                 shared = "integral" if name.startswith("K =") else name
                 run = asked.run / f"{shared}-{seed}"
-                row = measure(replace(variant, seed=seed), run, asked.data)
+                row = measure(variant.changed(seed=seed), run, asked.data)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(row))
                 print(f"seed {seed}: {name}: {row}", flush=True)

@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,25 +26,21 @@ from neumeta.architecture import Architecture
 from neumeta.coordinates import coordinates, sites
 from neumeta.manifold import Manifold
 from neumeta.sample import sample, sample_site, seed_of
-from training import cli, data, fit, plots, recipe, source
+from training import data, fit, pipeline, plots, recipe, source
+from training.folded import network_from
 
 
 def small_mlp(run: Path, root: Path | None) -> Manifold:
     """The residual MLP trained on the digits: regression, then Algorithm 2."""
-    asked = replace(
-        recipe.load("tiny"),
+    options = {"layers": 5, "hidden": 64, "num_freq": 6}
+    asked = recipe.load("tiny").changed(
         name="tiny-mlp",
-        representation="mlp",
-        options={"layers": 5, "hidden": 64, "num_freq": 6},
-        noise=0.5,
-        regression_steps=1500,
-        optimiser="adamw",
-        lr=5e-4,
-        reconstruction=1.0,
+        representation={"kind": "mlp", "options": options, "noise": 0.5},
+        fit={"regression_steps": 1500, "optimiser": "adamw", "lr": 5e-4, "reconstruction": 1.0},
     )
-    loaded = data.load(asked.data, root)
-    net = cli.trained_source(asked, loaded, Path(), run)
-    manifold, targets, smoothed = cli.prepare(asked, loaded, net)
+    loaded = data.load(asked.data.name, root)
+    net = pipeline.trained_source(asked, loaded, Path(), run)
+    manifold, targets, smoothed = pipeline.prepare(asked, loaded, net)
     fit.fit(manifold, targets, smoothed, loaded, asked, run, resume=True)
     return manifold
 
@@ -138,7 +133,7 @@ def accuracies(manifold: Manifold, asked: argparse.Namespace) -> list[dict[str, 
         row: dict[str, Any] = {"width": width}
         for samples in (1, 4, 8, 16, 50):
             weights = dict(sample(manifold, architecture, samples=samples))
-            net = source.network_from(weights, architecture.family, architecture.depth)
+            net = network_from(weights, architecture.family, architecture.depth)
             row[str(samples)] = round(
                 source.accuracy(net, loaded.test_images, loaded.test_labels, loaded), 2
             )

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from training import cliques, permute, plots, recipe, source
+from training import cliques, order, plots, recipe, source
+from training.folded import fold
 
 TENSOR = "layer3.1.conv1.weight"
 
@@ -28,13 +29,14 @@ def rows_of(path: Path) -> Any:
 
 def permuted(run: Path, asked: recipe.Recipe) -> dict[str, torch.Tensor]:
     """One tensor of the run's source network under 'none' and under the recipe's strategy."""
-    sizes = {**asked.space.table.full_sizes(asked.space.depth, 10), "image": 3}
-    net = source.restore(run / "source.safetensors", asked.family, asked.space.depth, sizes)
-    folded = source.fold(net)
-    found = cliques.cliques(asked.space.table, asked.space.depth)
-    orders = permute.order(folded, found, asked.permutation, seed=asked.seed)
-    after = permute.apply(folded, found, orders)
-    return {"as trained": folded[TENSOR], f"after {asked.permutation}": after[TENSOR]}
+    family, depth = asked.family, asked.depth
+    sizes = family.full_sizes(depth, 10)
+    net = source.restore(run / "source.safetensors", family.name, depth, sizes)
+    folded = fold(net)
+    found = cliques.cliques(family, depth)
+    orders = order.order(folded, found, asked.order.strategy, seed=asked.seed)
+    after = order.apply(folded, found, orders)
+    return {"as trained": folded[TENSOR], f"after {asked.order.strategy}": after[TENSOR]}
 
 
 def main() -> None:

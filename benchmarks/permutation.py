@@ -17,46 +17,31 @@ import platform
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.sparse.csgraph import minimum_spanning_tree  # type: ignore[import-untyped]
 
 from neumeta.family import FAMILIES
 from training.cliques import cliques
-from training.permute import EXACT, STRATEGIES, apply, distances, length, order, total_variation
-from training.source import fold, import_resnet_cifar, network_from
+from training.folded import fold, network_from
+from training.imported import import_resnet_cifar
+from training.order import (
+    EXACT,
+    STRATEGIES,
+    apply,
+    distances,
+    length,
+    order,
+    prices,
+    total_variation,
+)
 
 
-def hardware() -> str:
+def hardware(threads: int = 1) -> str:
     """The processor's name, where the system tells it, and the threads used."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, 1 thread used, torch {torch.__version__}"
-
-
-def lower_bound(distance: np.ndarray, reached: float, rounds: int = 400) -> float:
-    """No Hamiltonian path is shorter: the 1-tree bound of Held and Karp (1971) by subgradients.
-
-    A path is a spanning tree whose nodes all have degree 2, counting a dummy node at distance 0
-    that joins both ends. Prices on the nodes' degrees move the cheapest tree towards a path.
-    """
-    n, best, step = len(distance), -np.inf, 2.0
-    price = np.zeros(n)
-    for _ in range(rounds):
-        priced = distance + price[:, None] + price
-        shift = 1 - priced.min()  # the tree finder takes 0 for a missing edge
-        tree = minimum_spanning_tree(priced + shift).tocoo()
-        ends = np.argsort(price, kind="stable")[:2]
-        bound = tree.data.sum() - shift * (n - 1) + price[ends].sum() - 2 * price.sum()
-        best = max(best, float(bound))
-        degree = np.bincount(np.concatenate((tree.row, tree.col, ends)), minlength=n)
-        if not (slope := degree - 2).any():
-            break
-        price += step * max(reached - bound, 0) / (slope**2).sum() * slope
-        step *= 0.98
-    return best
+    return f"{name}, {os.cpu_count()} cores, {threads} of them used, torch {torch.__version__}"
 
 
 @torch.no_grad()
@@ -75,7 +60,7 @@ def measure(path: Path, seed: int) -> list[dict[str, object]]:
         distance = distances(weights, sides)
         reached = length(shortest[axis].numpy(), distance)
         if len(distance) > EXACT:
-            bound -= reached - lower_bound(distance, reached)
+            bound -= reached - prices(distance, reached, 400)[1]
     rows: list[dict[str, object]] = []
     for strategy in STRATEGIES:
         began = time.perf_counter()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from neumeta.coordinates import coordinates, sites
 from neumeta.inr import ResidualMLP
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
-from training import cli, data, fit, source
+from training import data, fit, pipeline, source
+from training.folded import network_from
 
 
 def on_the_wire(path: Path, root: Path | None, widths: list[float]) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def on_the_wire(path: Path, root: Path | None, widths: list[float]) -> list[dict
         row: dict[str, Any] = {"width": width}
         for name, (dtype, _, _) in wire.DTYPES.items():
             made = {key: value.to(dtype).float() for key, value in exact.items()}
-            net = source.network_from(made, architecture.family, architecture.depth)
+            net = network_from(made, architecture.family, architecture.depth)
             found = source.accuracy(net, loaded.test_images, loaded.test_labels, loaded)
             row[name] = {"accuracy": round(found, 2), "error": distance(made, exact)}
         rows.append(row)
@@ -80,11 +80,11 @@ def imitated(manifold: Manifold) -> dict[str, Tensor]:
 
 def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
     """Error and accuracy of the network that an MLP makes, by the precision of its products."""
-    asked = replace(variants()["MLP, no noise"], regression_steps=steps)
-    loaded = data.load(asked.data, root)
+    asked = variants()["MLP, no noise"].changed(fit={"regression_steps": steps})
+    loaded = data.load(asked.data.name, root)
     run.mkdir(parents=True, exist_ok=True)
-    net = cli.trained_source(asked, loaded, Path(), run)
-    manifold, targets, _ = cli.prepare(asked, loaded, net)
+    net = pipeline.trained_source(asked, loaded, Path(), run)
+    manifold, targets, _ = pipeline.prepare(asked, loaded, net)
     fit.initialise(manifold, targets, asked, lambda name, value, step: None)
     full, made = manifold.space.full, {}
     made["float32"] = dict(sample(manifold, full, samples=1))
@@ -95,7 +95,7 @@ def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
     morphing = [name for name in made["float32"] if name not in manifold.frozen]
     found: dict[str, Any] = {}
     for name, weights in made.items():
-        sampled = source.network_from(weights, full.family, full.depth)
+        sampled = network_from(weights, full.family, full.depth)
         accuracy = source.accuracy(sampled, loaded.test_images, loaded.test_labels, loaded)
         ours, exact = ({key: each[key] for key in morphing} for each in (weights, made["float32"]))
         found[name] = {"accuracy": round(accuracy, 2), "error": distance(ours, exact)}

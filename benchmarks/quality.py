@@ -32,7 +32,8 @@ from neumeta.architecture import Architecture, Space
 from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import sample
-from training import cli, cliques, data, fit, permute, plots, recipe, source, statistics
+from training import cliques, data, fit, order, pipeline, plots, recipe, source, statistics
+from training.folded import fold, network_from, reorder
 
 WIDTHS = (1.0, 0.75, 0.6, 0.5, 0.35, 0.25)
 CALIBRATION = 2000
@@ -56,22 +57,26 @@ POINTS: dict[str, list[Point]] = {
     ],
 }
 BASELINES: dict[str, dict[str, Any]] = {
-    "slimmable": {"options": {"orders": 0}, "distill": "inplace"},
+    "slimmable": {"representation": {"options": {"orders": 0}}, "fit": {"distill": "inplace"}},
     "paper": {
-        "representation": "mlp",
-        "options": {"layers": 5, "hidden": 128, "num_freq": 16},
-        "norm": False,
-        "noise": 0.5,
-        "optimiser": "adamw",
-        "lr": 1e-3,
-        "weight_decay": 1e-2,
-        "clip": 10.0,
-        "sandwich": False,
-        "per_stage": 0.0,
-        "distill": "none",
-        "reconstruction": 1.0,
-        "regularisation": 1e-4,
-        "regression_steps": 600,
+        "representation": {
+            "kind": "mlp",
+            "options": {"layers": 5, "hidden": 128, "num_freq": 16},
+            "norm": False,
+            "noise": 0.5,
+        },
+        "fit": {
+            "optimiser": "adamw",
+            "lr": 1e-3,
+            "weight_decay": 1e-2,
+            "clip": 10.0,
+            "sandwich": False,
+            "per_stage": 0.0,
+            "distill": "none",
+            "reconstruction": 1.0,
+            "regularisation": 1e-4,
+            "regression_steps": 600,
+        },
     },
 }
 
@@ -82,17 +87,18 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.run: Path = arguments.run
         self.asked = recipe.load(arguments.recipe)
-        self.epochs = arguments.epochs or round(self.asked.epochs)
-        self.data = data.load(self.asked.data, arguments.data)
+        self.epochs = arguments.epochs or round(self.asked.fit.epochs)
+        self.data = data.load(self.asked.data.name, arguments.data)
         root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
         self.run.mkdir(parents=True, exist_ok=True)
         checkpoints = arguments.checkpoints or root.parent / "checkpoints"
-        self.source = cli.trained_source(self.asked, self.data, checkpoints, self.run)
+        self.source = pipeline.trained_source(self.asked, self.data, checkpoints, self.run)
         if not (self.run / "source.json").exists():
             held = {"accuracy": round(self.accuracy(self.source), 2)}
             (self.run / "source.json").write_text(json.dumps(held))
         # Any size of the family, whatever the manifold was trained on.
-        self.space = replace(self.asked.space, width=(0.01, 1.0), blocks=(1, 9))
+        covered = self.asked.space(len(self.data.classes))
+        self.space = replace(covered, width=(0.01, 1.0), blocks=(1, 9))
         generator = torch.Generator().manual_seed(self.asked.seed)
         rows = torch.randperm(len(self.data.train_labels), generator=generator)[:CALIBRATION]
         augmented = data.augment(self.data.train_images[rows], self.data, generator)
@@ -122,7 +128,7 @@ def individual(bench: Bench, architecture: Architecture, *, distilled: bool) -> 
         bench.data,
         epochs=bench.epochs,
         lr=0.1,
-        batch=bench.asked.batch,
+        batch=bench.asked.fit.batch,
         seed=bench.asked.seed,
         state=folder / f"{name}.pt",
         label=f"{folder.name} {name}",
@@ -136,10 +142,10 @@ def individual(bench: Bench, architecture: Architecture, *, distilled: bool) -> 
 @cache
 def smoothed(bench: Bench) -> dict[str, Tensor]:
     """The source's tensors with batch norm kept, channels in the recipe's order."""
-    folded = source.fold(bench.source)
+    folded = fold(bench.source)
     found = cliques.cliques(bench.space.table, bench.space.depth)
-    orders = permute.order(folded, found, bench.asked.permutation, seed=bench.asked.seed)
-    return source.reorder(bench.source, orders)
+    orders = order.order(folded, found, bench.asked.order.strategy, seed=bench.asked.seed)
+    return reorder(bench.source, orders)
 
 
 def interpolated(bench: Bench, architecture: Architecture, *, mode: str) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def interpolated(bench: Bench, architecture: Architecture, *, mode: str) -> dict
 
 def pruned(bench: Bench, architecture: Architecture) -> dict[str, Any]:
     """The source without its channels of least L1 norm, over every tensor side that has the axis."""
-    folded = source.fold(bench.source)
+    folded = fold(bench.source)
     found = cliques.cliques(bench.space.table, bench.space.depth)
     sizes, keep = bench.space.sizes(architecture), {}
     for axis, sides in found.items():
@@ -176,19 +182,20 @@ def pruned(bench: Bench, architecture: Architecture) -> dict[str, Any]:
         ).sum(0)
         keep[axis] = norm.topk(sizes[axis]).indices.sort().values
     net = Network(bench.space.family, architecture.depth, sizes, norm=True)
-    net.load_state_dict(source.reorder(bench.source, keep))
+    net.load_state_dict(reorder(bench.source, keep))
     return {"accuracy": bench.calibrated(net), "passes": 0}
 
 
 @cache
 def baseline(bench: Bench, name: str) -> tuple[recipe.Recipe, Manifold]:
     """A whole-network manifold of another kind, trained by the same Algorithm 2."""
-    asked = replace(
-        recipe.load("cifar10-resnet20"), name=name, epochs=bench.epochs, **BASELINES[name]
+    changes = BASELINES[name]
+    asked = recipe.load("cifar10-resnet20").changed(
+        name=name, **{**changes, "fit": {**changes["fit"], "epochs": bench.epochs}}
     )
     run = bench.run / name
     run.mkdir(exist_ok=True)
-    manifold, targets, smoothed = cli.prepare(asked, bench.data, bench.source)
+    manifold, targets, smoothed = pipeline.prepare(asked, bench.data, bench.source)
     if not fit.fit(manifold, targets, smoothed, bench.data, asked, run, resume=True):
         raise RuntimeError(f"{name}: stopped early")
     return asked, manifold
@@ -198,13 +205,11 @@ def trained(bench: Bench, architecture: Architecture, *, name: str) -> dict[str,
     """What a baseline makes of this size; with batch norm, calibrated."""
     asked, manifold = baseline(bench, name)
     passes = passes_of(asked, len(bench.data.train_labels), bench.space)
-    if asked.norm:
+    if asked.representation.norm:
         accuracy = bench.calibrated(statistics.network(manifold, architecture))
     else:
         weights = dict(sample(manifold, architecture))
-        accuracy = bench.accuracy(
-            source.network_from(weights, architecture.family, architecture.depth)
-        )
+        accuracy = bench.accuracy(network_from(weights, architecture.family, architecture.depth))
     return {"accuracy": accuracy, "passes": passes}
 
 
@@ -213,15 +218,16 @@ def passes_of(asked: recipe.Recipe, images: int, space: Space) -> float:
 
     A pass is forward and back.
     """
-    batches = images // asked.batch
-    steps = round(asked.epochs * batches)
-    total = TEACHER * steps if asked.distill == "source" else 0.0
+    batches = images // asked.fit.batch
+    steps = round(asked.fit.epochs * batches)
+    total = TEACHER * steps if asked.fit.distill == "source" else 0.0
     for step in range(0, steps, 10):
         generator = torch.Generator().manual_seed(step)
         total += 10 * sum(
-            relative_cost(space, each) for each in fit.choose(asked, asked.space, generator)
+            relative_cost(space, each)
+            for each in fit.choose(asked, asked.space(space.classes), generator)
         )
-    return total * asked.batch
+    return total * asked.fit.batch
 
 
 def sampled(
@@ -229,12 +235,10 @@ def sampled(
 ) -> dict[str, Any]:
     """What a device receives from the manifold's file."""
     weights = dict(sample(manifold, architecture))
-    net = source.network_from(weights, architecture.family, architecture.depth)
-    about = dict(manifold.about["recipe"])
-    for key in ("width", "blocks"):
-        about[key] = tuple(about[key]) if about[key] else None
-    asked = recipe.Recipe(**{**about, "morph": tuple(about["morph"])})
-    passes = passes_of(asked, len(bench.data.train_labels), bench.space)
+    net = network_from(weights, architecture.family, architecture.depth)
+    if manifold.about["title"] != bench.asked.title:
+        raise ValueError(f"{path}: {manifold.about['title']!r} is not what --recipe makes")
+    passes = passes_of(bench.asked, len(bench.data.train_labels), bench.space)
     return {"accuracy": bench.accuracy(net), "passes": passes, "bytes": path.stat().st_size}
 
 

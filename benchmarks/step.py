@@ -26,7 +26,7 @@ from neumeta.architecture import Architecture, Space
 from neumeta.coordinates import coordinates, sites
 from neumeta.manifold import Manifold, representation
 from neumeta.network import Network
-from training import fit, forward, source
+from training import fit, forward, layout, source
 
 
 def steps(rounds: int, width: float) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def steps(rounds: int, width: float) -> dict[str, Any]:
     return found
 
 
+@layout.SoundConvolutions()
 def training_step(
     manifold: Manifold,
     optimiser: torch.optim.Optimizer,

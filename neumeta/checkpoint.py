@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from neumeta import sites
+from neumeta import atomic, sites
 from neumeta.manifold import Contract, Manifold, roles
 from neumeta.notation import BadGraph, pack, unpack
 from neumeta.representation import build
@@ -59,20 +59,28 @@ def _tensors(manifold: Manifold) -> dict[str, Tensor]:
     }
 
 
-def _finite(tensors: dict[str, Tensor], where: str) -> None:
-    for name, tensor in tensors.items():
+def _finite(name: str, tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            count = int((~tensor.isfinite()).sum())
-            raise BadCheckpoint(
-                f"{where}: tensor {name} has {count} of {tensor.numel()} values that are not finite"
-            )
+            raise BadCheckpoint(f"{name}: tensor {key} holds a number that is not finite")
+
+
+def _finite_numbers(name: str, value: Any, key: str = "") -> None:
+    """The same for the header: its noise, its normalisation, its account of itself."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadCheckpoint(f"{name}: {key} is {value}, which is not finite")
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for part, each in value.items():
+            _finite_numbers(name, each, f"{key}.{part}" if key else str(part))
 
 
 def encode(manifold: Manifold, where: str = "the manifold") -> bytes:
     """The file's bytes; equal manifolds give equal bytes. Raises BadCheckpoint for values that are
     not finite."""
     tensors = _tensors(manifold)
-    _finite(tensors, where)
+    _finite(where, tensors)
     space = manifold.space
     header: dict[str, Any] = {
         "format": FORMAT,
@@ -90,6 +98,7 @@ def encode(manifold: Manifold, where: str = "the manifold") -> bytes:
         "about": manifold.about,
         "tensors": {name: _sha(tensor) for name, tensor in tensors.items()},
     }
+    _finite_numbers(where, header)
     header["seal"] = _seal(json.loads(json.dumps(header)))
     return save(tensors, {"neumeta": json.dumps(header, sort_keys=True)})
 
@@ -97,19 +106,10 @@ def encode(manifold: Manifold, where: str = "the manifold") -> bytes:
 def write(manifold: Manifold, path: Path) -> str:
     """Write the checkpoint whole or not at all; returns its sha256, the manifold's identity.
 
-    Raises BadCheckpoint naming a tensor with values that are not finite.
+    Raises BadCheckpoint if a number is not finite, atomic.BadTarget and OSError.
     """
     raw = encode(manifold, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic.write(path, raw)
     return hashlib.sha256(raw).hexdigest()
 
 
@@ -164,7 +164,8 @@ def _verify(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> N
     extra = sorted(set(tensors) - set(header["tensors"]))
     if extra:
         raise BadCheckpoint(f"{path}: tensor {extra[0]} is not named in the header")
-    _finite(tensors, str(path))
+    _finite(str(path), tensors)
+    _finite_numbers(str(path), header)
 
 
 def _space(path: Path, header: dict[str, Any]) -> Space:

@@ -92,7 +92,7 @@ class Network(nn.Module):
             if x.dim() != len(self.shape) + 1 or x.shape[1] != self.channels:
                 raise ValueError(f"expected {wanted}, got shape {tuple(x.shape)}")
         scaled = x.dtype == torch.uint8
-        x = x.to(self.mean.dtype)
+        x = x.to(next(self.parameters()).dtype)
         return x / 255 if scaled else x
 
     def forward(self, x: Tensor) -> Outputs:

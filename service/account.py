@@ -27,6 +27,16 @@ def request_id(headers: dict[bytes, bytes]) -> str:
     return given if valid else os.urandom(16).hex()
 
 
+def client_of(scope: Scope) -> str:
+    """The client's address. A unix socket has none: whoever may open it is a proxy of this machine,
+    and the last entry of its X-Forwarded-For is what it saw."""
+    if scope.get("client"):
+        return str(scope["client"][0])
+    told = dict(scope["headers"]).get(b"x-forwarded-for", b"").decode("latin-1")
+    last = told.rpartition(",")[2].strip()
+    return last if re.fullmatch(r"[\w.:\[\]-]{1,64}", last, re.ASCII) else "unix"
+
+
 class Account:
     """Counts requests. A label's lookup takes a lock and a microsecond: once, not in every one."""
 
@@ -61,6 +71,7 @@ class Account:
         if lines.isEnabledFor(logging.INFO):
             fields = {
                 "request_id": found_id,
+                "client": client_of(scope),
                 "method": scope["method"],
                 "route": route,
                 "path": scope["path"][:PATH],

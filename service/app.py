@@ -71,6 +71,11 @@ FILE: dict[int | str, dict[str, Any]] = {
 }
 
 
+UNVOUCHED = {"Cache-Control": "no-store", "X-Accel-Expires": "0"}
+"""Headers of bytes whose digest is not known yet: a cache that kept them could never vouch for them.
+nginx may have been told to ignore the first (`proxy_ignore_headers`); the second is its own."""
+
+
 class BodyResponse(StreamingResponse):
     """Bytes [start, stop) of a body, which is told when its reader is gone, however it went."""
 
@@ -87,22 +92,7 @@ class BodyResponse(StreamingResponse):
             self.file.leave()
 
 
-class Service(FastAPI):
-    """FastAPI's application behind what can be answered without it."""
-
-    hot: Hot | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        lifecycle: Lifecycle = self.state.lifecycle
-        if self.hot and scope["type"] == "http" and not lifecycle.draining:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            welcome = lifecycle.tokens is None or lifecycle.tokens.allow(given)
-            if welcome and await self.hot.answer(scope, send):
-                return
-        await super().__call__(scope, receive, send)
-
-
-def create_app(settings: Settings) -> Service:
+def create_app(settings: Settings) -> FastAPI:
     """The application on these settings.
 
     Raises BadCheckpoint, ValueError or FileNotFoundError if a manifold cannot be served.
@@ -128,7 +118,7 @@ def create_app(settings: Settings) -> Service:
         metrics=metrics,
     )
     account = Account(metrics)
-    hot = Hot(cache, account, settings.send_timeout)
+    hot = Hot(cache, account)
     lifecycle = Lifecycle(settings, engine, metrics, tokens, reloaded=hot.clear)
 
     @asynccontextmanager
@@ -140,14 +130,14 @@ def create_app(settings: Settings) -> Service:
         if redis:
             await redis.close()
 
-    app = Service(
+    app = FastAPI(
         title="NeuMeta Serve",
         description="Weights of any width and depth, sampled from one manifold.",
         version=__version__,
         lifespan=lifespan,
     )
     app.state.engine, app.state.metrics, app.state.cache = engine, metrics, cache
-    app.state.settings, app.state.lifecycle, app.hot = settings, lifecycle, hot
+    app.state.settings, app.state.lifecycle, app.state.hot = settings, lifecycle, hot
 
     @app.exception_handler(Problem)
     async def refused(request: Request, error: Problem) -> Response:
@@ -168,21 +158,22 @@ def create_app(settings: Settings) -> Service:
         headers = {
             "ETag": job.etag,
             "Accept-Ranges": "bytes",
-            "Content-Location": job.location,
+            "Content-Location": settings.root_path + job.location,
             # The same URL has other bytes once another manifold is loaded: keep, but ask first.
             "Cache-Control": "public, no-cache",
             "X-Neumeta-Architecture": job.architecture.key,
         }
         if job.architecture.extrapolated:
             headers["X-Neumeta-Extrapolated"] = "true"
+        # Every answer about the file says its digest, once that is known: a cache that asks whether
+        # what it keeps is current learns of it too.
+        known = {"Repr-Digest": cache.digests[job.key]} if job.key in cache.digests else {}
         safe = request.method in ("GET", "HEAD")
         if safe and _matches(request.headers.get("if-none-match"), job.etag):
-            return Response(status_code=304, headers=headers)
+            return Response(status_code=304, headers=headers | known)
         if request.method == "HEAD":
-            if job.key in cache.digests:
-                headers["Repr-Digest"] = cache.digests[job.key]
             headers["Content-Length"] = str(length)
-            return Response(headers=headers, media_type=MEDIA)
+            return Response(headers=headers | known, media_type=MEDIA)
         status, start, stop = 200, 0, length
         # A range is of GET alone (RFC 9110, 14.2), and If-Range compares strongly.
         ranged = safe and request.headers.get("if-range", job.etag) == job.etag
@@ -194,7 +185,7 @@ def create_app(settings: Settings) -> Service:
             # The header alone: who reads shapes by range makes nobody sample.
             metrics.cache.labels("plan").inc()
             headers["X-Neumeta-Cache"] = "plan"
-            return Response(head[start:stop], status, headers, MEDIA)
+            return Response(head[start:stop], status, headers | (known or UNVOUCHED), MEDIA)
 
         def produce() -> Iterator[bytes]:
             return engine.weights(job)
@@ -213,8 +204,8 @@ def create_app(settings: Settings) -> Service:
             hot.keep(request.scope, Target(job.key, head, length, produce, raw), generation)
         headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
-            headers["Repr-Digest"] = body.repr_digest
-        return BodyResponse(body, start, stop, status, headers)
+            known = {"Repr-Digest": body.repr_digest}
+        return BodyResponse(body, start, stop, status, headers | (known or UNVOUCHED))
 
     @app.post("/weights", responses=FILE, openapi_extra=BODY, response_class=Response)
     async def post_weights(request: Request) -> Response:
@@ -230,7 +221,10 @@ def create_app(settings: Settings) -> Service:
     @app.post("/plan", responses=PROBLEMS, openapi_extra=BODY)
     async def plan(request: Request) -> JSONResponse:
         """Size, cost and expected accuracy of a request; nothing is materialized."""
-        return JSONResponse(engine.describe(engine.job(from_json(await _json(request)))))
+        job = engine.job(from_json(await _json(request)))
+        told = engine.describe(job)
+        told["location"] = settings.root_path + told["location"]
+        return JSONResponse({**told, "repr_digest": cache.digests.get(job.key)})
 
     @app.get("/models", responses=PROBLEMS)
     @app.head("/models", include_in_schema=False)
@@ -276,7 +270,7 @@ def create_app(settings: Settings) -> Service:
         metrics.device_bytes.set(engine.device_bytes)
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_middleware(Guard, settings=settings, lifecycle=lifecycle, account=account)
+    app.add_middleware(Guard, settings=settings, lifecycle=lifecycle, account=account, hot=hot)
     return app
 
 

@@ -7,10 +7,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import socket
+import stat
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,7 +24,10 @@ from service import logs
 from service.app import create_app
 from service.connection import Connection
 from service.engine import Engine
-from service.settings import Settings
+from service.settings import Settings, linked
+
+LONGEST_SOCKET = 107
+"""Bytes of a unix socket's path, on Linux."""
 
 log = logging.getLogger("neumeta")
 
@@ -30,7 +36,8 @@ def settings_from(argv: list[str] | None = None) -> Settings:
     """Settings from flags, each with its environment twin. Raises ValidationError."""
     parser = argparse.ArgumentParser(prog="neumeta-serve", description=__doc__)
     for name, entry in Settings.model_fields.items():
-        described = f"{entry.description} (NEUMETA_{name.upper()}, default {entry.default})"
+        default = entry.get_default(call_default_factory=True)
+        described = f"{entry.description} (NEUMETA_{name.upper()}, default {default})"
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, dest=name, default=None, help=described.replace("%", "%%"))
     given = parser.parse_args(argv)
@@ -42,6 +49,8 @@ def serve(argv: list[str] | None = None) -> int:
     """Start the service; exit code 2 and one line if it cannot start."""
     try:
         settings = settings_from(argv)
+        if settings.uds:
+            clear(Path(settings.uds))
         app = create_app(settings)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -53,6 +62,7 @@ def serve(argv: list[str] | None = None) -> int:
         app,
         host=settings.host,
         port=settings.port,
+        uds=settings.uds or None,
         log_level=settings.log_level,
         http=Connection,
         log_config=None,
@@ -60,8 +70,17 @@ def serve(argv: list[str] | None = None) -> int:
         timeout_graceful_shutdown=settings.grace_seconds,
     )
     logs.configure(settings.log_level, settings.log_format)
+    if names := linked(os.environ):
+        log.warning(
+            "environment: %s left out: Kubernetes or Docker set them for a service of this name",
+            ", ".join(names),
+        )
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the event loop can reload
-    Server(config).run()
+    server = Server(config)
+    try:
+        server.run()
+    finally:
+        server.forget_socket()
     return 0
 
 
@@ -71,6 +90,7 @@ class Server(uvicorn.Server):
 
     _asked = False
     _closing: float | None = None
+    _socket: os.stat_result | None = None
 
     @property
     def _state(self) -> Any:
@@ -98,28 +118,74 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Bind and listen; exits the process with one logged line where that fails."""
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # uvicorn answers a port's failure itself, a unix socket's not
+            log.error("uds: %s: %s", self.config.uds, error.strerror or error)
+            await self.lifespan.shutdown()
+            sys.exit(3)  # as uvicorn does where a port cannot be had
         if self.started:
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, self._state.lifecycle.hang_up)
-            host, port, *_ = self.servers[0].sockets[0].getsockname()
-            text = welcome(self._state.engine, host, port)
+            if self.config.uds:
+                self._socket = os.stat(self.config.uds)
+                text = welcome(self._state.engine, f"--unix-socket {self.config.uds} ", "localhost")
+            else:
+                host, port, *_ = self.servers[0].sockets[0].getsockname()
+                # What listens everywhere is shown where it is sure to be reached.
+                shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+                shown = f"[{shown}]" if ":" in shown else shown
+                text = welcome(self._state.engine, "", f"{shown}:{port}")
             with contextlib.suppress(OSError):  # who started it may have stopped reading
                 sys.stdout.write(text)
                 sys.stdout.flush()
 
+    def forget_socket(self) -> None:
+        """Remove the unix socket, unless another process has put its own there meanwhile."""
+        if self._socket and self.config.uds:
+            with contextlib.suppress(OSError):
+                found = os.stat(self.config.uds)
+                if (found.st_dev, found.st_ino) == (self._socket.st_dev, self._socket.st_ino):
+                    os.unlink(self.config.uds)
 
-def welcome(engine: Engine, host: str, port: int) -> str:
+
+def clear(path: Path) -> None:
+    """Remove a socket on which nobody listens any more: its process was killed.
+
+    Raises ValueError if somebody does, or if something else is there.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"uds: {path}: there is no folder {path.parent}")
+    if len(os.fsencode(path)) > LONGEST_SOCKET:
+        raise ValueError(f"uds: {path}: longer than {LONGEST_SOCKET} bytes")
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ValueError(f"uds: {path} is there and is no socket")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.settimeout(1)
+        try:
+            other.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:
+            raise ValueError(f"uds: {path}: {error.strerror or error}") from None
+    raise ValueError(f"uds: {path}: another process listens there")
+
+
+def welcome(engine: Engine, flag: str, address: str) -> str:
     """What is served, and a command that works when it is pasted."""
     name = sorted(engine.manifolds)[-1]
     space = engine.manifolds[name].space
     body: dict[str, Any] = {"arch": name}
     if space.stages:
         body["width"] = max(space.width[0], min(0.5, space.width[1]))
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     return (
         f"serving {', '.join(sorted(engine.manifolds))} on {engine.device}; try\n\n"
-        f"  curl -sS http://{shown}:{port}/weights -H 'content-type: application/json'"
+        f"  curl -sS {flag}http://{address}/weights -H 'content-type: application/json'"
         f" -d '{json.dumps(body, separators=(',', ':'))}' -o net.safetensors\n\n"
     )
 

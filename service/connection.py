@@ -1,7 +1,7 @@
 """One client's connection: what uvicorn's own lacks, so that no client holds memory for ever.
 
-Bounds a request's head, gives the application a way to cut, and cuts a client that leaves the end of
-an answer unread. Knows no route; a send that waits before the end is `guard.py`'s to time.
+Bounds a request's head, and cuts a client that leaves what was sent unread for too long, whether a
+send waits for it or an answer's end does. Knows no route.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service import problem
 from service.problem import Problem
 
-ABORT = "neumeta.abort"
-"""The scope's extension that cuts the connection: closing alone would wait for the reader."""
+STALLED = "neumeta.stalled"
+"""The scope's extension that is there once its reader was cut."""
 MAX_HEAD = 64 << 10
 
 
@@ -31,6 +31,8 @@ class Connection(HttpToolsProtocol):
 
     _head: int | None = None
     """Bytes of an unfinished request head; None outside of one."""
+    _paused: asyncio.TimerHandle | None = None
+    """Of a send that waits because too much is unread."""
     _deadline: asyncio.TimerHandle | None = None
     """Of the end of the last answer: one timer a connection, however many answers it carries."""
 
@@ -39,7 +41,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._head = 0
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope["extensions"] = {ABORT: self.transport.abort}
+        scope["extensions"] = {}
 
     def on_headers_complete(self) -> None:
         """Its head is whole."""
@@ -64,34 +66,50 @@ class Connection(HttpToolsProtocol):
             )
             self.transport.close()
 
+    def pause_writing(self) -> None:
+        """More is unread than may be: the next send waits, but not for ever."""
+        super().pause_writing()
+        self._paused = self._after(self._cut)
+
+    def resume_writing(self) -> None:
+        """The client read on."""
+        super().resume_writing()
+        if self._paused:
+            self._paused.cancel()
+
     def on_response_complete(self) -> None:
         """The application is done; what is still unread has one more deadline."""
         answered = self.cycle
         super().on_response_complete()
         if self.transport.get_write_buffer_size() > 0:
-            timeout = self.config.app.state.settings.send_timeout  # type: ignore[union-attr]
             if self._deadline:
                 self._deadline.cancel()
-            self._deadline = self.loop.call_later(timeout, self._cut_if_unread, answered)
+            self._deadline = self._after(self._cut_if_unread, answered)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody is left to be cut."""
+        for timer in (self._paused, self._deadline):
+            if timer:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def _after(self, act: Any, *given: object) -> asyncio.TimerHandle:
+        timeout = self.config.app.state.settings.send_timeout  # type: ignore[union-attr]
+        return self.loop.call_later(timeout, act, *given)
 
     def _cut_if_unread(self, answered: object) -> None:
         # A connection that answers another request by now has sent this answer's end.
+        if self.cycle is answered and self.transport.get_write_buffer_size() > 0:
+            self._cut()
+
+    def _cut(self) -> None:
+        # Closing alone would wait for the reader. What is sent after this the server drops.
         transport: Any = self.transport
-        if self.cycle is answered and transport.get_write_buffer_size() > 0:
-            self.config.app.state.metrics.stalled.inc()  # type: ignore[union-attr]
-            transport.abort()
+        self.cycle.scope["extensions"][STALLED] = {}
+        self.config.app.state.metrics.stalled.inc()  # type: ignore[union-attr]
+        transport.abort()
 
 
-def abort_of(scope: Any) -> Any:
-    """What cuts this request's connection. Where the server offers nothing, breaking off does."""
-
-    def broken() -> None:
-        raise ConnectionAbortedError("the client stopped reading")
-
-    return (scope.get("extensions") or {}).get(ABORT, broken)
-
-
-async def settle() -> None:
-    """Let the event loop tell an aborted connection's readers and writers that it is gone."""
-    for _ in range(3):
-        await asyncio.sleep(0)
+def was_cut(scope: Any) -> bool:
+    """Whether this request's reader was cut because it read nothing for too long."""
+    return STALLED in (scope.get("extensions") or {})

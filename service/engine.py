@@ -94,8 +94,25 @@ class Engine:
             if precision == "bfloat16" and isinstance(manifold.representation, ResidualMLP):
                 manifold.representation.lower(torch.bfloat16)
             self.manifolds[name] = manifold
+            self._try(path, manifold)
         self._measured = {name: _measured(found) for name, found in self.manifolds.items()}
         self._forget()
+
+    @staticmethod
+    def _try(path: Path, manifold: Manifold) -> None:
+        """Sample its largest and its smallest network, so that what cannot be served is not adopted.
+
+        Raises BadCheckpoint naming the tensor.
+        """
+        space = manifold.space
+        try:
+            for architecture in dict.fromkeys((space.full, growing(space, None, False)[0])):
+                plan = wire.plan(space, architecture, "float32", manifold.normalisation)
+                for _ in wire.stream(plan, sample(manifold, architecture, samples=1)):
+                    pass
+        except (ValueError, RuntimeError) as error:
+            told = f"{path}: {architecture.key} cannot be sampled: {error}"
+            raise checkpoint.BadCheckpoint(told) from None
 
     @classmethod
     def of(cls, settings: Settings) -> Engine:

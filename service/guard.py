@@ -1,5 +1,5 @@
-"""The pure ASGI shell around the application: bounds, tokens, send deadline, request id, metrics,
-one log line a request, no stack traces.
+"""The pure ASGI shell around the application: the path's prefix, bounds, tokens, request id, metrics,
+one log line a request, no stack traces. Whatever is answered, was let in here.
 
 Knows no route's meaning.
 """
@@ -17,23 +17,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import account, logs, problem
 from service.account import Account
-from service.connection import MAX_HEAD, abort_of, settle, too_long
+from service.connection import MAX_HEAD, too_long, was_cut
+from service.hot import Hot
 from service.lifecycle import Lifecycle
 from service.problem import Problem
 from service.request import no_query
-from service.settings import Settings
+from service.settings import ROUTES, Settings
 
-ROUTES = (
-    "/",
-    "/weights",
-    "/models",
-    "/plan",
-    "/livez",
-    "/readyz",
-    "/metrics",
-    "/docs",
-    "/openapi.json",
-)
 OPEN = ("/", "/livez", "/readyz")
 """Answered without a token."""
 BARE = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
@@ -59,11 +49,11 @@ class Guard:
     """ASGI middleware around the whole application."""
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, lifecycle: Lifecycle, account: Account
+        self, app: ASGIApp, settings: Settings, lifecycle: Lifecycle, account: Account, hot: Hot
     ) -> None:
         self.app, self.lifecycle, self.metrics = app, lifecycle, lifecycle.metrics
-        self.account = account
-        self.max_body_bytes, self.send_timeout = settings.max_body_bytes, settings.send_timeout
+        self.account, self.hot = account, hot
+        self.root_path, self.max_body_bytes = settings.root_path, settings.max_body_bytes
         self.open = (*OPEN, "/metrics") if settings.metrics_open else OPEN
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
@@ -86,15 +76,16 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self.root_path:
+            scope = _below(scope, self.root_path)
         headers = dict(scope["headers"])
         request_id = account.request_id(headers)
         route, began = route_of(scope["path"]), time.perf_counter()
         logs.request_id.set(request_id)
-        status, started, size, promised = 500, False, 0, 0
-        tier, stalled = "", False
+        status, started, size, promised, tier = 500, False, 0, 0, ""
 
         async def observed(message: Message) -> None:
-            nonlocal status, started, size, tier, stalled
+            nonlocal status, started, size, tier
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 message["headers"] = [
@@ -108,15 +99,7 @@ class Guard:
                 if size == 0:
                     self.account.first_byte(route).observe(time.perf_counter() - began)
                 size += len(message["body"])
-            try:
-                async with asyncio.timeout(self.send_timeout):
-                    await send(message)
-            except TimeoutError:
-                # After this the server drops what is sent, and tells the application so.
-                stalled = True
-                self.metrics.stalled.inc()
-                abort_of(scope)()
-                await settle()
+            await send(message)
 
         read = 0
 
@@ -135,7 +118,8 @@ class Guard:
             promised = int(length[:20]) if length.isdigit() else 0
             if promised > self.max_body_bytes:
                 raise TooLarge
-            await self.app(scope, bounded, observed)
+            if not await self.hot.answer(scope, observed):
+                await self.app(scope, bounded, observed)
         except Problem as error:
             if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
                 error.headers["connection"] = "close"  # its body stays unread
@@ -164,7 +148,19 @@ class Guard:
             await problem.response(Problem(500, "internal error"))(scope, receive, observed)
         finally:
             self.metrics.in_flight.dec()
-            self.account.end(scope, route, request_id, status, size, began, tier, stalled)
+            cut = was_cut(scope)
+            self.account.end(scope, route, request_id, status, size, began, tier, cut)
+
+
+def _below(scope: Scope, root_path: str) -> Scope:
+    """The scope with this prefix named, and taken off its path: a proxy may have done that, or not."""
+    scope = {**scope, "root_path": root_path}
+    path, raw = scope["path"], scope.get("raw_path") or b""
+    if path != root_path and not path.startswith(root_path + "/"):
+        return scope
+    prefix = root_path.encode()
+    rest = raw[len(prefix) :] if raw.startswith(prefix) else raw
+    return {**scope, "path": path[len(root_path) :] or "/", "raw_path": rest or b"/"}
 
 
 async def _drain(receive: Receive) -> None:

@@ -1,22 +1,21 @@
 """Files that were given before: a request's target -> its plan, so that it need not be made again.
 
-A repeated GET of a whole file needs no routing, parsing or planning, which is most of its time: it is
-answered before the framework is asked. Knows no engine: what it repeats, `app.py` has answered once.
+A repeated GET of a whole file needs no routing, parsing or planning, which is most of its time: the
+guard has it answered here before it asks the framework. Knows no engine and no token: what it repeats,
+`app.py` has answered once, and who may have it, `guard.py` has decided.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from starlette.types import Scope, Send
 
-from service.account import Account, request_id
+from service.account import Account
 from service.cache import Body, Busy, Cache
-from service.connection import abort_of
+from service.connection import was_cut
 
 MOST = 1024
 """Targets that are remembered, the least recently used forgotten first."""
@@ -26,7 +25,6 @@ OTHERWISE = frozenset(
 """Request headers that ask for something else than the whole file."""
 CHUNK = 512 << 10
 """Larger than a stream's: these bytes are in memory anyway, and each send costs ten microseconds."""
-ROUTE = "/weights"
 TAKEN = "neumeta.body"
 """Where a scope holds a (body, tier) that was asked for here and is not whole yet."""
 
@@ -47,8 +45,8 @@ class Target:
 class Hot:
     """Targets by the exact bytes of path and query."""
 
-    def __init__(self, cache: Cache, account: Account, send_timeout: float) -> None:
-        self.cache, self.account, self.send_timeout = cache, account, send_timeout
+    def __init__(self, cache: Cache, account: Account) -> None:
+        self.cache, self.account = cache, account
         self.generation = 0
         self._kept: OrderedDict[tuple[bytes, bytes], Target] = OrderedDict()
 
@@ -62,46 +60,23 @@ class Hot:
 
     async def answer(self, scope: Scope, send: Send) -> bool:
         """Answer this request, if it is one of these and its file is there, whole."""
-        began = time.perf_counter()
-        asked = dict(scope["headers"])
-        if not (found := await self._take(scope, asked)):
+        if not (found := await self._take(scope)):
             return False
         headers, body, tier = found
-        found_id = request_id(asked)
-        loop, whole = asyncio.get_running_loop(), memoryview(body.data).toreadonly()
-        metrics, size, stalled = self.account.metrics, 0, False
-
-        def cut() -> None:
-            nonlocal stalled
-            stalled = True
-            metrics.stalled.inc()
-            abort_of(scope)()
-
-        metrics.in_flight.inc()
+        whole, sent = memoryview(body.data).toreadonly(), 0
         self.account.tier(tier).inc()
         try:
-            given = [*headers, (b"x-request-id", found_id.encode())]
-            await send({"type": "http.response.start", "status": 200, "headers": given})
-            while size < body.length and not stalled:
-                chunk = whole[size : size + CHUNK]
-                more = size + len(chunk) < body.length
-                deadline = loop.call_later(self.send_timeout, cut)
-                try:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": more})
-                finally:
-                    deadline.cancel()
-                if size == 0:
-                    self.account.first_byte(ROUTE).observe(time.perf_counter() - began)
-                size += len(chunk)
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            while sent < body.length and not was_cut(scope):
+                chunk = whole[sent : sent + CHUNK]
+                sent += len(chunk)
+                more = sent < body.length
+                await send({"type": "http.response.body", "body": chunk, "more_body": more})
         finally:
             body.leave()
-            metrics.in_flight.dec()
-            self.account.end(scope, ROUTE, found_id, 200, size, began, tier, stalled)
         return True
 
-    async def _take(
-        self, scope: Scope, headers: dict[bytes, bytes]
-    ) -> tuple[Headers, Body, str] | None:
+    async def _take(self, scope: Scope) -> tuple[Headers, Body, str] | None:
         """Headers, body and tier; whoever gets them says `leave`.
 
         A body that is still being made is left in the scope: who waits
@@ -113,7 +88,7 @@ class Hot:
             return None
         if target.key not in self.cache.finished and self.cache.shared is None:
             return None
-        if not OTHERWISE.isdisjoint(headers):
+        if not OTHERWISE.isdisjoint(name for name, _ in scope["headers"]):
             return None
         self._kept.move_to_end(asked)
         try:

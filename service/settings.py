@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
-MODELS = Path(__file__).parent.parent / "models"
+ROUTES = (
+    "/",
+    "/weights",
+    "/models",
+    "/plan",
+    "/livez",
+    "/readyz",
+    "/metrics",
+    "/docs",
+    "/openapi.json",
+)
+_LINK = re.compile(r"(tcp|udp|sctp)://")
+_LINKED = re.compile(r"NEUMETA_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_(TCP|UDP|SCTP)\w*)")
+
+
+def shipped() -> str:
+    """The folder of the manifolds that come with this software: beside the code in a checkout, or
+    where the installed package put it. Empty if there is none."""
+    beside = Path(__file__).parent.parent / "models"
+    if any(beside.glob("*.safetensors")):
+        return str(beside)
+    try:
+        files = metadata.files("neumeta-serve") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    found = (Path(str(f.locate())) for f in files if f.suffix == ".safetensors")
+    return next((str(path.parent.resolve()) for path in found if path.is_file()), "")
+
+
+def linked(environment: Mapping[str, str]) -> list[str]:
+    """The variables that Kubernetes, for a Service whose name begins with `neumeta`, or Docker, for a
+    linked container, put beside the settings: they are none, and are left out."""
+    return sorted(
+        name
+        for name, value in environment.items()
+        if _LINKED.fullmatch(name)
+        or (re.fullmatch(r"NEUMETA_(\w+_)?PORT", name) and _LINK.match(value))
+    )
+
+
+class _Environment(EnvSettingsSource):
+    """The environment without such variables."""
+
+    def __call__(self) -> dict[str, Any]:
+        found = super().__call__()
+        if _LINK.match(str(found.get("port", ""))):
+            del found["port"]
+        return found
 
 
 class Settings(BaseSettings):
@@ -18,8 +73,13 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: a free one)")
+    uds: str = Field("", description="unix socket to listen on, instead of host and port")
+    root_path: str = Field(
+        "", description="path prefix under which a proxy shows the service, such as `/neumeta`"
+    )
     models: str = Field(
-        str(MODELS), description="manifold files or folders of them, separated by commas"
+        default_factory=shipped,
+        description="manifold files or folders of them, separated by commas",
     )
     device: str = Field("auto", description="'auto' (CUDA where there is one), 'cpu' or 'cuda'")
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
@@ -75,8 +135,32 @@ class Settings(BaseSettings):
         20, ge=0, description="seconds the answers under way have after that to finish"
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags before the environment, of which what Kubernetes and Docker add is left out."""
+        return init_settings, _Environment(settings_cls)
+
+    @field_validator("root_path")
+    @classmethod
+    def _prefix(cls, given: str) -> str:
+        if given and not re.fullmatch(r"(/[\w.~-]+)+", given, re.ASCII):
+            raise ValueError("must be empty, or begin with / and not end with it")
+        if given and "/" + given.split("/")[1] in ROUTES:
+            raise ValueError(f"must not begin as a path of the service does: {', '.join(ROUTES)}")
+        return given
+
     def files(self) -> list[Path]:
         """The manifold files these settings name. Raises FileNotFoundError naming what is absent."""
+        if not self.models.strip(", "):
+            told = "there are none in this installation; name files with --models or NEUMETA_MODELS"
+            raise FileNotFoundError(f"models: {told}")
         found: list[Path] = []
         for name in filter(None, (part.strip() for part in self.models.split(","))):
             path = Path(name)
@@ -95,7 +179,7 @@ def table() -> str:
     """All settings as a markdown table: what the README shows, and a test compares."""
     rows = ["| environment | flag | default | meaning |", "|---|---|---|---|"]
     for name, entry in Settings.model_fields.items():
-        default = f"`{entry.default}`" if entry.default != "" else "none"
+        default = "none" if entry.default == "" else f"`{entry.default}`"
         default = "the shipped `models/`" if name == "models" else default
         flag = name.replace("_", "-")
         rows.append(f"| `NEUMETA_{name.upper()}` | `--{flag}` | {default} | {entry.description} |")

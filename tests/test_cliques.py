@@ -78,7 +78,7 @@ def test_each_side_is_in_one_clique_but_for_image_and_classes(family: Family) ->
         net = Network(family.name, depth, sizes)
         every = {
             Side(name, dimension)
-            for name, value in net.state_dict().items()
+            for name, value in net.named_parameters()
             for dimension in range(min(value.ndim, 2))
         }
         assert set(members) == every - fixed

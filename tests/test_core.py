@@ -24,7 +24,7 @@ def test_imports_go_one_way() -> None:
         "training": {"neumeta", "training"},
     }
     for package, may in allowed.items():
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = []
                 if isinstance(node, ast.Import):

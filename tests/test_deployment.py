@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -334,6 +335,42 @@ def test_the_pod_is_confined_probed_and_has_time_to_drain() -> None:
     assert container["image"] == SERVICES["service"]["image"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert container["image"].endswith(f":{project['version']}")
+
+
+def test_no_service_writes_into_the_pods_settings() -> None:
+    """Kubernetes links every Service of the namespace into a pod, unless told not to."""
+    spec = pod()
+    (container,) = spec["containers"]
+    assert spec["enableServiceLinks"] is False
+    plain = {each["name"]: each.get("value") for each in container["env"]}
+    assert plain["NEUMETA_PORT"] == str(container["ports"][0]["containerPort"])
+
+
+def test_an_installed_wheel_finds_the_manifolds_that_ship(tmp_path: Path) -> None:
+    copy, target = tmp_path / "copy", tmp_path / "target"
+    shutil.copytree(ROOT / "neumeta", copy / "neumeta")
+    for package in ("service", "training", "models"):
+        shutil.copytree(ROOT / package, copy / package)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(target), str(copy)], check=True, timeout=200)
+    shutil.rmtree(copy)
+    code = "from service.settings import Settings; print(*Settings().files(), sep='\\n')"
+    elsewhere = {**os.environ, "PYTHONPATH": str(target)}
+
+    def told() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True, timeout=60
+        )
+
+    names = {Path(line).name for line in told().stdout.splitlines()}
+    assert names == {path.name for path in (ROOT / "models").glob("*.safetensors")}
+    assert all(Path(line).is_relative_to(target) for line in told().stdout.splitlines())
+    for path in target.rglob("*.safetensors"):
+        path.unlink()
+    assert "there are none in this installation" in told().stderr
 
 
 def test_secrets_come_from_secrets_and_the_tokens_can_rotate() -> None:

@@ -18,22 +18,22 @@ from neumeta.architecture import Architecture
 from neumeta.manifold import Manifold
 from neumeta.moments import Propagation, kernel, krige, rectified
 from neumeta.sample import sample
-from training import cli, data, fit, recipe, source, statistics
+from training import data, fit, pipeline, recipe, source, statistics
 from training.data import Dataset
 
-TINY = replace(
-    recipe.load("tiny"), source_epochs=1, epochs=1.5, batch=256, evaluate_widths=(1.0, 0.5)
+TINY = recipe.load("tiny").changed(
+    network={"train": {"epochs": 1, "lr": 0.1, "batch": 64}},
+    fit={"epochs": 1.5, "batch": 256},
+    evaluate={"widths": (1.0, 0.5)},
 )
-MLP = replace(
-    TINY,
-    representation="mlp",
-    options={"layers": 3, "hidden": 16, "num_freq": 4},
-    noise=0.5,
-    samples=2,
-    regression_steps=5,
-    distill="source",
-    reconstruction=1.0,
-    regularisation=1e-4,
+MLP = TINY.changed(
+    representation={
+        "kind": "mlp",
+        "options": {"layers": 3, "hidden": 16, "num_freq": 4},
+        "noise": 0.5,
+        "samples": 2,
+    },
+    fit={"regression_steps": 5, "distill": "source", "reconstruction": 1.0, "regularisation": 1e-4},
 )
 
 
@@ -50,8 +50,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(
     asked: recipe.Recipe, digits: Dataset, folder: Path
 ) -> tuple[Manifold, fit.Targets, source.Network]:
-    net = cli.trained_source(asked, digits, Path("none"), folder)
-    return cli.prepare(asked, digits, net)
+    net = pipeline.trained_source(asked, digits, Path("none"), folder)
+    return pipeline.prepare(asked, digits, net)
 
 
 @pytest.mark.parametrize("asked", [TINY, MLP], ids=["grid", "mlp"])
@@ -74,14 +74,14 @@ def test_a_grid_starts_as_the_source_network(digits: Dataset, run_folder: Path) 
     manifold, targets, smoothed = prepared(TINY, digits, run_folder)
     assert fit.initialise(manifold, targets, TINY, lambda *_: None) == 0.0
     made = dict(sample(manifold, manifold.space.full))
-    for name, value in smoothed.state_dict().items():
+    for name, value in smoothed.named_parameters():
         torch.testing.assert_close(made[name], value, atol=0, rtol=0)
 
 
 def test_regression_lowers_the_error(digits: Dataset, run_folder: Path) -> None:
     errors = []
     for steps in (2, 60):
-        asked = replace(MLP, regression_steps=steps, noise=0.0)
+        asked = MLP.changed(representation={"noise": 0.0}, fit={"regression_steps": steps})
         manifold, targets, _ = prepared(asked, digits, run_folder)
         errors.append(fit.initialise(manifold, targets, asked, lambda *_: None))
     assert errors[1] < 0.9 * errors[0]
@@ -89,25 +89,25 @@ def test_regression_lowers_the_error(digits: Dataset, run_folder: Path) -> None:
 
 def test_architectures_come_from_the_pool(digits: Dataset) -> None:
     generator = torch.Generator().manual_seed(0)
-    listed = replace(TINY, widths=(0.5, 0.75), sandwich=False)
-    drawn = {fit.choose(listed, listed.space, generator)[0].channels for _ in range(40)}
+    listed = TINY.changed(fit={"widths": (0.5, 0.75), "sandwich": False})
+    drawn = {fit.choose(listed, listed.space(10), generator)[0].channels for _ in range(40)}
     assert drawn == {(16, 32, 32), (24, 48, 48)}
     for _ in range(40):
-        largest, smallest, one = fit.choose(TINY, TINY.space, generator)
+        largest, smallest, one = fit.choose(TINY, TINY.space(10), generator)
         assert largest.channels == (32, 64, 64) and smallest.channels == (8, 16, 16)
         assert all(
             a <= b <= c
             for a, b, c in zip(smallest.channels, one.channels, largest.channels, strict=True)
         )  # noqa: E501
     deep = recipe.load("mnist-resnet-depth")
-    seen = {fit.choose(deep, deep.space, generator)[2].depth for _ in range(200)}
+    seen = {fit.choose(deep, deep.space(10), generator)[2].depth for _ in range(200)}
     assert seen == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
 
 
 def test_a_size_that_is_kept_is_not_trained() -> None:
     kept = recipe.load("cifar10-resnet")
-    space, generator = kept.space, torch.Generator().manual_seed(0)
-    assert kept.options["reach"] and kept.full_weight == 0
+    space, generator = kept.space(10), torch.Generator().manual_seed(0)
+    assert kept.representation.options["reach"] and kept.fit.full_weight == 0
     steps = [fit.choose(kept, space, generator) for _ in range(200)]
     for smallest, wide, _, other, shallow in steps:
         assert smallest == space.architecture(0.25)
@@ -177,14 +177,12 @@ def given(manifold: Manifold, architecture: Architecture) -> dict[str, tuple[Ten
 def test_statistics_are_what_calibration_on_images_would_give(
     digits: Dataset, tmp_path: Path, blocks: tuple[int, int] | None
 ) -> None:
-    asked = replace(
-        recipe.load("cifar10-resnet"),
-        source="train",
-        source_epochs=0,
-        data="digits",
-        width=(0.8, 1.0),
-        blocks=blocks,
-        options={"nodes": 0, "depths": True, "stepped": True},
+    asked = recipe.load("cifar10-resnet").changed(
+        network={"weights": "", "train": {"epochs": 0}},
+        data={"name": "digits"},
+        representation={"options": {"nodes": 0, "depths": True, "stepped": True}},
+        fit={"width": (0.8, 1.0), "blocks": blocks, "full_weight": 1.0},
+        evaluate={"blocks": None},
     )
     colour = replace(
         digits,
@@ -195,8 +193,8 @@ def test_statistics_are_what_calibration_on_images_would_give(
         pad=0,
         flips=False,
     )
-    net = cli.trained_source(asked, colour, Path("none"), tmp_path)
-    manifold, targets, _ = cli.prepare(asked, colour, net)
+    net = pipeline.trained_source(asked, colour, Path("none"), tmp_path)
+    manifold, targets, _ = pipeline.prepare(asked, colour, net)
     fit.initialise(manifold, targets, asked, lambda *_: None)
     statistics.measure_statistics(manifold, colour, asked, mixed=4, images=128)
     images = data.to_float(colour.train_images, colour)
@@ -247,39 +245,3 @@ def test_rectified_moments_are_those_of_many_draws() -> None:
     # Standard errors at 400,000 draws are below 0.005 here.
     torch.testing.assert_close(first, drawn.relu().mean(0), atol=0.02, rtol=0)
     torch.testing.assert_close(second, drawn.relu().var(0), atol=0.04, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("title='x'\nlearning_rate=3", "learning_rate"),
-        ("title='x'", "missing"),
-        ("title=", "Invalid"),
-        ("title='x'\ndata='digits'\nfamily='vgg'\narch='x'\nwidth=[0.5,1.0]", "family"),
-        ("title='x'\ndata='digits'\nfamily='lenet-mnist'\narch='x'\nwidth=[0.5,1.0]", "arch"),
-        (
-            "title='x'\ndata='cifar10'\nfamily='resnet-cifar'\narch='resnet20'\nwidth=[0.5,1.0]\n"
-            "norm=true\nmorph=['layer3.2.inner']",
-            "norm",
-        ),
-        (
-            "title='x'\ndata='cifar10'\nfamily='resnet-cifar'\narch='resnet20'\nwidth=[0.5,1.0]\n"
-            "blocks=[1,3]\nfull_weight=0",
-            "full_weight: 0 .*options.reach",
-        ),
-    ],
-)
-def test_a_bad_recipe_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
-    path = tmp_path / "bad.toml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=named):
-        recipe.load(str(path))
-
-
-def test_missing_data_is_one_clear_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["mnist-resnet-depth", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
-    assert cli.main(arguments) == 2
-    told = capsys.readouterr().err
-    assert "mnist" in told and str(tmp_path) in told and len(told.strip().splitlines()) == 1

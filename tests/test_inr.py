@@ -23,7 +23,10 @@ from tests.conftest import lenet
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_table_gives_the_module_shapes_parameters_and_macs(family: str) -> None:
+@pytest.mark.parametrize("image", [(32, 32), (28, 28), (8, 8), (30, 17), (5, 7)], ids=str)
+def test_the_table_gives_the_module_shapes_parameters_and_macs(
+    family: str, image: tuple[int, int]
+) -> None:
     table = FAMILIES[family]
     for depth in table.architectures.values():
         sizes = {axis: size - 3 for axis, size in table.full_sizes(depth, 13).items()}
@@ -62,10 +65,10 @@ def test_the_table_gives_the_module_shapes_parameters_and_macs(family: str) -> N
 
         torch.nn.functional.conv2d = conv2d
         try:
-            net(torch.zeros(1, table.input_channels, table.input_size, table.input_size))
+            net(torch.zeros(1, table.input_channels, *image))
         finally:
             torch.nn.functional.conv2d = real
-        assert macs(table.layers(depth), sizes, table.input_size) == done
+        assert macs(table, depth, sizes, image) == done
 
 
 @given(st.integers(0, 2**32), st.floats(0, 0.5), st.floats(0.25, 1.0))

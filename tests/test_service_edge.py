@@ -12,18 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.life import manifold
 from neumeta import checkpoint
-from service import logs
-from service.account import Account
+from neumeta.manifold import Manifold
+from service import engine, logs
+from service.account import client_of
 from service.app import create_app
-from service.guard import Guard
 from service.settings import Settings
 from service.tokens import Tokens
 from tests.conftest import lenet, served
 
 QUERY = "/weights/lenet?width=0.5"
+
+
+def endless(kind: str = "mlp") -> Manifold:
+    """A manifold of finite parameters whose weights are not."""
+    found = lenet(kind)
+    with torch.no_grad():
+        for parameter in found.representation.parameters():
+            parameter.fill_(1e30)
+    return found
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -129,32 +139,41 @@ def test_draining_is_not_ready_but_still_serves_and_sends_clients_away(file: Pat
     asyncio.run(check())
 
 
-def test_a_send_that_stalls_is_cut_and_counted(file: Path) -> None:
+@pytest.mark.parametrize(
+    ("forwarded", "told"),
+    [
+        (None, "unix"),
+        (b"", "unix"),
+        (b"10.0.0.7", "10.0.0.7"),
+        (b"6.6.6.6, 2001:db8::7", "2001:db8::7"),  # a client writes the first entries itself
+        (b"a\nb", "unix"),
+        (b"x" * 65, "unix"),
+    ],
+)
+def test_a_unix_sockets_client_is_whom_the_proxy_saw(forwarded: bytes | None, told: str) -> None:
+    headers = [] if forwarded is None else [(b"x-forwarded-for", forwarded)]
+    assert client_of({"client": None, "headers": headers}) == told
+    assert client_of({"client": ("10.1.1.1", 5), "headers": headers}) == "10.1.1.1"
+
+
+def test_behind_a_prefix_tokens_guard_the_same_paths(file: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("alpha\n")
+
     async def check() -> None:
-        app = create_app(Settings(models=str(file)))
-        aborted: list[bool] = []
-
-        async def endless(scope: Any, receive: Any, send: Any) -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b"x", "more_body": True})
-
-        async def stalls(message: Any) -> None:
-            if message["type"] == "http.response.body" and not aborted:
-                await asyncio.Event().wait()
-
-        settings = Settings(models=str(file), send_timeout=0.1)
-        scope = {
-            "type": "http",
-            "path": "/weights/lenet",
-            "query_string": b"",
-            "method": "GET",
-            "headers": [],
-            "extensions": {"neumeta.abort": lambda: aborted.append(True)},
-        }
-        guard = Guard(endless, settings, app.state.lifecycle, Account(app.state.metrics))
-        await asyncio.wait_for(guard(scope, None, stalls), 5)  # type: ignore[arg-type]
-        assert aborted == [True]
-        assert app.state.metrics.registry.get_sample_value("neumeta_stalled_sends_total") == 1
+        async with served(file, tokens_file=str(tokens), root_path="/a/b") as (client, _):
+            for prefix in ("", "/a/b"):
+                assert (await client.get(prefix + "/livez")).status_code == 200
+                for path in ("/models", QUERY, "/docs", "/livez/", "/a/b/models", "/x/livez"):
+                    assert (await client.get(prefix + path)).status_code == 401, prefix + path
+                for _ in range(3):  # the last from what is repeated
+                    answer = await client.get(prefix + QUERY, headers=bearer("alpha"))
+                    assert answer.status_code == 200
+                    assert answer.headers["content-location"].startswith("/a/b/weights/lenet?")
+                assert (await client.get(prefix + QUERY)).status_code == 401
+                missing = await client.get(prefix + "/nowhere", headers=bearer("alpha"))
+                assert missing.status_code == 404
+            assert (await client.get("/a/bc/livez")).status_code == 401
 
     asyncio.run(check())
 
@@ -196,6 +215,7 @@ def test_a_request_is_one_json_line(file: Path, lines: Lines) -> None:
                 "logger": "neumeta.request",
                 "message": "request",
                 "request_id": "night-7",
+                "client": "127.0.0.1",
                 "method": "GET",
                 "route": "/weights",
                 "path": "/weights/lenet",
@@ -278,7 +298,21 @@ def test_a_reload_swaps_and_what_is_under_way_ends_as_it_began(file: Path) -> No
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone", "twice"])
+def test_a_manifold_is_tried_at_its_largest_and_its_smallest_size(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, weights = [], engine.sample
+
+    def noted(manifold: Any, architecture: Any, **options: Any) -> Any:
+        tried.append(architecture.channels)
+        return weights(manifold, architecture, **options)
+
+    monkeypatch.setattr(engine, "sample", noted)
+    engine.Engine([file], device="cpu")
+    assert tried == [(32, 64, 64), (8, 16, 16)]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone", "twice", "endless"])
 def test_a_bad_file_keeps_what_is_served(file: Path, lines: Lines, damage: str) -> None:
     lines.setFormatter(logs.Json())
 
@@ -289,6 +323,8 @@ def test_a_bad_file_keeps_what_is_served(file: Path, lines: Lines, damage: str) 
                 file.unlink()
             elif damage == "twice":
                 (file.parent / "copy.safetensors").write_bytes(raw)
+            elif damage == "endless":
+                checkpoint.write(endless(), file)
             else:
                 file.write_bytes(raw[:-50] if damage == "truncated" else raw[:-9] + bytes(9))
             await app.state.lifecycle.reload()

@@ -87,7 +87,7 @@ def test_a_reload_forgets_and_a_late_plan_is_not_remembered(file: Path) -> None:
             # An answer that was planned before the reload and ends after it.
             scope = {"raw_path": b"/weights/lenet", "query_string": b"late", "method": "GET"}
             late = Target("key", b"", 0, lambda: iter(()), [])
-            app.hot.keep(scope, late, app.hot.generation - 1)
+            app.state.hot.keep(scope, late, app.state.hot.generation - 1)
             assert (await client.get("/weights/lenet?late")).status_code == 422
 
     asyncio.run(check())

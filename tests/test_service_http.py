@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 from safetensors.torch import save
 
 from neumeta import checkpoint
 from neumeta.sample import sample
 from service.cli import serve, settings_from
 from service.request import ALLOWED
-from service.settings import Settings
+from service.settings import Settings, linked
 from tests.conftest import lenet, served
 from tests.test_service_engine import DEPTH, WHOLE, grid
 
@@ -92,6 +95,55 @@ def test_head_states_the_whole_file_whatever_the_range(folder: Path) -> None:
             assert re.fullmatch(r"sha-256=:[\w+/]{43}=:", later.headers["repr-digest"])
             for path in ("/livez", "/readyz", "/models", "/models/lenet", "/metrics"):
                 assert (await client.head(path)).status_code == 200
+
+    asyncio.run(check())
+
+
+def test_every_answer_about_a_file_says_its_digest_once_it_is_known(folder: Path) -> None:
+    async def check() -> None:
+        async with served(folder) as (client, app):
+            path = "/weights/lenet?width=0.5"
+            asked = {"arch": "lenet", "width": 0.5}
+            tag = (await client.head(path)).headers["etag"]
+            same, head, last = {"If-None-Match": tag}, {"Range": "bytes=0-7"}, {"Range": "bytes=-9"}
+
+            async def told() -> list[Any]:
+                return [
+                    await client.get(path, headers=same),
+                    await client.head(path, headers=same),
+                    await client.head(path),
+                    await client.get(path, headers=head),
+                ]
+
+            plan = (await client.post("/plan", json=asked)).json()
+            assert plan["repr_digest"] is None and not app.state.cache.finished
+            for answer in await told():
+                assert "repr-digest" not in answer.headers
+            cold = await client.get(path)
+            assert "repr-digest" not in cold.headers
+            # No cache may keep what could never be vouched for.
+            assert cold.headers["cache-control"] == "no-store"
+            assert cold.headers["x-accel-expires"] == "0"
+            digest = b64encode(hashlib.sha256(cold.content).digest()).decode()
+            for dropped in (False, True):
+                if dropped:  # the bytes are gone, their digest is not
+                    app.state.cache.finished.clear()
+                    app.state.cache.bytes = 0
+                answers = [
+                    *await told(),
+                    await client.get(path, headers=last),
+                    await client.get(path),
+                    await client.get(path),
+                    await client.post("/weights", json=asked),
+                ]
+                statuses = [each.status_code for each in answers]
+                assert statuses == [304, 304, 200, 206, 206, 200, 200, 200]
+                for answer in answers:
+                    assert answer.headers.get_list("repr-digest") == [f"sha-256=:{digest}:"]
+                    assert answer.headers["cache-control"] == "public, no-cache"
+                    assert "x-accel-expires" not in answer.headers
+                plan = (await client.post("/plan", json=asked)).json()
+                assert plan["repr_digest"] == f"sha-256=:{digest}:"
 
     asyncio.run(check())
 
@@ -316,7 +368,7 @@ def test_the_service_package_imports_no_training_and_the_client_no_service_libra
         "print(sorted({{name.partition('.')[0] for name in sys.modules}} & {{'training', 'torch',"
         " 'fastapi', 'starlette', 'pydantic', 'uvicorn', 'redis', 'prometheus_client'}}))"
     )
-    for module, expected in (("service", "[]"), ("service.client", "[]")):
+    for module, expected in (("service", "[]"), ("neumeta.pull", "[]")):
         ran = subprocess.run(
             [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True
         )
@@ -337,6 +389,11 @@ def test_the_service_package_imports_no_training_and_the_client_no_service_libra
         (["--cache-bytes", "lots"], "cache_bytes"),
         (["--models", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--log-level", "loud"], "log_level"),
+        (["--port", "tcp://10.96.3.4:80"], "port"),
+        (["--root-path", "fleet"], "root_path"),
+        (["--root-path", "/fleet/"], "root_path"),
+        (["--root-path", "/weights/a"], "root_path"),
+        (["--root-path", "/a b"], "root_path"),
     ],
 )
 def test_a_bad_flag_is_one_line(
@@ -345,6 +402,36 @@ def test_a_bad_flag_is_one_line(
     assert serve(flags) == 2
     error = capsys.readouterr().err
     assert told in error and len(error.strip().splitlines()) == 1
+
+
+def test_what_kubernetes_puts_beside_the_settings_is_left_out_and_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    links = {
+        "NEUMETA_PORT": "tcp://10.96.3.4:80",
+        "NEUMETA_SERVICE_HOST": "10.96.3.4",
+        "NEUMETA_SERVICE_PORT": "80",
+        "NEUMETA_SERVICE_PORT_HTTP": "80",
+        "NEUMETA_PORT_80_TCP": "tcp://10.96.3.4:80",
+        "NEUMETA_PORT_80_TCP_ADDR": "10.96.3.4",
+        "NEUMETA_PORT_80_TCP_PORT": "80",
+        "NEUMETA_PORT_80_TCP_PROTO": "tcp",
+        # Another Service beside it, `neumeta-redis`.
+        "NEUMETA_REDIS_PORT": "tcp://10.96.3.5:6379",
+        "NEUMETA_REDIS_SERVICE_HOST": "10.96.3.5",
+        "NEUMETA_REDIS_PORT_6379_TCP_PORT": "6379",
+    }
+    for name, value in links.items():
+        monkeypatch.setenv(name, value)
+    settings = settings_from([])
+    assert (settings.port, settings.redis_url) == (8000, "")
+    assert settings_from(["--port", "81"]).port == 81
+    assert linked(links) == sorted(links)
+    ours = {f"NEUMETA_{name.upper()}": "1" for name in Settings.model_fields}
+    assert linked(ours | {"NEUMETA_URL": "http://x", "PORT": "tcp://x", "NEUMETA_PORT": "80"}) == []
+    monkeypatch.setenv("NEUMETA_PORT", "tcp")
+    with pytest.raises(ValidationError):
+        settings_from([])
 
 
 def test_every_flag_has_an_environment_twin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from neumeta.family import FAMILIES
 from neumeta.network import Network
-from training import data, source
+from training import data, source, state
+from training.folded import fold, network_from
+from training.imported import import_resnet_cifar
 
 FILES = {
     "resnet20-12fca82f.th": 3,
@@ -52,8 +54,8 @@ def test_import_equals_the_published_network(file: str, n: int, data_root: Path)
             "state_dict"
         ].items()
     }
-    net = source.import_resnet_cifar(path)
-    folded = source.network_from(source.fold(net), "resnet-cifar", net.depth)
+    net = import_resnet_cifar(path)
+    folded = network_from(fold(net), "resnet-cifar", net.depth)
     images = data.load("cifar10", data_root)
     x = data.to_float(images.test_images[:64], images)
     with torch.no_grad():
@@ -61,13 +63,6 @@ def test_import_equals_the_published_network(file: str, n: int, data_root: Path)
         # 1e-4 on logits of magnitude 10: float32 rounding through up to 56 folded layers.
         torch.testing.assert_close(net(x), expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(folded(x), expected, atol=1e-4, rtol=0)
-
-
-def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.th"
-    torch.save({"state_dict": {"module.fc.weight": torch.zeros(3)}}, path)
-    with pytest.raises(ValueError, match="not a CIFAR ResNet"):
-        source.import_resnet_cifar(path)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -82,7 +77,7 @@ def test_folding_changes_nothing(family: str) -> None:
         elif "bn" in name and value.dtype.is_floating_point:
             value.data.normal_()
     x = torch.randn(4, table.input_channels, table.input_size, table.input_size)
-    folded = source.network_from(source.fold(net), family, depth)
+    folded = network_from(fold(net), family, depth)
     with torch.no_grad():
         expected = net(x)
         scale = expected.abs().max().item()
@@ -106,12 +101,12 @@ def test_training_resumes_to_the_same_network(tmp_path: Path) -> None:
         real(value, path)
         raise Killed
 
-    real, source.save_atomically = source.save_atomically, killed_after_one
+    real, state.save = state.save, killed_after_one
     try:
         with pytest.raises(Killed):
             source.train(fresh(), digits, epochs=2, lr=0.05, state=tmp_path / "s.pt")
     finally:
-        source.save_atomically = real
+        state.save = real
     resumed = source.train(fresh(), digits, epochs=2, lr=0.05, state=tmp_path / "s.pt")
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)

@@ -1,34 +1,59 @@
-"""`neumeta-train RECIPE`: the whole pipeline, stage by stage, each stage's result kept in the run.
+"""`neumeta-train RECIPE`: from images to a manifold, or the line that says why not.
 
-source -> channel order -> representation fit -> statistics -> evaluation -> checkpoint.
+Flags and messages; the stages are in `pipeline.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from neumeta import checkpoint
-from neumeta.manifold import Manifold, representation
-from neumeta.network import Network
-from training import cliques, data, evaluate, fit, permute, plots, recipe, source, statistics
+from neumeta import atomic
+from training import pipeline, recipe
+
+DONE, BAD_INPUT, STOPPED, INTERRUPTED = 0, 2, 3, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one recipe; returns the exit code (0 done, 2 bad input, 3 stopped by --max-minutes)."""
-    parser = argparse.ArgumentParser(prog="neumeta-train", description=__doc__)
+    """Run one recipe; returns the exit code: 0 done, 2 bad input or no room for the result, 3 stopped
+    by --max-minutes, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    threading.excepthook = _in_a_thread
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return _say("interrupted; --resume goes on", INTERRUPTED)
+    except pipeline.Stopped:
+        told = f"stopped after {arguments.max_minutes:g} minutes; --resume goes on"
+        return _say(told, STOPPED)
+    except OSError as error:
+        told = f"{error.filename or 'a file of this run'}: {error.strerror}"
+        return _say(told if error.strerror else str(error), BAD_INPUT)
+    except ValueError as error:
+        return _say(str(error), BAD_INPUT)
+    finally:
+        if dist.is_initialized() and "RANK" in os.environ:
+            dist.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="neumeta-train", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipe", help="a built-in recipe's name, or a .toml file")
-    parser.add_argument("--run", type=Path, help="folder of this run (default runs/RECIPE)")
+    parser.add_argument(
+        "--folder",
+        "--run",
+        type=Path,
+        help="folder of this run (default runs/RECIPE); torchrun takes --run for its own",
+    )
     parser.add_argument(
         "--data", type=Path, help="folder of the data sets (default $NEUMETA_DATA or data)"
     )
@@ -37,174 +62,68 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="folder of public checkpoints (default DATA/../checkpoints)",
     )
-    parser.add_argument("--out", type=Path, help="the manifold (default RUN/manifold.safetensors)")
+    parser.add_argument(
+        "--out", type=Path, help="the manifold's file (default FOLDER/manifold.safetensors)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on where this run stopped")
-    parser.add_argument("--max-minutes", type=float, default=math.inf)
-    arguments = parser.parse_args(argv)
-    try:
-        return _run(arguments)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"neumeta-train: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--max-minutes", type=_minutes, default=math.inf)
+    return parser
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return value
+
+
+def _say(message: str, code: int) -> int:
+    # In one write, so that the lines of several processes do not mix.
+    print("".join(f"neumeta-train: {line}\n" for line in message.splitlines()),
+          end="", file=sys.stderr, flush=True)  # fmt: skip
+    return code
+
+
+def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
+    # TensorBoard's writer raises a full disk's error again in the main thread, which tells it.
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    asked = recipe.load(arguments.recipe)
-    run: Path = arguments.run or Path("runs") / asked.name
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if (run / "recipe.json").exists() and not arguments.resume and rank == 0:
-        raise ValueError(f"{run} holds an earlier run: add --resume, or choose another --run")
-    run.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized():
-        dist.barrier()
-    written = json.dumps(asked.as_dict(), indent=1, sort_keys=True)
-    if arguments.resume and (run / "recipe.json").exists():
-        if (run / "recipe.json").read_text() != written:
-            raise ValueError(f"{run} was started with another recipe: choose another --run")
-    elif rank == 0:
-        (run / "recipe.json").write_text(written)
     began = time.monotonic()
-    loaded = data.load(asked.data, arguments.data)
+    asked = recipe.load(arguments.recipe)
+    folder: Path = arguments.folder or Path("runs") / asked.name
+    out: Path = arguments.out or folder / "manifold.safetensors"
+    for path in (folder / "recipe.json", out):
+        atomic.check(path)
+    if "RANK" in os.environ and not dist.is_initialized():
+        # While the first process trains the source or evaluates, the others wait for it.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
-    net = trained_source(asked, loaded, arguments.checkpoints or root.parent / "checkpoints", run)
-    manifold, targets, smoothed = prepare(asked, loaded, net)
-    before = source.accuracy(net, loaded.test_images, loaded.test_labels, loaded)
-    if torch.cuda.is_available():
-        manifold.representation.to(f"cuda:{rank % torch.cuda.device_count()}")
-    done = fit.fit(
-        manifold,
-        targets,
-        smoothed,
-        loaded,
+    made = pipeline.run(
         asked,
-        run,
+        pipeline.dataset(asked.data, arguments.data),
+        arguments.checkpoints or root.parent / "checkpoints",
+        folder,
+        out,
         resume=arguments.resume,
         max_minutes=arguments.max_minutes,
     )
-    if not done:
-        print(f"stopped after {arguments.max_minutes} minutes; --resume goes on", file=sys.stderr)
-        return 3
-    manifold.representation.cpu()
-    if rank > 0:
-        return 0
-    if asked.norm:
-        statistics.measure_statistics(manifold, loaded, asked)
-    rows = evaluate.evaluate(manifold, loaded, asked)
-    manifold.about.update(
-        title=asked.title,
-        recipe=asked.as_dict(),
-        source={
-            "kind": asked.source,
-            "file": asked.source_checkpoint,
-            "accuracy": round(before, 2),
-        },
-        data={
-            "name": loaded.name,
-            "sha256": loaded.digest(),
-            "test_images": len(loaded.test_labels),
-        },
-        evaluation=rows,
-        torch=torch.__version__,
-    )
-    out: Path = arguments.out or run / "manifold.safetensors"
-    digest = checkpoint.write(manifold, out)
-    report = {"source_accuracy": round(before, 2), "evaluation": rows, "checkpoint": digest}
-    (run / "evaluation.json").write_text(json.dumps(report, indent=1))
-    plots.evaluation(rows, asked, before, run / "evaluation.svg")
-    for row in rows:
+    if made is None:  # the first process tells it
+        return DONE
+    for row in made.rows:
         print(
             f"width {row['width']:<5g} depth {row['depth']!s:<12}"
             f" {row['parameters']:>8} parameters  {row['accuracy']:.2f} %"
         )
     print(
-        f"source {before:.2f} %; {out} {out.stat().st_size} bytes; {time.monotonic() - began:.0f} s"
+        f"source {made.source:.2f} %; {out} {out.stat().st_size} bytes;"
+        f" {time.monotonic() - began:.0f} s"
     )
-    return 0
+    return DONE
 
 
-def trained_source(
-    asked: recipe.Recipe, loaded: data.Dataset, checkpoints: Path, run: Path
-) -> Network:
-    """The source network of a recipe: kept in the run once it is trained or fine-tuned."""
-    family = asked.space.table
-    kept = run / "source.safetensors"
-    sizes = family.full_sizes(asked.space.depth, len(loaded.classes))
-    sizes["image"] = loaded.train_images.shape[1]
-    if kept.exists():
-        return source.restore(kept, asked.family, asked.space.depth, sizes)
-    if asked.source == "train":
-        torch.manual_seed(asked.seed)
-        net = Network(asked.family, asked.space.depth, sizes, norm=True)
-    else:
-        path = checkpoints / asked.source_checkpoint
-        if not path.exists():
-            raise FileNotFoundError(
-                f"source checkpoint {path} is not there: it is published at"
-                " https://github.com/akamaster/pytorch_resnet_cifar10; see --checkpoints"
-            )
-        net = source.import_resnet_cifar(path)
-    if asked.source != "import":
-        source.train(
-            net,
-            loaded,
-            epochs=asked.source_epochs,
-            lr=asked.source_lr,
-            batch=asked.source_batch,
-            seed=asked.seed,
-            state=run / "source.pt",
-        )
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank == 0:
-        source.save(net, kept)
-    return net
-
-
-def prepare(
-    asked: recipe.Recipe, loaded: data.Dataset, net: Network
-) -> tuple[Manifold, dict[str, Tensor], Network]:
-    """The untrained manifold, its targets (smoothed source tensors) and the smoothed network."""
-    space = asked.space
-    folded = source.fold(net)
-    found = cliques.cliques(space.table, space.depth)
-    axes = [axis for axis in found if space.morphs(axis)]
-    orders = permute.order(folded, found, asked.permutation, seed=asked.seed, axes=axes)
-    # Frozen axes keep their order, so that the source's own prefix stays what it was.
-    smooth = permute.apply(folded, found, orders)
-    smoothed = source.network_from(smooth, asked.family, space.depth)
-    torch.manual_seed(asked.seed)
-    model = representation(asked.representation, space, asked.options, norm=asked.norm)
-    frozen, targets = {}, {}
-    raw = source.reorder(net, orders) if asked.norm else {}
-    for layer in space.table.layers(space.depth):
-        if not space.morphing(layer):
-            for kind in ("weight", "bias"):
-                frozen[f"{layer.name}.{kind}"] = smooth[f"{layer.name}.{kind}"]
-        elif asked.norm and layer.norm:
-            targets[f"{layer.name}.weight"] = raw[f"{layer.name}.weight"]
-            targets[f"{layer.name}.gamma"] = raw[f"{layer.norm}.weight"]
-            targets[f"{layer.name}.beta"] = raw[f"{layer.norm}.bias"]
-        else:
-            for kind in ("weight", "bias"):
-                targets[f"{layer.name}.{kind}"] = smooth[f"{layer.name}.{kind}"]
-    tv: dict[str, Any] = {
-        "strategy": asked.permutation,
-        "total_variation_before": permute.total_variation(folded),
-        "total_variation": permute.total_variation(smooth),
-    }
-    manifold = Manifold(
-        space,
-        model,
-        asked.representation,
-        asked.options,
-        asked.norm,
-        asked.noise,
-        asked.samples,
-        asked.scale,
-        {"mean": loaded.mean, "std": loaded.std},
-        list(loaded.classes),
-        frozen,
-        about={"permutation": tv},
-    )
-    return manifold, targets, smoothed
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,10 +11,16 @@ from neumeta.family import Family
 
 
 class Side(NamedTuple):
-    """Dimension `dimension` of the folded tensor `tensor`: 0 its outputs, 1 its inputs."""
+    """Dimension `dimension` of the folded tensor `tensor`: 0 its outputs, 1 its inputs.
+
+    Along it channel c of the axis is the `repeat` indices from `offset` + c * `repeat` on: a
+    flattened C x H x W repeats H * W times, a concatenation has an offset.
+    """
 
     tensor: str
     dimension: int
+    offset: int = 0
+    repeat: int = 1
 
 
 def cliques(family: Family, depth: tuple[int, ...]) -> dict[str, tuple[Side, ...]]:

@@ -12,16 +12,29 @@ from neumeta.architecture import Architecture
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
 from training.data import Dataset
+from training.folded import network_from
 from training.recipe import Recipe
-from training.source import accuracy, network_from
+from training.source import accuracy
 
 
 def evaluate_one(
     manifold: Manifold, architecture: Architecture, data: Dataset, *, samples: int | None = None
 ) -> dict[str, Any]:
-    """One row of the table: the architecture, its cost, and its accuracy on the test images."""
+    """One row of the table: the architecture, its cost, and its accuracy on the test images.
+
+    Raises ValueError, naming the architecture, if a weight or an output is not a finite number.
+    """
     weights = dict(sample(manifold, architecture, samples=samples))
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{architecture.key}: sampled weights of {name} are not finite numbers"
+            )
     net = network_from(weights, architecture.family, architecture.depth)
+    try:
+        score = accuracy(net, data.test_images, data.test_labels, data)
+    except ValueError as error:
+        raise ValueError(f"{architecture.key}: {error}") from None
     plan = wire.plan(manifold.space, architecture, "float32", manifold.normalisation)
     return {
         "channels": list(architecture.channels),
@@ -29,7 +42,7 @@ def evaluate_one(
         "extrapolated": architecture.extrapolated,
         **manifold.space.cost(architecture),
         "bytes": plan.length,
-        "accuracy": round(accuracy(net, data.test_images, data.test_labels, data), 2),
+        "accuracy": round(score, 2),
     }
 
 
@@ -39,17 +52,17 @@ def evaluate(
     """The evaluation table: every width, or every depth, that the recipe lists; where it lists
     both, the widths at the source's depth and even depths at full width."""
     wanted: list[tuple[float, list[int] | None]]
-    if recipe.evaluate_blocks:
-        least, most = recipe.evaluate_blocks
+    if recipe.evaluate.blocks:
+        least, most = recipe.evaluate.blocks
         stages = len(manifold.space.depth)
-        if len(recipe.evaluate_widths) > 1:
-            wanted = [(width, None) for width in recipe.evaluate_widths]
-            wanted += [(recipe.width[1], [n] * stages) for n in range(least, most + 1)]
+        if len(recipe.evaluate.widths) > 1:
+            wanted = [(width, None) for width in recipe.evaluate.widths]
+            wanted += [(recipe.fit.width[1], [n] * stages) for n in range(least, most + 1)]
         else:
             depths = itertools.product(range(least, most + 1), repeat=stages)
-            wanted = [(recipe.width[1], list(depth)) for depth in depths]
+            wanted = [(recipe.fit.width[1], list(depth)) for depth in depths]
     else:
-        wanted = [(width, None) for width in recipe.evaluate_widths]
+        wanted = [(width, None) for width in recipe.evaluate.widths]
     found: dict[Architecture, float] = {}
     for width, depth in wanted:
         # Full size at the source's depth may be in both lists, and is one row.

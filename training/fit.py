@@ -24,10 +24,13 @@ from neumeta.inr import Grid
 from neumeta.manifold import Manifold, roles
 from neumeta.network import Network
 from neumeta.sample import seed_of
+from training import state as states
 from training.data import Dataset, augment, to_float
+from training.divergence import check_step, check_tensors, gradient_norm
 from training.forward import logits, parameters_of, skeleton
+from training.layout import SoundConvolutions
 from training.recipe import Recipe
-from training.source import one_cycle, save_atomically, task_loss
+from training.source import one_cycle, task_loss
 
 Targets = Mapping[str, Tensor]
 """The smoothed source tensors by site name: weight and bias, or weight, gamma and beta."""
@@ -77,7 +80,7 @@ def initialise(
     """Regress the representation on the smoothed weights, before any image is seen.
 
     A grid takes the values as they are. Returns the relative error: the mean over tensors of
-    ||w - target||^2 / ||target||^2.
+    ||w - target||^2 / ||target||^2. Raises Diverged.
     """
     space, model = manifold.space, manifold.representation
     if isinstance(model, Grid):
@@ -91,17 +94,23 @@ def initialise(
         names = [name for name in targets if name == site.name or _role(space, name) == role]
         values = torch.cat([targets[name].flatten() for name in names])
         scales[index] = values.square().mean().sqrt().clamp(min=1e-3)
-    optimiser = torch.optim.Adam(model.parameters(), recipe.regression_lr)
+    optimiser = torch.optim.Adam(model.parameters(), recipe.fit.regression_lr)
     error = math.inf
-    bar = tqdm(range(recipe.regression_steps), desc="regression", mininterval=2)
+    bar = tqdm(range(recipe.fit.regression_steps), desc="regression", mininterval=2)
     for step in bar:
         for group in optimiser.param_groups:
-            group["lr"] = recipe.regression_lr * one_cycle(step, recipe.regression_steps, 0.05)
+            rate = recipe.fit.regression_lr * one_cycle(step, recipe.fit.regression_steps, 0.05)
+            group["lr"] = rate
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"regression/{step}"))
-        made = generated(manifold, space.full, 0.0 if step % 2 else recipe.noise, generator)
+        made = generated(
+            manifold, space.full, 0.0 if step % 2 else recipe.representation.noise, generator
+        )
         loss = reconstruction(made, targets)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        where = f"regression step {step + 1} of {recipe.fit.regression_steps}"
+        norm = gradient_norm(model.parameters())
+        check_step(where, rate, loss, norm, "a lower fit.regression_lr")
         optimiser.step()
         error = loss.item()
         if step % 20 == 0:
@@ -141,15 +150,15 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
 
     both = space.blocks is not None and low < high
     depth = None if both else blocks()
-    if recipe.widths:
-        index = int(torch.randint(len(recipe.widths), (), generator=generator))
-        width: float | list[float] = recipe.widths[index]
-    elif uniform() < recipe.per_stage:
+    if recipe.fit.widths:
+        index = int(torch.randint(len(recipe.fit.widths), (), generator=generator))
+        width: float | list[float] = recipe.fit.widths[index]
+    elif uniform() < recipe.fit.per_stage:
         width = [low + (high - low) * uniform() for _ in space.stages]
     else:
         width = low + (high - low) * uniform()
     drawn = space.architecture(width, depth)
-    if not recipe.sandwich:
+    if not recipe.fit.sandwich:
         return (drawn,)
     if both:
         assert space.blocks is not None
@@ -158,7 +167,7 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
             deep = [space.blocks[0] if uniform() < 0.5 else deep[0]] * len(deep)
         wide = high if uniform() < 0.5 else low + (high - low) * uniform()
         others = (space.architecture(low), drawn, space.architecture(wide, deep))
-        if recipe.full_weight:
+        if recipe.fit.full_weight:
             return (space.full, *others)
         # The source's own size needs no training: two more take its place.
         shallow = space.architecture(high, [space.blocks[0]] * len(deep))
@@ -195,7 +204,7 @@ def frozen_features(
     The first pass is unaugmented, so that one view is the plain training set.
     """
     views = []
-    for view in range(recipe.feature_views):
+    for view in range(recipe.fit.feature_views):
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
         parts = []
         for at in tqdm(
@@ -213,6 +222,7 @@ def frozen_features(
     return tuple(views)
 
 
+@SoundConvolutions()
 def fit(
     manifold: Manifold,
     targets: Targets,
@@ -230,13 +240,17 @@ def fit(
     State goes to `run/fit.pt` every `save_every` steps and at the end of the time allowed. Returns
     whether all steps were done. With several processes (torch.distributed initialised) each takes
     its share of every batch and gradients are averaged.
+
+    Raises Diverged, with the last good state left on disk, at the first loss, gradient or weight
+    that is not finite, and before the first step if the source has such a weight.
     """
+    check_tensors("source", {**source.state_dict(), **targets})
     model, space, device = manifold.representation, manifold.space, manifold.device
     source = source.to(device)
     targets = {name: target.to(device) for name, target in targets.items()}
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    per_epoch = len(data.train_labels) // recipe.batch
-    steps = max(1, round(recipe.epochs * per_epoch))
+    per_epoch = len(data.train_labels) // recipe.fit.batch
+    steps = max(1, round(recipe.fit.epochs * per_epoch))
     optimiser = _optimiser(model, recipe)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     start, state = 0, run / "fit.pt"
@@ -247,24 +261,26 @@ def fit(
             writer.add_scalar(name, value, step)
 
     if resume and state.exists():
-        kept = torch.load(state, weights_only=True, map_location=device)
-        model.load_state_dict(kept["model"])
-        optimiser.load_state_dict(kept["optimiser"])
-        average, start = kept["average"], kept["step"]
-    elif recipe.regression_steps or isinstance(model, Grid):
+        with states.loaded(state, device) as kept:
+            check_tensors(str(state), {**kept["model"], **kept["average"]})
+            model.load_state_dict(kept["model"])
+            optimiser.load_state_dict(kept["optimiser"])
+            average, start = kept["average"], kept["step"]
+    elif recipe.fit.regression_steps or isinstance(model, Grid):
         error = initialise(manifold, targets, recipe, log)
         average = {name: value.clone() for name, value in model.state_dict().items()}
         tqdm.write(f"regression on the smoothed weights: relative error {error:.4f}")
 
-    first = frozen_segments(space, source) if recipe.feature_views else 0
-    views = frozen_features(source, first, data, recipe) if recipe.feature_views else ()
+    first = frozen_segments(space, source) if recipe.fit.feature_views else 0
+    views = frozen_features(source, first, data, recipe) if recipe.fit.feature_views else ()
     nets: dict[str, Network] = {}
     deadline = time.monotonic() + 60 * max_minutes
     began = time.monotonic()
 
     def save(step: int) -> None:
+        check_tensors(f"fit, after step {step} of {steps}", model.state_dict())
         if rank == 0:
-            save_atomically(
+            states.save(
                 {
                     "model": model.state_dict(),
                     "optimiser": optimiser.state_dict(),
@@ -287,54 +303,59 @@ def fit(
         epoch, place = divmod(step, per_epoch)
         shuffle = torch.Generator().manual_seed(seed_of(recipe.seed, f"epoch/{epoch}"))
         order = torch.randperm(len(data.train_labels), generator=shuffle)
-        rows = order[place * recipe.batch : (place + 1) * recipe.batch]
+        rows = order[place * recipe.fit.batch : (place + 1) * recipe.fit.batch]
         if views:
             x = views[epoch % len(views)][rows].float()
         else:
             images = data.train_images[rows]
-            x = to_float(augment(images, data, generator) if recipe.augment else images, data)
+            x = to_float(augment(images, data, generator) if recipe.fit.augment else images, data)
         labels = data.train_labels[rows]
         x, labels = x[rank::world].to(device), labels[rank::world].to(device)
-        rate = recipe.lr * one_cycle(step, steps, recipe.warm)
+        rate = recipe.fit.lr * one_cycle(step, steps, recipe.fit.warm)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["factor"]
         optimiser.zero_grad()
         teacher = None
-        if recipe.distill == "source":
+        if recipe.fit.distill == "source":
             with torch.no_grad():
                 teacher = source(x, first)
-        total = 0.0
+        total = torch.zeros((), device=device)
         for architecture in choose(recipe, space, generator):
             if architecture.key not in nets:
                 nets[architecture.key] = skeleton(manifold, architecture)
-            made = generated(manifold, architecture, recipe.noise, generator, recipe.depth_noise)
+            made = generated(
+                manifold,
+                architecture,
+                recipe.representation.noise,
+                generator,
+                recipe.fit.depth_noise,
+            )
             net = nets[architecture.key]
             weights = parameters_of(manifold, architecture, made)
             predicted = logits(net, weights, x, first)
             is_full = (
                 architecture.channels == space.full.channels and architecture.depth == space.depth
             )
-            loss = task_loss(predicted, labels, teacher, recipe.distill_weight)
-            task = loss.item()
+            loss = task_loss(predicted, labels, teacher, recipe.fit.distill_weight)
+            total += loss.detach()
             if is_full:
-                loss = recipe.full_weight * loss
-            if recipe.reconstruction and is_full:
-                loss = loss + recipe.reconstruction * reconstruction(made, targets)
-            if recipe.regularisation:
+                loss = recipe.fit.full_weight * loss
+            if recipe.fit.reconstruction and is_full:
+                loss = loss + recipe.fit.reconstruction * reconstruction(made, targets)
+            if recipe.fit.regularisation:
                 norms = [value.norm() for value in made.values() if value.requires_grad]
-                loss = loss + recipe.regularisation * torch.stack(norms).sum()
+                loss = loss + recipe.fit.regularisation * torch.stack(norms).sum()
             loss.backward()  # type: ignore[no-untyped-call]
-            total += task
-            if recipe.distill == "inplace" and teacher is None:
+            if recipe.fit.distill == "inplace" and teacher is None:
                 teacher = predicted.detach()
-        _finish(model, optimiser, recipe, world)
-        decay = min(recipe.ema, (1 + step) / (10 + step))
+        _finish(model, optimiser, recipe, world, total, f"fit, step {step + 1} of {steps}", rate)
+        decay = min(recipe.fit.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 average[name].lerp_(value, 1 - decay)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{total:.3f}")
-            log("fit/task_loss", total, step)
+            log("fit/task_loss", float(total), step)
             log("fit/learning_rate", rate, step)
             log("fit/seconds_per_step", (time.monotonic() - began) / (step - start + 1), step)
         if (step + 1) % save_every == 0:
@@ -359,21 +380,33 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         matrix = parameter.squeeze().dim() > 1 and not correction
         (matrices if matrix else vectors).append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay, "factor": 1.0},
+        {"params": matrices, "weight_decay": recipe.fit.weight_decay, "factor": 1.0},
         {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
     ]
-    if recipe.optimiser == "sgd":
-        return torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, recipe.lr)
+    if recipe.fit.optimiser == "sgd":
+        return torch.optim.SGD(groups, recipe.fit.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, recipe.fit.lr)
 
 
-def _finish(model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, world: int) -> None:
-    """Average gradients over processes, clip them by value and step."""
+def _finish(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    recipe: Recipe,
+    world: int,
+    loss: Tensor,
+    where: str,
+    rate: float,
+) -> None:
+    """Average gradients over processes, clip them by value and step; raises Diverged instead."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if world > 1:
         for gradient in gradients:
             dist.all_reduce(gradient)
             gradient /= world
-    if recipe.clip:
-        nn.utils.clip_grad_value_(model.parameters(), recipe.clip)
+        loss = loss.clone()
+        dist.all_reduce(loss)  # so that all processes stop, or none
+    attempt = "a lower fit.lr, a longer warm-up (fit.warm) or a tighter fit.clip"
+    check_step(where, rate, loss, gradient_norm(model.parameters()), attempt)
+    if recipe.fit.clip:
+        nn.utils.clip_grad_value_(model.parameters(), recipe.fit.clip)
     optimiser.step()

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
+from neumeta import atomic
 from training.recipe import Recipe
 
 plt.rcParams["svg.hashsalt"] = "neumeta"  # equal results give equal files
@@ -19,10 +20,10 @@ plt.rcParams["svg.hashsalt"] = "neumeta"  # equal results give equal files
 
 def evaluation(rows: list[dict[str, Any]], recipe: Recipe, source: float, path: Path) -> None:
     """Accuracy over width, or a heatmap over depth, whichever the recipe evaluates."""
-    if recipe.evaluate_blocks and len(rows[0]["depth"]) == 2:
+    if recipe.evaluate.blocks and len(rows[0]["depth"]) == 2:
         depth_heatmap(rows, recipe, path)
     else:
-        depth = list(recipe.space.depth)
+        depth = list(recipe.depth)
         width_curve(
             {"manifold": [row for row in rows if row["depth"] == depth]}, recipe, source, path
         )
@@ -37,7 +38,7 @@ def width_curve(
         points = sorted((row["width"], row["accuracy"]) for row in rows)
         axes.plot(*zip(*points, strict=True), "o-", label=label)
     axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f} %")
-    axes.axvspan(*recipe.width, color="tab:green", alpha=0.08, label="trained widths")
+    axes.axvspan(*recipe.fit.width, color="tab:green", alpha=0.08, label="trained widths")
     axes.set(xlabel="width", ylabel="test accuracy (%)", title=recipe.title)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
@@ -49,8 +50,8 @@ def depth_curve(curves: dict[str, list[dict[str, Any]]], recipe: Recipe, path: P
     for label, rows in curves.items():
         points = sorted((row["depth"][0], row["accuracy"]) for row in rows)
         axes.plot(*zip(*points, strict=True), "o-", label=label)
-    if recipe.blocks:
-        axes.axvspan(*recipe.blocks, color="tab:green", alpha=0.08, label="trained depths")
+    if recipe.fit.blocks:
+        axes.axvspan(*recipe.fit.blocks, color="tab:green", alpha=0.08, label="trained depths")
     axes.set(xlabel="blocks per stage", ylabel="test accuracy (%)", title=recipe.title)
     axes.legend()
     _save(figure, path)
@@ -75,8 +76,8 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
             fontsize=8,
             color="white" if value < 90 else "black",
         )
-    if recipe.blocks:
-        low, high = recipe.blocks
+    if recipe.fit.blocks:
+        low, high = recipe.fit.blocks
         side = high - low + 1
         axes.add_patch(
             Rectangle(
@@ -137,12 +138,9 @@ def kernels(shown: dict[str, Any], name: str, path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(
-        temporary,
-        format=path.suffix[1:],
-        bbox_inches="tight",
-        metadata={"Date": None} if path.suffix == ".svg" else None,
-    )
-    temporary.replace(path)
-    plt.close(figure)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    try:
+        with atomic.writing(path) as file:
+            figure.savefig(file, format=path.suffix[1:], bbox_inches="tight", metadata=metadata)
+    finally:
+        plt.close(figure)

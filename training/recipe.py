@@ -1,156 +1,397 @@
-"""A recipe: every hyperparameter of one published result, read from one flat TOML file.
+"""A recipe: every number of one published result, one section per stage, checked as a whole.
 
-Knows no stage's work; each stage reads the fields it needs.
+Knows no stage's work; each stage reads its own section. One entrance for files, changes and what a
+checkpoint holds: `parse`. All problems that can be seen together are told together.
 """
 
 from __future__ import annotations
 
+import inspect
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+import typing
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from neumeta.architecture import Space
-from neumeta.family import FAMILIES
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    create_model,
+)
+from pydantic_core import ErrorDetails
+
+from neumeta.architecture import MAX_WIDTH, Space
+from neumeta.family import FAMILIES, Family
 from neumeta.inr import REPRESENTATIONS
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
+NETWORKS = {name: family for family in FAMILIES.values() for name in family.architectures}
+"""The built-in networks by name."""
 
-@dataclass(frozen=True)
-class Recipe:
-    """One run of the pipeline. Units: rates per step, epochs of the training set, widths as factors.
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Noise = Annotated[float, Field(ge=0, le=0.5)]
+Width = Annotated[float, Field(gt=0, le=MAX_WIDTH)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[Count, Count]
 
-    `source`: 'train' from scratch, 'import' a public checkpoint as it is, or 'fine-tune' one.
-    `sandwich`: each step trains the largest, the smallest and one random architecture; where width
-    and depth both morph, those three at the source's depth and a fourth at a random one. `per_stage`:
-    the share of random widths that differ by stage. `full_weight`: of the largest in the loss; 0
-    where the representation keeps the source's own size as it is (`reach`): then a second random
-    width and the fewest blocks at full width are trained in its place.
-    `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
-    teaches the smaller ones). `norm`: train with batch statistics, fold with fitted ones; else the
-    paper's folded training. `feature_views`: activations of the frozen leading part computed once
-    for this many augmented passes (0: run it in every step).
+
+def _square(size: object) -> object:
+    return (size, size) if isinstance(size, int) else size
+
+
+class BadRecipe(ValueError):
+    """A recipe that cannot be run: one line for each problem, with the file, the key, the value given
+    and what is allowed."""
+
+    def __init__(self, file: str, problems: list[str]) -> None:
+        super().__init__("\n".join(f"{file}: {problem}" for problem in problems))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Training(_Section):
+    """How the source network is trained: epochs of the training set, the peak of the learning rate,
+    images per step."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    lr: Rate = 0.05
+    batch: Count = 128
+
+
+class NetworkSection(_Section):
+    """The source network. `weights` is the file of a public checkpoint, looked for beside the recipe
+    and under --checkpoints. Without `train` they are taken as they are; with it they are
+    fine-tuned; with `train` alone the network is trained from scratch."""
+
+    network: str
+    weights: str = ""
+    train: Training | None = None
+
+
+class DataSection(_Section):
+    """The images: a set that is known by `name`, or what lies at `path`. The other keys are the data
+    loader's options; a key that is not given is the loader's own choice. `size` is height and width
+    in pixels, one number for both; `mean` and `std` of each channel, in 0..1; `classes` their names.
     """
 
-    name: str
-    title: str
-    data: str
-    family: str
-    arch: str
-    width: tuple[float, float]
-    seed: int = 0
-    morph: tuple[str, ...] = ("*",)
-    blocks: tuple[int, int] | None = None
-    # source network
-    source: str = "train"
-    source_checkpoint: str = ""
-    source_epochs: int = 0
-    source_lr: float = 0.05
-    source_batch: int = 128
-    # channel order
-    permutation: str = "mshp"
-    # representation
-    representation: str = "mlp"
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    path: str = ""
+    kind: str | None = None
+    size: Annotated[tuple[Count, Count] | None, BeforeValidator(_square)] = None
+    channels: Literal[1, 3] | None = None
+    mean: tuple[Share, ...] | None = None
+    std: tuple[Rate, ...] | None = None
+    flips: bool | None = None
+    pad: Annotated[int, Field(ge=0)] | None = None
+    stream: bool | None = None
+    workers: Annotated[int, Field(ge=0)] | None = None
+    ignore: int | None = None
+    classes: tuple[str, ...] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The loader's options that were given."""
+        return self.model_dump(exclude={"name", "path"}, exclude_none=True)
+
+
+class OrderSection(_Section):
+    """The channel order."""
+
+    strategy: Literal["none", "random", "layer-greedy", "layer-2opt", "mshp"] = "mshp"
+
+
+class RepresentationSection(_Section):
+    """What holds the weights: its `kind` and that kind's `options`.
+
+    `norm`: train with batch statistics, fold with fitted ones; else the paper's folded training.
+    `noise` is the coordinate noise a of Algorithms 2 and 3, in channels; `samples` the default K of
+    Algorithm 3; `scale` is N.
+    """
+
+    kind: Literal["mlp", "grid", "integral"] = "mlp"
+    options: dict[str, Any] = Field(default_factory=dict)
     norm: bool = False
-    noise: float = 0.5
-    depth_noise: float = 0.0
-    samples: int = 8
-    scale: int = 64
-    # regression on the smoothed weights, before any image
-    regression_steps: int = 0
-    regression_lr: float = 1e-3
-    # Algorithm 2
-    epochs: float = 1.0
-    batch: int = 128
-    optimiser: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 1e-2
-    clip: float = 10.0
-    warm: float = 0.1
-    ema: float = 0.995
-    widths: tuple[float, ...] = ()
+    noise: Noise = 0.5
+    samples: Count = 8
+    scale: Count = 64
+
+
+class FitSection(_Section):
+    """Algorithm 2. Units: rates per step, epochs of the training set, widths as factors.
+
+    `morph` are patterns over axis names; `width` and `blocks` the trained ranges. Before any image,
+    `regression_steps` on the smoothed weights. `widths`: the pool that random widths come from
+    (empty: the whole range). `sandwich`: each step trains the largest, the smallest and one random
+    architecture; where width and depth both morph, those three at the source's depth and a fourth at
+    a random one. `per_stage`: the share of random widths that differ by stage. `full_weight`: of the
+    largest in the loss; 0 where the representation keeps the source's own size as it is (`reach`):
+    then a second random width and the fewest blocks at full width are trained in its place.
+    `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
+    teaches the smaller ones), with `distill_weight` of the loss. `depth_noise`: of the borders between
+    blocks, in blocks. `warm`: the share of steps in which the learning rate rises; `ema`: of the moving
+    average; `clip`: of a gradient's entries, 0 for none. `feature_views`: activations of the frozen
+    leading part computed once for this many augmented passes (0: run it in every step).
+    """
+
+    morph: tuple[str, ...] = ("*",)
+    width: tuple[Width, Width]
+    blocks: Range | None = None
+    regression_steps: Annotated[int, Field(ge=0)] = 0
+    regression_lr: Rate = 1e-3
+    epochs: Weight = 1.0
+    batch: Count = 128
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    lr: Rate = 1e-3
+    weight_decay: Weight = 1e-2
+    clip: Weight = 10.0
+    warm: Share = 0.1
+    ema: Share = 0.995
+    widths: tuple[Width, ...] = ()
     sandwich: bool = False
-    per_stage: float = 0.0
-    full_weight: float = 1.0
-    reconstruction: float = 1.0
-    regularisation: float = 1e-4
-    distill: str = "none"
-    distill_weight: float = 1.0
+    per_stage: Share = 0.0
+    full_weight: Weight = 1.0
+    reconstruction: Weight = 1.0
+    regularisation: Weight = 1e-4
+    distill: Literal["none", "source", "inplace"] = "none"
+    distill_weight: Share = 1.0
+    depth_noise: Noise = 0.0
     augment: bool = True
-    feature_views: int = 0
-    # evaluation
-    evaluate_widths: tuple[float, ...] = (1.0,)
-    evaluate_blocks: tuple[int, int] | None = None
+    feature_views: Annotated[int, Field(ge=0)] = 0
+
+
+class EvaluateSection(_Section):
+    """The sizes of the evaluation table, also outside the trained ranges."""
+
+    widths: tuple[Width, ...] = (1.0,)
+    blocks: Range | None = None
+
+
+class Recipe(_Section):
+    """One run of the pipeline. `name` is the file's; every random choice follows from `seed`."""
+
+    name: Annotated[str, Field(min_length=1)]
+    title: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    network: NetworkSection
+    data: DataSection
+    order: OrderSection = OrderSection()
+    representation: RepresentationSection = RepresentationSection()
+    fit: FitSection
+    evaluate: EvaluateSection = EvaluateSection()
+    _file: str = PrivateAttr("")
 
     @property
-    def space(self) -> Space:
-        """The architectures this recipe's manifold covers (ten classes in every data set here)."""
-        return Space(self.family, self.arch, 10, self.morph, self.width, self.blocks)
+    def file(self) -> str:
+        """Where the recipe was read from, for messages."""
+        return self._file
+
+    @property
+    def family(self) -> Family:
+        """The family that the network belongs to."""
+        return NETWORKS[self.network.network]
+
+    @property
+    def depth(self) -> tuple[int, ...]:
+        """The source network's depth."""
+        return self.family.architectures[self.network.network]
+
+    def space(self, classes: int, image: tuple[int, int] | None = None) -> Space:
+        """The architectures this recipe's manifold covers, for data of so many classes and images of
+        this height and width (None: the family's own)."""
+        return Space(
+            self.family.name,
+            self.network.network,
+            classes,
+            self.fit.morph,
+            self.fit.width,
+            self.fit.blocks,
+            image,
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON values, for the checkpoint."""
-        return asdict(self)
+        """The recipe as plain JSON values, for the checkpoint; `parse` reads it."""
+        return self.model_dump(mode="json")
+
+    def changed(self, **changes: Any) -> Recipe:
+        """This recipe with other values, e.g. `changed(seed=1, fit={"lr": 0.1})`: a section's other
+        keys stay. Raises BadRecipe."""
+        values = self.model_dump()
+        for key, value in changes.items():
+            inside = isinstance(value, Mapping) and isinstance(values.get(key), dict)
+            values[key] = {**values[key], **value} if inside else value
+        return parse(values, self.file)
 
 
 def load(name: str) -> Recipe:
-    """The recipe of this name among the built-in ones, or in this TOML file.
-
-    Raises ValueError naming the key that is unknown, missing or of no use.
-    """
+    """The recipe of this name among the built-in ones, or in this TOML file. Raises BadRecipe."""
     path = Path(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
-    if not path.exists():
+    if not path.is_file():
         known = ", ".join(sorted(found.stem for found in BUILT_IN.glob("*.toml")))
-        raise ValueError(f"recipe: {name!r} is neither a .toml file nor one of {known}")
+        raise BadRecipe("recipe", [f"{name!r} is neither a .toml file nor one of {known}"])
     try:
         given = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    known_keys = {entry.name for entry in fields(Recipe)}
-    for key in given:
-        if key not in known_keys:
-            raise ValueError(f"{path}: {key!r} is no recipe key")
-    types = {entry.name: str(entry.type) for entry in fields(Recipe)}
-    values = {key: _typed(types[key], value) for key, value in given.items()}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRecipe(str(path), [str(error)]) from None
+    return parse({"name": path.stem, **given}, str(path))
+
+
+def parse(values: Mapping[str, Any], file: str) -> Recipe:
+    """The recipe of these plain values (lists stand for tuples). `file` is named in BadRecipe."""
     try:
-        recipe = Recipe(**{"name": path.stem, **values})
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    _check(path, recipe)
+        recipe = Recipe.model_validate(_frozen(dict(values)))
+    except ValidationError as error:
+        raise BadRecipe(file, [_told(each) for each in error.errors()]) from None
+    problems = list(_conflicts(recipe))
+    if problems:
+        raise BadRecipe(file, problems)
+    recipe._file = file
     return recipe
 
 
-def _typed(kind: str, value: Any) -> Any:
-    """A TOML value as the field's type: whole numbers may stand for real ones, lists for tuples."""
-    if isinstance(value, list):
-        return tuple(_typed("float" if "float" in kind else kind, each) for each in value)
-    if kind == "float" and type(value) is int:
-        return float(value)
-    return value
+def refused(key: str, given: object, allowed: str) -> str:
+    """One problem's line: the key, what was given, what is allowed."""
+    shown = repr(list(given)) if isinstance(given, tuple) else repr(given)
+    return f"{key}: {shown if len(shown) <= 60 else shown[:57] + '...'} is not allowed; {allowed}"
 
 
-def _check(path: Path, recipe: Recipe) -> None:
-    closed = {
-        "family": tuple(FAMILIES),
-        "source": ("train", "import", "fine-tune"),
-        "representation": tuple(REPRESENTATIONS),
-        "optimiser": ("adamw", "sgd"),
-        "distill": ("none", "source", "inplace"),
-        "permutation": ("none", "random", "layer-greedy", "layer-2opt", "mshp"),
-    }
-    for key, allowed in closed.items():
-        if getattr(recipe, key) not in allowed:
-            raise ValueError(f"{path}: {key}: {getattr(recipe, key)!r} is not one of {allowed}")
-    if recipe.arch not in FAMILIES[recipe.family].architectures:
-        allowed = tuple(FAMILIES[recipe.family].architectures)
-        raise ValueError(f"{path}: arch: {recipe.arch!r} is not one of {allowed}")
-    both = recipe.blocks is not None and recipe.width[0] < recipe.width[1]
-    if recipe.full_weight == 0 and not (both and recipe.options.get("reach")):
-        raise ValueError(
-            f"{path}: full_weight: 0 leaves the source's own size untrained: it needs a grid's"
-            " options.reach, which keeps that size as it is, and width and blocks that morph"
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _frozen(each) for key, each in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+_SAYS = {
+    "Input should be": "it must be",
+    "a valid tuple": "a list",
+    "a valid boolean": "true or false",
+    "a valid string": "text in quotes",
+    "a valid number": "a number",
+    "a valid integer": "a whole number",
+}
+
+
+def _told(error: ErrorDetails, inside: str = "") -> str:
+    """One line of ours from one of pydantic's errors."""
+    key = inside
+    for part in error["loc"]:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
+    parent, _, last = key.rpartition(".")
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such key; {_keys(parent)}"
+    if error["type"] == "missing":
+        return f"{key}: is missing; {_keys(parent)}"
+    if error["type"] == "model_type":
+        return refused(key, error["input"], f"it must be a section [{key}]; {_keys(key)}")
+    allowed = error["msg"]
+    for theirs, ours in _SAYS.items():
+        allowed = allowed.replace(theirs, ours)
+    return refused(key, error["input"], allowed)
+
+
+def _keys(section: str) -> str:
+    """What a section may hold, in words."""
+    held: Any = Recipe
+    for part in filter(None, section.split(".")):
+        hint = held.model_fields[part].annotation
+        held = next(each for each in (hint, *typing.get_args(hint)) if inspect.isclass(each))
+    where = f"[{section}]" if section else "the top level"
+    return f"{where} has {', '.join(held.model_fields)}"
+
+
+def _conflicts(recipe: Recipe) -> Iterator[str]:
+    """What is wrong between keys, one line each."""
+    network, fit, listed = recipe.network, recipe.fit, recipe.evaluate
+    if network.network not in NETWORKS:
+        yield refused("network.network", network.network, f"one of {', '.join(NETWORKS)}")
+        return
+    family = recipe.family
+    if not network.weights and network.train is None:
+        yield (
+            "network.train: is missing; without network.weights the network is trained, which"
+            " needs network.train.epochs"
         )
-    if recipe.norm and recipe.morph != ("*",):
+    if network.weights and family.name != "resnet-cifar":
+        yield refused(
+            "network.weights", network.weights, f"no public layout is known for {network.network}"
+        )
+    if bool(recipe.data.name) == bool(recipe.data.path):
+        given = (recipe.data.name, recipe.data.path)
+        yield refused("data", given, "it must have either a name or a path")
+    for key, values in (("fit.morph", fit.morph), ("evaluate.widths", listed.widths)):
+        if not values:
+            yield refused(key, values, "it must not be empty")
+    axes = family.axes(recipe.depth)
+    for pattern in fit.morph:
+        if not any(fnmatch(axis, pattern) for axis in axes):
+            yield refused(
+                "fit.morph", pattern, f"a pattern that matches one of the axes {', '.join(axes)}"
+            )
+    yield from _ordered("fit.width", fit.width)
+    for width in fit.widths:
+        if not fit.width[0] <= width <= fit.width[1]:
+            low, high = fit.width
+            yield refused("fit.widths", width, f"numbers within fit.width, {low:g} to {high:g}")
+    for key, blocks in (("fit.blocks", fit.blocks), ("evaluate.blocks", listed.blocks)):
+        if blocks is None:
+            continue
+        yield from _ordered(key, blocks)
+        if not recipe.depth:
+            yield refused(key, blocks, f"{network.network} has no stages of blocks")
+        elif blocks[1] > family.max_blocks:
+            yield refused(key, blocks, f"at most {family.max_blocks} blocks in a stage")
+    if listed.blocks and not fit.blocks:
+        yield refused("evaluate.blocks", listed.blocks, "it needs fit.blocks: depth must morph")
+    yield from _representation_conflicts(recipe)
+
+
+def _ordered(key: str, ends: tuple[float, float]) -> Iterator[str]:
+    if ends[0] > ends[1]:
+        yield refused(key, ends, "the smaller end comes first")
+
+
+def _representation_conflicts(recipe: Recipe) -> Iterator[str]:
+    held, fit = recipe.representation, recipe.fit
+    try:
+        _options(held.kind).model_validate(held.options)
+    except ValidationError as error:
+        known = f"'{held.kind}' has {', '.join(_options(held.kind).model_fields)}"
+        for each in error.errors():
+            if each["type"] == "extra_forbidden":
+                yield f"representation.options.{each['loc'][0]}: no such key; {known}"
+            else:
+                yield _told(each, "representation.options")
+    both = fit.blocks is not None and fit.width[0] < fit.width[1]
+    if fit.full_weight == 0 and not (both and held.options.get("reach")):
+        yield refused(
+            "fit.full_weight",
+            fit.full_weight,
+            "0 leaves the source's own size untrained: it needs a grid's options.reach, which keeps"
+            " that size as it is, and width and blocks that morph",
+        )
+    if held.norm and fit.morph != ("*",):
         # A frozen layer is folded already, and batch statistics follow one another from the image on.
-        raise ValueError(f"{path}: norm: true needs morph = ['*'], not {list(recipe.morph)}")
+        yield refused(
+            "representation.norm", True, f"it needs fit.morph = ['*'], not {[*fit.morph]}"
+        )
+
+
+def _options(kind: str) -> type[BaseModel]:
+    """The options of a kind of representation, as its own constructor takes them."""
+    made = REPRESENTATIONS[kind].__init__
+    hints, fields = typing.get_type_hints(made), {}
+    for name, parameter in inspect.signature(made).parameters.items():
+        if parameter.default is not parameter.empty:
+            numeric = hints[name] is not bool
+            positive = name in ("layers", "hidden", "density")
+            limit = Field(gt=0) if positive else Field(ge=0) if numeric else Field()
+            fields[name] = (Annotated[hints[name], limit], parameter.default)
+    return create_model("Options", __base__=_Section, **fields)  # type: ignore[call-overload, no-any-return]

@@ -19,6 +19,7 @@ from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import seed_of
 from training.data import Dataset, augment, to_float
+from training.divergence import check_tensors
 from training.fit import generated
 from training.forward import parameters_of
 from training.recipe import Recipe
@@ -92,6 +93,7 @@ def measure_statistics(
     """Fill `manifold.statistics`: calibrated at the `anchors`, kriged in between.
 
     The same augmented training images serve all sizes. Channels that a size lacks are NaN.
+    Raises Diverged if a statistic is not finite.
     """
     space, seed = manifold.space, seed_of(recipe.seed, "statistics")
     generator = torch.Generator().manual_seed(seed)
@@ -114,6 +116,7 @@ def measure_statistics(
                 layer, state[f"{layer.norm}.weight"], state[f"{layer.norm}.bias"]
             )
             error = moments.residual(expected, found[layer.name])
+            check_tensors(f"statistics at {each.key}", {layer.name: error})  # NaN says absent below
             row = torch.full((2, full[layer.output_axis]), math.nan, dtype=torch.float64)
             row[:, : error.shape[1]] = error
             where, what = moments.keys(space, layer)

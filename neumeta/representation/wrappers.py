@@ -18,8 +18,8 @@ class Anchored(Representation):
 
     In place of the inner W stands (1 - n) W + n S, where n falls linearly from 1 at the source's
     size to 0 at a `distance` of `reach`: the reconstruction loss of Algorithm 2, exactly, which
-    leaves W free to serve the other sizes. Relative growth in blocks counts `growth` times as distance: less than once
-    means smaller steps along the source's own path in networks that are deeper than it.
+    leaves W free to serve the other sizes. Relative growth in blocks counts `growth` times as
+    distance: less than once means smaller steps along the source's own path in deeper networks.
     """
 
     growth: float
@@ -60,9 +60,9 @@ class Corrected(Representation):
     """Corrects an inner representation W, per channel, by polynomials of the size.
 
     W(o, i) * (1 + a_o . phi(s_out)) * (1 + b_i . phi(s_in)), s the size as a fraction of the full
-    one and phi(s) = [(1-s), (1-s)^2, (1-s)^3]: nothing at full size. With `depths`, phi also holds how much
-    shallower (and that squared) or deeper the stage is than the source's. Vectors are corrected
-    additively.
+    one and phi(s) = [(1-s), (1-s)^2, (1-s)^3]: nothing at full size. With `depths`, phi also holds
+    how much shallower (and that squared) or deeper the stage is than the source's. Vectors are
+    corrected additively.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.local import Service
 from neumeta import checkpoint, network
-from service import client
+from neumeta import pull as client
 from training import cli, data
 
 

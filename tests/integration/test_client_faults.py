@@ -16,12 +16,13 @@ from pathlib import Path
 
 import httpx
 
-from service import client
+from neumeta import pull as client
+from tests.test_pull import files
 
 
 def command(url: str, out: Path) -> list[str]:
     asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
-    return [sys.executable, "-m", "service.client", *asked]
+    return [sys.executable, "-m", "neumeta.pull", *asked]
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
@@ -89,7 +90,31 @@ def test_a_killed_client_leaves_no_bad_file_and_its_successor_resumes(
     finally:
         server.shutdown()
         server.server_close()
-    assert {path.name for path in tmp_path.iterdir()} == {out.name, f".{out.name}.pull"}
+    assert set(files(tmp_path)) == {out.name, f".{out.name}.pull"}
+
+
+def test_ctrl_c_is_one_line_and_the_next_pull_goes_on(url: str, tmp_path: Path) -> None:
+    Slow.body, Slow.began = httpx.get(f"{url}/weights/lenet").content, []
+    Slow.promised = httpx.head(f"{url}/weights/lenet").headers["repr-digest"]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address, out = f"http://127.0.0.1:{server.server_port}", tmp_path / "net.safetensors"
+    incomplete = tmp_path / f".{out.name}.incomplete"
+    try:
+        process = subprocess.Popen(command(address, out), stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not (incomplete.exists() and incomplete.stat().st_size):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+        assert process.returncode == 130 and len(error.strip().splitlines()) == 1, error
+        assert "interrupted" in error and not out.exists()
+        left = incomplete.stat().st_size
+        assert subprocess.run(command(address, out), timeout=60).returncode == 0
+        assert out.read_bytes() == Slow.body and Slow.began[-1] == left > 0
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_several_processes_pull_one_file(url: str, tmp_path: Path) -> None:
@@ -99,7 +124,7 @@ def test_several_processes_pull_one_file(url: str, tmp_path: Path) -> None:
     told = [process.communicate(timeout=60)[0] for process in pulls]
     assert [process.returncode for process in pulls] == [0] * 4 and len(set(told)) == 1
     assert hashlib.sha256(out.read_bytes()).hexdigest() in told[0]
-    assert {path.name for path in tmp_path.iterdir()} == {out.name, f".{out.name}.pull"}
+    assert set(files(tmp_path)) == {out.name, f".{out.name}.pull"}
 
 
 def test_the_same_pull_in_an_event_loop(url: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from benchmarks.local import Service
-from service import client
+from neumeta import pull as client
 
 PATH = {"width": "0.5"}
 Fault = Callable[[bytes, socket.socket], bytes | None]

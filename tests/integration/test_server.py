@@ -9,17 +9,25 @@ import sys
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
+import uvicorn
 
 from benchmarks.local import Service
 from neumeta import checkpoint, network
-from service import client
+from neumeta import pull as client
+from service.app import create_app
+from service.connection import Connection
+from service.settings import Settings
 from tests.conftest import lenet
+from tests.test_pull import files
+from tests.test_service_edge import endless
 
 
 def test_pull_gives_a_network_that_runs(url: str, tmp_path: Path) -> None:
@@ -27,7 +35,7 @@ def test_pull_gives_a_network_that_runs(url: str, tmp_path: Path) -> None:
     digest = client.pull(url, "lenet", out, parameters={"width": "0.5"})
     assert hashlib.sha256(out.read_bytes()).hexdigest() == digest
     assert network.load(out)(torch.rand(3, 1, 28, 28)).shape == (3, 10)
-    assert {path.name for path in out.parent.iterdir()} == {out.name, f".{out.name}.pull"}
+    assert set(files(out.parent)) == {out.name, f".{out.name}.pull"}
 
 
 def test_the_command_says_what_is_wrong_and_keeps_the_last_good_file(
@@ -45,18 +53,29 @@ def test_the_command_says_what_is_wrong_and_keeps_the_last_good_file(
     assert out.read_bytes() == good
 
 
-def test_a_failure_while_sampling_breaks_the_connection(tmp_path: Path) -> None:
-    manifold = lenet()
-    with torch.no_grad():
-        for parameter in manifold.representation.parameters():
-            parameter.fill_(float("nan"))
-    path = tmp_path / "nan.safetensors"
-    checkpoint.write(manifold, path)
-    with Service(path) as service:
+def test_a_failure_while_sampling_breaks_the_connection(file: Path) -> None:
+    app = create_app(Settings(models=str(file), device="cpu"))
+    weights = app.state.engine.weights
+
+    def breaks(job: Any) -> Iterator[bytes]:
+        yield next(weights(job))
+        raise RuntimeError("out of memory")
+
+    app.state.engine.weights = breaks
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=Connection, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.get(f"{service.url}/weights/lenet?width=0.5")
-        assert httpx.get(f"{service.url}/livez").status_code == 200
-        assert "neumeta_sampling_failures_total 1.0" in httpx.get(f"{service.url}/metrics").text
+            httpx.get(f"{url}/weights/lenet?width=0.5")
+        assert httpx.get(f"{url}/livez").status_code == 200
+        assert "neumeta_sampling_failures_total 1.0" in httpx.get(f"{url}/metrics").text
+    finally:
+        server.should_exit = True
+        thread.join(30)
 
 
 def test_a_client_that_hangs_up_stops_the_sampling(tmp_path: Path) -> None:
@@ -81,7 +100,9 @@ def test_a_client_that_hangs_up_stops_the_sampling(tmp_path: Path) -> None:
         assert "neumeta_flights 0.0" in text
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "family", "missing", "no manifold"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "family", "missing", "no manifold", "endless"]
+)
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "m.safetensors"
     checkpoint.write(lenet(), path)
@@ -99,6 +120,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str
         object.__setattr__(wrong.space, "arch", "resnet-mnist")
         checkpoint.write(wrong, path)
         expected = "does not fit resnet-mnist"
+    elif damage == "endless":
+        checkpoint.write(endless(), path)
+        expected = "cannot be sampled: conv1.bias"
     elif damage == "missing":
         path.unlink()
         expected = "neither a file nor a folder"
@@ -168,7 +192,7 @@ def test_a_faulty_server_never_leaves_a_bad_file(url: str, tmp_path: Path, mode:
         if mode == "flips":
             with pytest.raises(client.PullError, match="digest"):
                 client.pull(address, "lenet", out, sleep=lambda _: None)
-            assert list(tmp_path.iterdir()) == []
+            assert files(tmp_path) == []
         else:
             client.pull(address, "lenet", out, sleep=lambda _: None)
             assert out.read_bytes() == good

@@ -5,18 +5,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
 import torch
+from filelock import FileLock
 
 from neumeta import network, wire
+from neumeta import pull as client
 from neumeta.sample import sample
-from service import client
 from tests.conftest import lenet
 
 ETAG = '"tag"'
@@ -51,13 +54,25 @@ class Parts(httpx.SyncByteStream):
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
+def files(folder: Path) -> list[str]:
+    """What is there beside the lock's file, which stays."""
+    return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
+
+
 class Pulled(NamedTuple):
     requests: list[httpx.Request]
     waits: list[float]
     error: Exception | None
 
 
-def pull(out: Path, *handlers: Handler, retries: int = 4, **parameters: str) -> Pulled:
+def pull(
+    out: Path,
+    *handlers: Handler,
+    retries: int = 4,
+    token: str = "",
+    url: str = "http://service",
+    **parameters: str,
+) -> Pulled:
     """Pull from a service whose n-th request is answered by the n-th handler (then the last)."""
     requests: list[httpx.Request] = []
     waits: list[float] = []
@@ -66,10 +81,12 @@ def pull(out: Path, *handlers: Handler, retries: int = 4, **parameters: str) -> 
         requests.append(request)
         return handlers[min(len(requests), len(handlers)) - 1](request)
 
-    with httpx.Client(base_url="http://service", transport=httpx.MockTransport(handle)) as http:
+    transport = httpx.MockTransport(handle)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    with httpx.Client(base_url=url, transport=transport, headers=headers) as http:
         try:
             client.pull(
-                "http://service",
+                url,
                 "lenet",
                 out,
                 parameters=parameters,
@@ -130,11 +147,20 @@ def fails(request: httpx.Request) -> httpx.Response:
     raise httpx.ConnectError("connection refused")
 
 
+@pytest.fixture
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "pull", partial(client.pull, retries=0))
+
+
 def test_a_pulled_file_is_a_network(tmp_path: Path) -> None:
     out = tmp_path / "made" / "net.safetensors"
     assert pull(out, answer()).error is None
     assert out.read_bytes() == GOOD
-    assert {path.name for path in out.parent.iterdir()} == {out.name, f".{out.name}.pull"}
+    assert {path.name for path in out.parent.iterdir()} == {
+        out.name,
+        f".{out.name}.pull",
+        f".{out.name}.lock",
+    }
     assert network.load(out)(torch.rand(2, 1, 28, 28)).shape == (2, 10)
 
 
@@ -268,7 +294,7 @@ def test_what_is_no_such_file_is_never_put_in_place(tmp_path: Path, name: str, k
         out.write_bytes(b"the last good file")
     pulled = pull(out, answer(BAD[name]), retries=1)
     assert isinstance(pulled.error, client.PullError) and "arrived" in str(pulled.error)
-    assert [path.name for path in tmp_path.iterdir()] == ([out.name] if kept else [])
+    assert files(tmp_path) == ([out.name] if kept else [])
     assert not kept or out.read_bytes() == b"the last good file"
 
 
@@ -298,7 +324,7 @@ def test_what_may_pass_is_tried_again_and_then_told(
     pulled = pull(tmp_path / "net.safetensors", handler, retries=3)
     assert isinstance(pulled.error, client.PullError) and why in str(pulled.error)
     assert len(pulled.requests) == 4 and len(pulled.waits) == 3
-    assert not pulled.error.refused and list(tmp_path.iterdir()) == []
+    assert not pulled.error.refused and files(tmp_path) == []
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 422])
@@ -319,20 +345,19 @@ def test_no_space_is_said_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     pulled = pull(tmp_path / "net.safetensors", answer())
-    assert "no space" in str(pulled.error) and list(tmp_path.iterdir()) == []
+    assert "no space" in str(pulled.error) and files(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     "url", ["nonsense", "ftp://host", "http://127.0.0.1:1/%", "http://[::1", "http://host:port"]
 )
 def test_a_bad_url_is_one_line(
-    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], once: None
 ) -> None:
-    monkeypatch.setattr(client.pull, "__kwdefaults__", {**client.pull.__kwdefaults__, "retries": 0})
     code = client.main(["--arch", "lenet", "--url", url, "--out", str(tmp_path / "net")])
     error = capsys.readouterr().err
     assert code in (2, 3) and len(error.strip().splitlines()) == 1
-    assert error.startswith("neumeta-pull: ") and list(tmp_path.iterdir()) == []
+    assert error.startswith("neumeta-pull: ") and files(tmp_path) == []
 
 
 def test_where_nothing_can_be_written_is_one_line(
@@ -413,3 +438,227 @@ def test_an_offline_start_needs_a_whole_file(
     asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
     assert client.main([*asked, "--offline-ok"]) == int(damaged)
     assert client.main(asked) == 1
+
+
+# Behind caches
+
+
+def test_a_digest_is_asked_for_past_every_cache(tmp_path: Path) -> None:
+    """A cache keeps the answer that had no digest; HEAD passes it, or POST /plan does."""
+    silent = answer(repr_digest="")
+
+    def planned(request: httpx.Request) -> httpx.Response:
+        told = json.loads(request.content)
+        assert told == {"arch": "lenet", "width": 0.5, "depth": [3], "seed": 7, "extrapolate": True}
+        return httpx.Response(200, json={"etag": ETAG, "repr_digest": digest(GOOD)})
+
+    def stored(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return planned(request)
+        if request.method == "GET" and "range" in request.headers:
+            return httpx.Response(206, headers={"etag": ETAG}, content=GOOD[-1:])
+        return silent(request)
+
+    out = tmp_path / "net.safetensors"
+    asked = {"width": "0.5", "depth": "3", "seed": "7", "extrapolate": "true"}
+    pulled = pull(out, stored, **asked)
+    assert pulled.error is None and out.read_bytes() == GOOD
+    assert [each.method for each in pulled.requests] == ["GET", "HEAD", "GET", "HEAD", "POST"]
+    assert all(each.headers["cache-control"] == "no-cache" for each in pulled.requests[1:4])
+    assert "cache-control" not in pulled.requests[0].headers  # the file itself may be stored
+    assert pulled.requests[-1].url.path == "/plan"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"etag": '"other"', "repr_digest": digest(GOOD)},
+        {"etag": ETAG, "repr_digest": None},
+        {"etag": ETAG},
+        ["no", "plan"],
+    ],
+)
+def test_a_plan_of_another_file_vouches_for_nothing(tmp_path: Path, told: Any) -> None:
+    silent = answer(repr_digest="")
+
+    def stored(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json=told) if request.method == "POST" else silent(request)
+
+    pulled = pull(tmp_path / "net.safetensors", stored, retries=1)
+    assert "no digest vouches" in str(pulled.error)
+    assert not (tmp_path / "net.safetensors").exists()
+
+
+# Redirects
+
+
+def moved(to: str, code: int = 302) -> Handler:
+    return lambda request: httpx.Response(code, headers={"location": to})
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_followed_and_another_host_gets_no_token(tmp_path: Path, code: int) -> None:
+    out = tmp_path / "net.safetensors"
+    pulled = pull(
+        out,
+        moved("/elsewhere", code),
+        moved("http://mirror/net", code),
+        answer(),
+        token="secret",
+    )
+    assert pulled.error is None and out.read_bytes() == GOOD
+    assert [each.url.host for each in pulled.requests] == ["service", "service", "mirror"]
+    assert [each.headers.get("authorization") for each in pulled.requests] == [
+        "Bearer secret",
+        "Bearer secret",
+        None,
+    ]
+
+
+@pytest.mark.parametrize("to", ["http://service/", "http://service:81/", "https://other/"])
+def test_a_token_stays_with_its_scheme_host_and_port(tmp_path: Path, to: str) -> None:
+    pulled = pull(tmp_path / "net", moved(to), answer(), token="secret")
+    kept = to == "http://service/"
+    assert ("authorization" in pulled.requests[1].headers) is kept
+
+
+def test_redirects_end(tmp_path: Path) -> None:
+    pulled = pull(tmp_path / "net", moved("/again"))
+    assert "redirected more than 5 times" in str(pulled.error) and len(pulled.requests) == 6
+    assert pulled.waits == [] and files(tmp_path) == []
+
+
+def test_a_redirect_from_https_to_http_is_not_followed(tmp_path: Path) -> None:
+    pulled = pull(tmp_path / "net", moved("http://service/net"), url="https://service")
+    assert "https to http" in str(pulled.error) and len(pulled.requests) == 1
+
+
+# What is at `out`
+
+
+def command(out: Path, *more: str, url: str = "http://127.0.0.1:9") -> list[str]:
+    return ["--arch", "lenet", "--url", url, "--out", str(out), *more]
+
+
+@pytest.mark.parametrize("content", [b"", b"notes about lunch", GOOD[:-1], GOOD + b"x"])
+def test_what_is_no_whole_network_is_not_called_the_last_good_file(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str], once: None
+) -> None:
+    out = tmp_path / "net.safetensors"
+    out.write_bytes(content)
+    assert client.main(command(out)) == 3
+    error = capsys.readouterr().err
+    assert "good" not in error and "no whole network" in error
+    assert len(error.strip().splitlines()) == 1 and out.read_bytes() == content
+    out.write_bytes(body_of("float16"))
+    assert client.main(command(out)) == 1
+    assert "last good file" in capsys.readouterr().err
+
+
+def test_only_a_regular_file_is_ever_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], once: None
+) -> None:
+    fifo, folder, loop = tmp_path / "fifo", tmp_path / "folder", tmp_path / "loop"
+    os.mkfifo(fifo)
+    folder.mkdir()
+    loop.symlink_to(loop)
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    for out in (fifo, folder, loop, link, Path("/dev/null")):
+        before = out.lstat()
+        assert client.main(command(out)) == 2
+        assert out.lstat().st_ino == before.st_ino and out.lstat().st_mode == before.st_mode
+        error = capsys.readouterr().err
+        assert str(out) in error and len(error.strip().splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"fifo", "folder", "loop", "link"}
+
+
+def test_a_symbolic_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    target, link = store / "net-1", tmp_path / "net"
+    link.symlink_to(target)
+    for content in (None, b"old"):
+        if content is not None:
+            target.write_bytes(content)
+        assert pull(link, answer()).error is None
+        assert link.is_symlink() and target.read_bytes() == GOOD
+    assert client.kept_whole("http://service", "lenet", link)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "store"] == ["net"]
+
+
+# The lock, the environment, Ctrl-C
+
+
+def test_a_held_lock_is_waited_for_with_a_word_and_a_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "net.safetensors"
+    with FileLock(tmp_path / f".{out.name}.lock"):
+        assert client.main(command(out, "--lock-wait", "0.2")) == 3
+    first, last = capsys.readouterr().err.strip().splitlines()
+    assert "waiting for another pull" in first and "at most 0.2 seconds" in first
+    assert "another pull has held it for 0.2 seconds" in last
+    assert files(tmp_path) == []
+
+
+def test_a_lock_that_comes_free_is_taken(tmp_path: Path) -> None:
+    out, lock = tmp_path / "net.safetensors", FileLock(tmp_path / ".net.safetensors.lock")
+    lock.acquire()
+    transport = httpx.MockTransport(answer())
+    with httpx.Client(base_url="http://service", transport=transport) as http:
+        client.pull("http://service", "lenet", out, client=http, waiting=lock.release)
+    assert out.read_bytes() == GOOD
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "foo://user:secret@bar",
+        "socks5://user:secret@bar:1",
+        "http://user:secret@bar:port",
+        "http://user:secret@[::1",
+        "http://user:secret@bar:99999",
+        "http://",
+        "://user:secret@bar",
+    ],
+)
+def test_a_bad_proxy_is_one_line_that_names_the_variable(
+    tmp_path: Path,
+    name: str,
+    value: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert client.main(command(tmp_path / "net")) == 2
+    error = capsys.readouterr().err
+    assert name in error and len(error.strip().splitlines()) == 1 and "secret" not in error
+
+
+def test_other_bad_variables_are_named_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, once: None
+) -> None:
+    for name, value in (("no_proxy", "localhost,[::1"), ("SSL_CERT_FILE", "/nowhere/at/all")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert client.main(command(tmp_path / "net")) == 2
+            error = capsys.readouterr().err
+            assert name in error and len(error.strip().splitlines()) == 1
+    for good in ("localhost,127.0.0.1,::1,.example.org,10.0.0.0/8", "*", ""):
+        monkeypatch.setenv("NO_PROXY", good)
+        assert client.main(command(tmp_path / "net")) == 3
+    assert "NO_PROXY" not in capsys.readouterr().err
+
+
+def test_ctrl_c_while_it_waits_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client, "pull", interrupted)
+    assert client.main(command(tmp_path / "net")) == 130
+    error = capsys.readouterr().err
+    assert "interrupted" in error and len(error.strip().splitlines()) == 1

@@ -1,6 +1,6 @@
 """`neumeta-pull`: one verified file on a device, or the file that was there before.
 
-Needs httpx, the axis tables and the wire format; knows neither torch nor the service's code.
+Needs httpx, filelock, the axis tables and the wire format; knows neither torch nor the service's code.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import fcntl
 import hashlib
 import json
 import math
@@ -18,12 +17,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import quote
 
 import httpx
+from filelock import FileLock, Timeout
 
 from neumeta.family import FAMILIES, shape
 
@@ -32,6 +32,12 @@ ITEM = {"F32": 4, "F16": 2, "BF16": 2}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LONGEST_WAIT = 60.0
 """Seconds: a Retry-After beyond it is not waited out."""
+LOCK_WAIT = 600.0
+"""Seconds another pull of the same file is waited for."""
+REDIRECTS = 5
+PAST_CACHES = {"Accept-Encoding": "identity", "Cache-Control": "no-cache"}
+"""Headers of a question that a shared cache is to pass on."""
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 class PullError(RuntimeError):
@@ -57,14 +63,17 @@ def pull(
     progress: Callable[[int, int], None] | None = None,
     client: httpx.Client | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    lock_wait: float = LOCK_WAIT,
+    waiting: Callable[[], None] = lambda: None,
 ) -> str:
     """Download the weights of `arch` to `out`, whole and verified; returns their sha256.
 
     `parameters` are those of `GET /weights/{arch}`. A temporary file in the same folder is hashed
     while it streams; length, digest, header and shapes are checked, then it is synced and renamed
     over `out`, and the folder synced. A broken transfer is resumed by Range where the ETag still
-    holds, also one that an earlier process left. Processes that pull to one `out` take turns; a
-    file that is whole and current is not pulled again.
+    holds, also one that an earlier process left. Processes that pull to one `out` take turns: who
+    finds it taken calls `waiting` and waits at most `lock_wait` seconds. A file that is whole and
+    current is not pulled again. Where `out` is a symbolic link, what it names is replaced.
     Raises PullError, or OSError of the file system; `out` is then what it was before.
     """
     asked = dict(parameters or {})
@@ -73,12 +82,12 @@ def pull(
         raise PullError(
             f"dtype: {asked['dtype'][:40]!r} is not one of {list(DTYPES)}", refused=True
         )
+    out = _target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     source = [url, arch, sorted(asked.items())]
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    http = client or httpx.Client(base_url=url, timeout=timeout, headers=headers)
+    http = client or _client(url, timeout, token)
     try:
-        with _turn(out) as record:
+        with _turn(out, lock_wait, waiting) as record:
             transfer = _Transfer(out, http, arch, asked, source, record, progress)
             for attempt in range(retries + 1):
                 try:
@@ -119,10 +128,59 @@ def kept_whole(url: str, arch: str, out: Path, parameters: Mapping[str, str] | N
     put there; else an empty string. Asks no service."""
     source = [url, arch, sorted((parameters or {}).items())]
     try:
-        with _beside(out, "pull").open("rb") as record:
-            return _kept(out, _read(record), source)
-    except OSError:
+        out = _target(out)
+        return _kept(out, _read(_beside(out, "pull")), source)
+    except (OSError, PullError):
         return ""
+
+
+def _target(out: Path) -> Path:
+    """The regular file that a pull to `out` writes; a symbolic link stays and what it names is
+    replaced. Raises PullError for anything else that is there, before anything is asked for."""
+    target = Path(os.path.realpath(out))
+    if target.is_symlink():
+        raise PullError(f"{out}: its symbolic links lead back to themselves", refused=True)
+    if target.is_dir():
+        raise PullError(f"{out} is a folder; name a file in it", refused=True)
+    if target.exists() and not target.is_file():
+        raise PullError(f"{out} is no regular file and is left alone", refused=True)
+    return target
+
+
+def _client(url: str, timeout: float, token: str) -> httpx.Client:
+    """A client for one service. Raises PullError naming the variable of the environment that makes
+    it impossible; never a proxy's address, which may hold a password."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    for name in PROXIES:
+        for variable in (name, name.upper()):
+            for value in filter(None, os.environ.get(variable, "").split(",")):
+                try:
+                    _check_proxy(value.strip(), among=name == "no_proxy")
+                except (ValueError, ImportError, httpx.InvalidURL) as error:
+                    why = str(error).replace(value.strip(), "...").partition(" Make sure")[0]
+                    why = why.partition(" for proxy URL")[0]
+                    told = f"{variable} in the environment is no proxy that can be used: {why}"
+                    raise PullError(told, refused=True) from None
+    try:
+        return httpx.Client(base_url=url, timeout=timeout, headers=headers)
+    except OSError as error:
+        for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+            if variable in os.environ:
+                told = f"{variable} in the environment ({os.environ[variable]}): {error}"
+                raise PullError(told, refused=True) from None
+        raise
+
+
+def _check_proxy(value: str, *, among: bool) -> None:
+    """Raise ValueError, ImportError or InvalidURL unless httpx can use this proxy (or, `among`, this
+    entry of no_proxy)."""
+    if among:
+        httpx.URL("all://" + (f"[{value}]" if value.count(":") > 1 else value))
+        return
+    address = httpx.URL(value if "://" in value else f"http://{value}")
+    if not address.host or not (address.port is None or 0 < address.port < 65536):
+        raise ValueError("it names no host, or no port from 1 to 65535")
+    httpx.Client(proxy=httpx.Proxy(address), trust_env=False, verify=False).close()  # noqa: S501
 
 
 def _beside(out: Path, what: str) -> Path:
@@ -130,45 +188,44 @@ def _beside(out: Path, what: str) -> Path:
 
 
 @contextmanager
-def _turn(out: Path) -> Iterator[IO[bytes]]:
-    """The record beside `out`, locked: who holds it may write the incomplete file and `out`. The
-    lock ends with its process. A record that would be empty is removed, with what it is about."""
-    path = _beside(out, "pull")
-    while True:
-        with path.open("a+b") as record:
-            fcntl.flock(record, fcntl.LOCK_EX)
-            try:
-                ours = path.stat().st_ino == os.fstat(record.fileno()).st_ino
-            except FileNotFoundError:
-                ours = False
-            if not ours:  # its last holder removed it while we waited: lock the present one
-                continue
-            try:
-                yield record
-            finally:
-                incomplete = _beside(out, "incomplete")
-                state = _read(record)
-                if not (incomplete.exists() and state.get("incomplete")):
-                    incomplete.unlink(missing_ok=True)
-                    if not state.get("kept"):
-                        path.unlink()
-            return
-
-
-def _read(record: IO[bytes]) -> dict[str, Any]:
-    record.seek(0)
+def _turn(out: Path, lock_wait: float, waiting: Callable[[], None]) -> Iterator[Path]:
+    """The record beside `out`, and the right to write it, the incomplete file and `out`. The lock
+    ends with its process; its file stays, so that all who wait wait for the same one. A record that
+    would be empty is removed, with what it is about. Raises PullError if it is held for too long."""
+    record, incomplete = _beside(out, "pull"), _beside(out, "incomplete")
+    lock = FileLock(_beside(out, "lock"))
     try:
-        state = json.loads(record.read(1 << 16))
-    except ValueError:  # its writer was killed: nothing is known
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        try:
+            lock.acquire(timeout=lock_wait)
+        except Timeout:
+            raise PullError(f"{out}: another pull has held it for {lock_wait:g} seconds") from None
+    try:
+        yield record
+    finally:
+        state = _read(record)
+        if not (incomplete.exists() and state.get("incomplete")):
+            incomplete.unlink(missing_ok=True)
+            if not state.get("kept"):
+                record.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(record.read_bytes()[: 1 << 16])
+    except (FileNotFoundError, ValueError):  # or its writer was killed: nothing is known
         return {}
     return state if isinstance(state, dict) else {}
 
 
-def _write(record: IO[bytes], state: dict[str, Any]) -> None:
-    record.truncate(0)
-    record.write(json.dumps(state).encode())
-    record.flush()
-    os.fsync(record.fileno())
+def _write(record: Path, state: dict[str, Any]) -> None:
+    with record.open("wb") as file:
+        file.write(json.dumps(state).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _same(given: object, source: list[Any]) -> bool:
@@ -184,6 +241,8 @@ def _kept(out: Path, state: dict[str, Any], source: list[Any]) -> str:
 
 
 def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -209,7 +268,7 @@ class _Transfer:
         arch: str,
         asked: dict[str, str],
         source: list[Any],
-        record: IO[bytes],
+        record: Path,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.path, self.http, self.arch, self.asked = _beside(out, "incomplete"), http, arch, asked
@@ -296,24 +355,73 @@ class _Transfer:
                 self._restart()
             raise _Retry(why)
 
-    def _request(self, method: str, headers: dict[str, str]) -> Any:
-        path = f"/weights/{quote(self.arch, safe='')}"
-        return self.http.stream(method, path, params=self.asked, headers=headers)
+    @contextmanager
+    def _request(
+        self, method: str, headers: dict[str, str], path: str = "", content: bytes | None = None
+    ) -> Iterator[httpx.Response]:
+        """The answer, redirects followed. To another host httpx sends no token along; from https to
+        http is never followed, because whoever listens there could write the answer."""
+        there = path or f"/weights/{quote(self.arch, safe='')}"
+        asked = None if path else self.asked
+        request = self.http.build_request(
+            method, there, params=asked, headers=headers, content=content
+        )
+        for _ in range(REDIRECTS + 1):
+            answer = self.http.send(request, stream=True, follow_redirects=False)
+            if (following := answer.next_request) is None:
+                try:
+                    yield answer
+                finally:
+                    answer.close()
+                return
+            answer.close()
+            if request.url.scheme == "https" and following.url.scheme != "https":
+                told = f"redirected from https to {following.url.scheme}, which is not followed"
+                raise PullError(told, refused=True)
+            request = following
+        raise PullError(f"redirected more than {REDIRECTS} times", refused=True)
 
     def _asked_digest(self) -> str:
         if told := self._told_digest():
             return told
         # Another replica answered, which never had the file: its last byte makes it have it.
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={self.total - 1}-"}
-        with self._request("GET", headers | {"If-Range": self.etag}) as answer:
+        headers = {**PAST_CACHES, "Range": f"bytes={self.total - 1}-", "If-Range": self.etag}
+        with self._request("GET", headers) as answer:
             if answer.status_code == 206:
                 answer.read()
-        return self._told_digest()
+        return self._told_digest() or self._planned_digest()
 
     def _told_digest(self) -> str:
-        with self._request("HEAD", {"Accept-Encoding": "identity"}) as answer:
+        with self._request("HEAD", PAST_CACHES) as answer:
             same = self.etag and answer.headers.get("etag", "") == self.etag
             return str(answer.headers.get("repr-digest", "")) if same else ""
+
+    def _planned_digest(self) -> str:
+        """By POST, which no cache answers, whatever it was told to ignore."""
+        body = json.dumps({"arch": self.arch, **_json_values(self.asked)}).encode()
+        headers = {"Content-Type": "application/json"}
+        with self._request("POST", headers, "/plan", body) as answer:
+            try:
+                told = json.loads(answer.read())
+                same = self.etag and told["etag"] == self.etag
+                return str(told["repr_digest"] or "") if same else ""
+            except (ValueError, KeyError, TypeError):
+                return ""
+
+
+def _json_values(asked: Mapping[str, str]) -> dict[str, Any]:
+    """The parameters of a query as the body of a POST has them."""
+    found: dict[str, Any] = {}
+    for name, text in asked.items():
+        if name == "dtype":
+            found[name] = text
+        elif name == "extrapolate":
+            found[name] = text == "true"
+        else:
+            with suppress(ValueError):  # what is no number the service has refused already
+                values = json.loads(f"[{text}]")
+                found[name] = values if name == "depth" or len(values) > 1 else values[0]
+    return found
 
 
 def _extent(answer: httpx.Response) -> tuple[int, int]:
@@ -345,9 +453,10 @@ def _reason(answer: httpx.Response) -> str:
         return f"status {answer.status_code}"
 
 
-def check_file(path: Path, arch: str, dtype: str) -> None:
-    """Raise PullError unless this is a whole file of this architecture's family and this dtype:
-    the tensors of the family's table, at the sizes the header states, one after the other."""
+def check_file(path: Path, arch: str = "", dtype: str = "") -> None:
+    """Raise PullError unless this is a whole file of this architecture's family and this dtype (of
+    any, where none is given): the tensors of the family's table, at the sizes the header states, one
+    after the other."""
     size = path.stat().st_size
     with path.open("rb") as file:
         count = int.from_bytes(file.read(8), "little")
@@ -368,11 +477,12 @@ def _laid_out(header: dict[str, Any], arch: str, dtype: str) -> tuple[int, str]:
     about = json.loads(header.pop("__metadata__")["neumeta"])
     family = FAMILIES[about["family"]]
     depth = tuple(int(blocks) for blocks in about["depth"])
+    arch = arch or next(iter(family.architectures))
     if arch not in family.architectures:
         return 0, f"the family is {family.name}"
     if len(depth) != len(family.architectures[arch]) or max(depth, default=0) > family.max_blocks:
         return 0, "the depth is impossible"
-    offset = 0
+    offset, dtype = 0, dtype or next(iter(header.values()))["dtype"]
     for tensor in sorted(family.tensors(depth), key=lambda tensor: tensor.name):
         entry, wanted = header.pop(tensor.name), list(shape(tensor, about["sizes"]))
         end = offset + math.prod(wanted) * ITEM[dtype]
@@ -401,9 +511,10 @@ class _Bar:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit codes: 0 pulled; else, where there is a file at `--out`, 1: it is still the
-    last good one; without a file 2: refused (the command line, or by the service), 3: not reached.
-    With --offline-ok a file that is still whole is enough, where the service cannot be reached: 0.
+    """The command. Exit codes: 0 pulled; else, where there is a whole network at `--out`, 1: it is
+    still the last good one; without one 2: refused (the command line, or by the service), 3: not
+    reached; 130: interrupted. With --offline-ok a file that is still whole is enough, where the
+    service cannot be reached: 0.
     """
     parser = argparse.ArgumentParser(
         prog="neumeta-pull", description="Download the weights of one architecture, verified."
@@ -422,6 +533,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--offline-ok", action="store_true", help="be content with a whole file if not reached"
     )
+    parser.add_argument(
+        "--lock-wait",
+        type=float,
+        default=LOCK_WAIT,
+        help="seconds to wait for another pull of the same file (default %(default)g)",
+    )
     given = parser.parse_args(argv)
     names = ("width", "depth", "dtype", "samples", "seed")
     parameters = {name: value for name in names if (value := getattr(given, name)) is not None}
@@ -435,8 +552,20 @@ def main(argv: list[str] | None = None) -> int:
             raise PullError("the token is not one line of ASCII", refused=True)
         bar = _Bar() if sys.stderr.isatty() else None
         digest = pull(
-            given.url, given.arch, given.out, parameters=parameters, token=token, progress=bar
+            given.url,
+            given.arch,
+            given.out,
+            parameters=parameters,
+            token=token,
+            progress=bar,
+            lock_wait=given.lock_wait,
+            waiting=lambda: _tell(
+                f"waiting for another pull of {given.out}, at most {given.lock_wait:g} seconds"
+            ),
         )
+    except KeyboardInterrupt:
+        _tell("interrupted; the next pull goes on from here")
+        return 130
     except (PullError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         away = isinstance(error, (PullError, httpx.TransportError))
         if given.offline_ok and away and not getattr(error, "refused", False):
@@ -445,14 +574,28 @@ def main(argv: list[str] | None = None) -> int:
                 size = given.out.stat().st_size
                 print(f"{given.out} {size} bytes sha256 {digest} (kept; the service is away)")
                 return 0
-        kept = given.out.is_file()
-        also = f"; {given.out} is still the last good file" if kept else ""
-        print(f"neumeta-pull: {error}{also}".replace("\n", " "), file=sys.stderr)
+        kept, also = _standing(given.out)
+        _tell(f"{error}{also}")
         if kept:
             return 1
         return 2 if isinstance(error, PullError) and error.refused else 3
     print(f"{given.out} {given.out.stat().st_size} bytes sha256 {digest}")
     return 0
+
+
+def _tell(what: str) -> None:
+    print(f"neumeta-pull: {what}".replace("\n", " "), file=sys.stderr)
+
+
+def _standing(out: Path) -> tuple[bool, str]:
+    """Whether there is a whole network at `out`, and what to say about what is there."""
+    try:
+        if not out.is_file():
+            return False, ""
+        check_file(out)
+    except (PullError, OSError):
+        return False, f"; {out} is there as it was, and is no whole network"
+    return True, f"; {out} is still the last good file"
 
 
 if __name__ == "__main__":

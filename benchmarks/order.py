@@ -1,0 +1,171 @@
+"""Channel orders of large cliques: every clique of a random resnet50, and planted paths.
+
+    python -m benchmarks.order
+
+Random weights in the shapes of torchvision's resnet50: 37 cliques of 64 to 2,048 channels.
+The planted paths are points on a noisy curve in 200 dimensions, in random order; where fast-tsp is
+installed (MIT), it solves the same matrices in five seconds each. Two threads, on the CPU; the last
+line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.permutation import hardware
+from training.cliques import Side
+from training.order import STRATEGIES, apply, distances, length, order, prices, total_variation
+
+ORDERS = ("none", "layer-greedy", "layer-2opt", "mshp")
+Cliques = dict[str, tuple[Side, ...]]
+
+
+def resnet50(seed: int) -> tuple[dict[str, Tensor], Cliques]:
+    """Random weights of resnet50's convolutions and classifier, and its cliques."""
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    sides: dict[str, list[Side]] = {}
+
+    def layer(name: str, into: str, out: str, shape: tuple[int, ...]) -> None:
+        # He's initialisation, as torchvision's: deviation sqrt(2 / fan out).
+        fan = shape[0] * int(np.prod(shape[2:]))
+        weights[name] = torch.randn(shape, generator=generator) * (2 / fan) ** 0.5
+        sides.setdefault(out, []).append(Side(name, 0))
+        sides.setdefault(into, []).append(Side(name, 1))
+
+    layer("conv1", "image", "stem", (64, 3, 7, 7))
+    before, channels = "stem", 64
+    for stage, (blocks, inner) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
+        outer = f"layer{stage}"
+        for block in range(blocks):
+            name = f"{outer}.{block}"
+            layer(f"{name}.conv1", before, f"{name}.1", (inner, channels, 1, 1))
+            layer(f"{name}.conv2", f"{name}.1", f"{name}.2", (inner, inner, 3, 3))
+            layer(f"{name}.conv3", f"{name}.2", outer, (4 * inner, inner, 1, 1))
+            if not block:
+                layer(f"{name}.downsample", before, outer, (4 * inner, channels, 1, 1))
+            before, channels = outer, 4 * inner
+    layer("fc", before, "classes", (1000, 2048))
+    return weights, {
+        axis: tuple(found) for axis, found in sides.items() if axis not in ("image", "classes")
+    }
+
+
+def planted(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of points on a noisy curve, shuffled, and the order along the curve."""
+    generator = torch.Generator().manual_seed(seed)
+    along = torch.rand(n, 1, generator=generator, dtype=torch.float64)
+    speed, phase = (6 * torch.randn(1, 200, generator=generator).double() for _ in range(2))
+    noise = 0.1 * torch.randn(n, 200, generator=generator).double()
+    points = torch.sin(along * speed + phase) + noise
+    return distances({"points": points}, [Side("points", 0)]), along.flatten().argsort().numpy()
+
+
+def fast_tsp(distance: np.ndarray) -> float | None:
+    """The length of the path that fast-tsp finds in five seconds, or None where it is missing."""
+    if importlib.util.find_spec("fast_tsp") is None:
+        return None
+    import fast_tsp as solver  # type: ignore[import-not-found,unused-ignore]
+
+    n = len(distance)
+    whole = np.pad(distance * (65000 / distance.max()), (0, 1)).round().astype(int)
+    tour = solver.find_tour(whole.tolist(), duration_seconds=5)
+    start = tour.index(n)
+    return length(np.array(tour[start + 1 :] + tour[:start]), distance)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--largest", type=int, default=2048, help="leave larger planted paths out")
+    asked = parser.parse_args()
+    torch.set_num_threads(2)
+    weights, cliques = resnet50(asked.seed)
+    rows: list[dict[str, object]] = []
+
+    print("| channels | cliques | none | layer-greedy | layer-2opt | mshp | seconds of mshp |")
+    print("|---:" * 7 + "|")
+    found: dict[int, list[tuple[list[float], float]]] = {}
+    all_orders, total = {}, 0.0
+    for axis, sides in cliques.items():
+        lengths = []
+        distance = distances(weights, sides)
+        for strategy in ORDERS:
+            began = time.perf_counter()
+            orders = order(weights, cliques, strategy, asked.seed, axes=[axis])
+            seconds = time.perf_counter() - began
+            lengths.append(length(orders[axis].numpy(), distance))
+        assert lengths[-1] <= min(lengths), axis
+        total += seconds
+        all_orders.update(orders)
+        found.setdefault(len(distance), []).append((lengths, seconds))
+    for channels, each in sorted(found.items()):
+        sums = np.sum([lengths for lengths, _ in each], 0)
+        seconds = sum(seconds for _, seconds in each)
+        print(
+            f"| {channels} | {len(each)} | "
+            + " | ".join(f"{value:.1f}" for value in sums)
+            + f" | {seconds:.1f} |",
+            flush=True,
+        )
+        lengths_by_order = dict(
+            zip(ORDERS, (round(float(value), 2) for value in sums), strict=True)
+        )
+        rows.append(
+            {
+                "channels": channels,
+                "cliques": len(each),
+                "length": lengths_by_order,
+                "seconds": round(seconds, 2),
+            }
+        )
+    before = total_variation(weights)
+    after = total_variation(apply(weights, cliques, all_orders))
+    print(f"resnet50: {total:.1f} s, TV {before:.0f} to {after:.0f}\n")
+
+    print("| planted, channels | shuffled | planted | layer-2opt | mshp | fast-tsp | bound | s |")
+    print("|---:" * 8 + "|")
+    paths: list[dict[str, object]] = []
+    for n in (n for n in (64, 256, 512, 1024, 2048) if n <= asked.largest):
+        distance, curve = planted(n, asked.seed)
+        rng = np.random.default_rng(asked.seed)
+        began = time.perf_counter()
+        ours = length(STRATEGIES["mshp"](distance, distance, rng), distance)
+        seconds = time.perf_counter() - began
+        values = {
+            "shuffled": length(np.arange(n), distance),
+            "planted": length(curve, distance),
+            "layer-2opt": length(STRATEGIES["layer-2opt"](distance, distance, rng), distance),
+            "mshp": ours,
+            "fast-tsp": fast_tsp(distance),
+            "bound": prices(distance, ours, 200)[1],
+            "seconds": seconds,
+        }
+        shown = [f"{v:.1f}" if v is not None else "-" for v in values.values()]
+        print(f"| {n} | " + " | ".join(shown) + " |", flush=True)
+        paths.append({"channels": n, **values})
+    print(
+        json.dumps(
+            {
+                "hardware": hardware(2),
+                "seed": asked.seed,
+                "resnet50_seconds": round(total, 2),
+                "tv_before": before,
+                "tv_after": after,
+                "resnet50": rows,
+                "planted": paths,
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

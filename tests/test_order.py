@@ -1,0 +1,401 @@
+"""Channel orders: axis alignment, optimality on small cliques, and an unchanged function."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from neumeta.family import FAMILIES
+from neumeta.network import Network
+from training import order as channels
+from training.cliques import Side, cliques
+from training.folded import network_from
+from training.order import STRATEGIES, order, total_variation, tv_in, tv_out
+
+SEEDS = st.integers(0, 2**32 - 1)
+CIFAR, DEPTH = FAMILIES["resnet-cifar"], (3, 3, 3)
+
+
+def resnet20(seed: int) -> dict[str, Tensor]:
+    """Random folded weights, biases included, scaled so that logits are of order one."""
+    net = Network(CIFAR.name, DEPTH, CIFAR.full_sizes(DEPTH, 10))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, value in net.state_dict().items():
+        drawn = torch.randn(value.shape, generator=generator)
+        weights[name] = drawn * (2 / max(1, value[0].numel())) ** 0.5 * 0.7
+    return weights
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return resnet20(0)
+
+
+@pytest.fixture(scope="module")
+def orders(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The orders of every strategy, from fewer kicks than a real run's for the tests' time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channels, "KICKS", 1)
+        patch.setattr(channels, "FEWEST", 30)
+        return {name: order(weights, cliques(CIFAR, DEPTH), name, seed=1) for name in STRATEGIES}
+
+
+def matrix(seed: int, n: int) -> np.ndarray:
+    """L1 distances between n random points: symmetric, with a zero diagonal."""
+    points = torch.rand(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.cdist(points, points, p=1).numpy()
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 3), (4, 3, 1, 1), (3, 5, 3, 3)])
+def test_total_variation_equals_a_plain_loop(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = weight.reshape(shape[0], shape[1] if len(shape) > 1 else 1, -1).tolist()
+    out = along = 0.0
+    for o, row in enumerate(rows):
+        for i, kernel in enumerate(row):
+            for k, value in enumerate(kernel):
+                if o + 1 < len(rows):
+                    out += abs(rows[o + 1][i][k] - value)
+                if i + 1 < len(row):
+                    along += abs(row[i + 1][k] - value)
+    assert out > 0
+    assert tv_out(weight) == pytest.approx(out, rel=1e-12)
+    assert tv_in(weight) == pytest.approx(along, rel=1e-12)
+    assert total_variation({"a": weight, "b": weight}) == pytest.approx(2 * (out + along))
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(1, 6), st.sampled_from([(), (1, 1), (3, 3)]))
+@settings(max_examples=50, deadline=None)
+def test_total_variation_is_axis_aligned(
+    seed: int, outputs: int, inputs: int, spatial: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, *spatial, generator=generator)
+    rows = torch.randperm(outputs, generator=generator)
+    columns = torch.randperm(inputs, generator=generator)
+    assert tv_in(weight[rows]) == pytest.approx(tv_in(weight), rel=1e-12)
+    assert tv_out(weight[:, columns]) == pytest.approx(tv_out(weight), rel=1e-12)
+
+
+@given(SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_variation_along_a_clique_is_the_length_of_its_path(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        "a.weight": torch.randn(6, 2, 3, 3, generator=generator),
+        "a.bias": torch.randn(6, generator=generator),
+        "b.weight": torch.randn(4, 6, generator=generator),
+    }
+    sides = (Side("a.weight", 0), Side("a.bias", 0), Side("b.weight", 1))
+    new = torch.randperm(6, generator=generator)
+    permuted = channels.apply(weights, {"axis": sides}, {"axis": new})
+    along = tv_out(permuted["a.weight"]) + tv_out(permuted["a.bias"]) + tv_in(permuted["b.weight"])
+    distance = channels.distances(weights, sides)
+    assert channels.length(new.numpy(), distance) == pytest.approx(along, rel=1e-6)
+
+
+@given(SEEDS, st.integers(1, 7))
+@settings(max_examples=25, deadline=None)
+def test_mshp_equals_exhaustive_search_on_small_cliques(seed: int, n: int) -> None:
+    weights = {"a.weight": torch.from_numpy(np.random.default_rng(seed).normal(size=(n, 3)))}
+    sides = {"axis": (Side("a.weight", 0),)}
+    found = order(weights, sides, "mshp")["axis"].numpy()
+    distance = channels.distances(weights, sides["axis"])
+    shortest = min(channels.length(np.array(path), distance) for path in permutations(range(n)))
+    assert sorted(found) == list(range(n))
+    assert channels.length(found, distance) == pytest.approx(shortest, rel=1e-12)
+
+
+def test_local_search_finds_the_optimum_of_cliques_that_can_be_solved_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seed in range(5):
+        distance = matrix(seed, 12)
+        exact = channels.length(STRATEGIES["mshp"](distance, distance, _rng()), distance)
+        with monkeypatch.context() as patch:
+            patch.setattr(channels, "EXACT", 0)
+            searched = STRATEGIES["mshp"](distance, distance, _rng())
+        assert channels.length(searched, distance) == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_search_is_never_above_layer_2opt_or_the_present_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channels, "STARTS", 0)
+    monkeypatch.setattr(channels, "KICKS", 0)
+    monkeypatch.setattr(channels, "FEWEST", 0)
+    # Without a neighbour to try nothing is improved: the best start comes out as it is.
+    monkeypatch.setattr(channels, "NEAR", 0)
+    best = set()
+    for seed in range(20):
+        whole, layer = matrix(seed, 24), matrix(seed + seed % 2, 24)
+        if seed % 5 == 0:  # the present order is short
+            first = whole[0].argsort()
+            whole = whole[np.ix_(first, first)] + np.abs(np.subtract.outer(*[np.arange(24)] * 2))
+        paths = {name: STRATEGIES[name](whole, layer, _rng()) for name in STRATEGIES}
+        along = {name: channels.length(path, whole) for name, path in paths.items()}
+        names = ("none", "layer-greedy", "layer-2opt")
+        assert along["mshp"] <= min(along[name] for name in names)
+        best.add(min(names, key=lambda name: along[name]))
+    assert best >= {"none", "layer-2opt"}  # else the others would not have been needed
+
+
+@given(SEEDS, st.integers(2, 9), st.sampled_from([0, 3]))
+@settings(max_examples=100, deadline=None)
+def test_descent_ends_where_no_turned_stretch_shortens_the_path(
+    seed: int, n: int, longest: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    distance, start, price = matrix(seed, n), rng.permutation(n), rng.normal(size=n)
+    tour = channels._Tour(start, distance, price, near=n)
+    gained = tour.descend(range(n + 1), longest)
+    path = tour.path()
+    reached = channels.length(path, distance)
+    assert sorted(path) == list(range(n))
+    # Prices and the closing node are part of every tour: what is gained is the path's own.
+    assert gained == pytest.approx(channels.length(start, distance) - reached, abs=1e-9)
+    for a in range(n):
+        for b in range(a + 1, n + 1):
+            turned = [*path[:a], *path[a:b][::-1], *path[b:]]
+            assert reached <= channels.length(np.array(turned), distance) + 1e-9
+
+
+@given(SEEDS, st.integers(2, 40))
+@settings(max_examples=50, deadline=None)
+def test_a_kick_and_what_followed_can_be_taken_back(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    distance, start = matrix(seed, n), rng.permutation(n)
+    tour = channels._Tour(start, distance, np.zeros(n), near=5)
+    size = max(1, n // 3)
+    low = int(rng.integers(0, n + 2 - 2 * size))
+    first, second = (int(k) for k in rng.integers(1, size + 1, 2))
+    lengths = [channels.length(start, distance)]
+    for change in (lambda: tour.kick(low, first, second), lambda: tour.descend(tour.cut, 3)):
+        gained = change()
+        lengths.append(channels.length(tour.path(), distance))
+        assert sorted(tour.path()) == list(range(n))
+        assert lengths[-2] - gained == pytest.approx(lengths[-1], abs=1e-9)
+    tour.back()
+    assert tour.path().tolist() == start.tolist()
+    assert [tour.nodes[k] for k in tour.at] == list(range(n + 1))
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_or_opt_moves_a_stretch_that_turning_alone_cannot(longest: int) -> None:
+    shorter = 0
+    for seed in range(20):
+        distance, start = matrix(seed, 30), np.random.default_rng(seed).permutation(30)
+        turned = channels._Tour(start, distance, np.zeros(30), near=30)
+        turned.descend(range(31), 0)
+        once = channels.length(turned.path(), distance)
+        turned.descend(range(31), longest)
+        shorter += channels.length(turned.path(), distance) < once - 1e-9
+    assert shorter > 5
+
+
+@given(SEEDS, st.integers(2, 7))
+@settings(max_examples=50, deadline=None)
+def test_no_path_is_below_the_bound_of_prices(seed: int, n: int) -> None:
+    distance = matrix(seed, n)
+    shortest = min(channels.length(np.array(path), distance) for path in permutations(range(n)))
+    _, bound = channels.prices(distance, 1.1 * shortest, rounds=100)
+    assert 0.9 * shortest <= bound <= shortest * (1 + 1e-12)
+
+
+def planted(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of points on a noisy curve in 50 dimensions, shuffled, and the order along it."""
+    rng = np.random.default_rng(0)
+    along = rng.permutation(n)[:, None] / n
+    points = np.sin(along * rng.normal(size=50) * 6 + rng.uniform(0, 6, 50))
+    weights = {"a": torch.from_numpy(points + 0.01 * rng.normal(size=points.shape))}
+    return channels.distances(weights, [Side("a", 0)]), along[:, 0].argsort()
+
+
+@pytest.mark.parametrize("n", [64, 600])
+def test_a_planted_path_is_found_again(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "KICKS", 1)
+    distance, curve = planted(n)
+    found = STRATEGIES["mshp"](distance, distance, _rng())
+    assert sorted(found) == list(range(n))
+    assert channels.length(found, distance) <= channels.length(curve, distance)
+    # Neighbours on the path are near along the curve: it was followed, not only made short.
+    place = np.argsort(curve)
+    assert np.abs(np.diff(place[found])).max() <= 0.1 * n
+    again = STRATEGIES["mshp"](distance, distance, _rng())
+    assert again.tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 40])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_channels_that_are_all_alike_have_an_order(strategy: str, n: int) -> None:
+    weights = {"a": torch.ones(n, 3)}
+    found = order(weights, {"axis": (Side("a", 0),)}, strategy)["axis"]
+    assert sorted(found.tolist()) == list(range(n))
+
+
+# --- sides with an offset and a repeat --------------------------------------------------------------
+
+LAYOUTS = st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(0, 3), st.integers(0, 1))
+
+
+def laid_out(
+    seed: int, n: int, layouts: list[tuple[int, int, int, int]]
+) -> tuple[dict[str, Tensor], tuple[Side, ...]]:
+    """One tensor per (offset, repeat, indices after the axis, dimension), and a bias (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, sides = {"bias": torch.randn(n, generator=generator)}, [Side("bias", 0)]
+    for k, (offset, repeat, after, dimension) in enumerate(layouts):
+        shape = [3, 2]
+        shape.insert(dimension, offset + n * repeat + after)
+        weights[f"{k}"] = torch.randn(shape, generator=generator)
+        sides.append(Side(f"{k}", dimension, offset, repeat))
+    return weights, tuple(sides)
+
+
+@given(SEEDS, st.integers(1, 6), st.lists(LAYOUTS, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_distances_and_new_orders_equal_plain_loops(
+    seed: int, n: int, layouts: list[tuple[int, int, int, int]]
+) -> None:
+    weights, sides = laid_out(seed, n, layouts)
+    expected = np.zeros((n, n))
+    new = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    permuted = channels.apply(weights, {"axis": sides}, {"axis": new})
+    for tensor, dimension, offset, repeat in sides:
+        old = weights[tensor].double()
+        rows = [
+            [old.select(dimension, offset + c * repeat + r) for r in range(repeat)]
+            for c in range(n)
+        ]
+        for a in range(n):
+            for b in range(n):
+                for r in range(repeat):
+                    expected[a, b] += float((rows[a][r] - rows[b][r]).abs().sum())
+        moved = weights[tensor].clone()
+        for c in range(n):
+            for r in range(repeat):
+                moved.select(dimension, offset + c * repeat + r).copy_(
+                    weights[tensor].select(dimension, offset + int(new[c]) * repeat + r)
+                )
+        assert torch.equal(permuted[tensor], moved)
+    np.testing.assert_allclose(channels.distances(weights, sides), expected, rtol=1e-12)
+    back = channels.apply(permuted, {"axis": sides}, {"axis": new.argsort()})
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+@given(SEEDS, st.integers(1, 9), st.lists(st.integers(0, 1), min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_a_paths_length_is_the_variation_along_sides_that_are_the_axis_alone(
+    seed: int, n: int, dimensions: list[int]
+) -> None:
+    weights, sides = laid_out(seed, n, [(0, 1, 0, dimension) for dimension in dimensions])
+    found = order(weights, {"axis": sides}, "mshp")
+    permuted = channels.apply(weights, {"axis": sides}, found)
+    along = sum((tv_out if side.dimension == 0 else tv_in)(permuted[side.tensor]) for side in sides)
+    length = channels.length(found["axis"].numpy(), channels.distances(weights, sides))
+    assert length == pytest.approx(along, rel=1e-9)
+
+
+def test_a_side_without_room_for_the_channels_is_named() -> None:
+    weights = {"a": torch.ones(4, 2), "b": torch.ones(3, 9)}
+    sides = [Side("a", 0), Side("b", 1, offset=2, repeat=2)]
+    assert channels.distances(weights, sides).shape == (3, 3)
+    with pytest.raises(ValueError, match="b: dimension 1 has room for 3 channels, not 4"):
+        channels.distances(weights, sides, 4)
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_network_computes_the_same(
+    strategy: str, weights: dict[str, Tensor], orders: dict[str, dict[str, Tensor]]
+) -> None:
+    groups = cliques(CIFAR, DEPTH)
+    assert set(orders[strategy]) == set(groups)
+    permuted = channels.apply(weights, groups, orders[strategy])
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = network_from(weights, CIFAR.name, DEPTH)(images)
+        after = network_from(permuted, CIFAR.name, DEPTH)(images)
+    assert before.std() > 0.1  # else agreement would say nothing
+    assert (after - before).abs().max() < 1e-4
+    # Every layer really has a new order, unless nothing was asked for.
+    same = [torch.equal(permuted[name], weights[name]) for name in weights if "conv" in name]
+    assert all(same) if strategy == "none" else not any(same)
+
+
+def test_total_variation_falls_from_strategy_to_strategy(
+    weights: dict[str, Tensor], orders: dict[str, dict[str, Tensor]]
+) -> None:
+    groups = cliques(CIFAR, DEPTH)
+    reached = {
+        name: total_variation(channels.apply(weights, groups, found))
+        for name, found in orders.items()
+    }
+    assert reached["none"] == total_variation(weights)
+    assert reached["mshp"] < reached["layer-2opt"]
+    assert reached["mshp"] < reached["none"]
+    for axis, sides in groups.items():
+        distance = channels.distances(weights, sides)
+        along = {name: channels.length(orders[name][axis].numpy(), distance) for name in orders}
+        assert along["mshp"] <= min(along.values()) + 1e-9
+
+
+def test_layer_2opt_is_no_longer_than_greedy_along_its_own_layer(
+    weights: dict[str, Tensor], orders: dict[str, dict[str, Tensor]]
+) -> None:
+    shorter = 0
+    for axis, sides in cliques(CIFAR, DEPTH).items():
+        distance = channels.distances(weights, sides[:1])
+        assert sides[0].dimension == 0
+        greedy, improved = (
+            channels.length(orders[name][axis].numpy(), distance)
+            for name in ("layer-greedy", "layer-2opt")
+        )
+        assert improved <= greedy + 1e-9
+        shorter += improved < greedy - 1e-9
+    assert shorter > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_equal_seeds_give_equal_orders_whichever_axes_are_asked_for(
+    strategy: str, monkeypatch: pytest.MonkeyPatch, weights: dict[str, Tensor]
+) -> None:
+    monkeypatch.setattr(channels, "KICKS", 1)
+    monkeypatch.setattr(channels, "FEWEST", 30)
+    groups = cliques(CIFAR, DEPTH)
+    pair = order(weights, groups, strategy, 5, axes=["layer1.0.inner", "layer2.1.inner"])
+    alone = order(weights, groups, strategy, 5, axes=["layer2.1.inner"])
+    assert set(pair) == {"layer1.0.inner", "layer2.1.inner"}
+    assert set(alone) == {"layer2.1.inner"}
+    assert torch.equal(pair["layer2.1.inner"], alone["layer2.1.inner"])
+
+
+def test_another_seed_gives_another_random_order(weights: dict[str, Tensor]) -> None:
+    groups = cliques(CIFAR, DEPTH)
+    first, second = (order(weights, groups, "random", seed, ["layer3"]) for seed in (0, 1))
+    assert not torch.equal(first["layer3"], second["layer3"])
+
+
+def test_axes_not_asked_for_keep_their_order(weights: dict[str, Tensor]) -> None:
+    groups = cliques(CIFAR, DEPTH)
+    found = order(weights, groups, "random", axes=["layer3.2.inner"])
+    permuted = channels.apply(weights, groups, found)
+    changed = {name for name in weights if not torch.equal(weights[name], permuted[name])}
+    assert changed == {"layer3.2.conv1.weight", "layer3.2.conv1.bias", "layer3.2.conv2.weight"}
+    assert order(weights, groups, "random", axes=[]) == {}
+
+
+def test_unknown_strategies_and_axes_are_named(weights: dict[str, Tensor]) -> None:
+    groups = cliques(CIFAR, DEPTH)
+    with pytest.raises(ValueError, match="'best'.*layer-2opt"):
+        order(weights, groups, "best")
+    with pytest.raises(ValueError, match=r"'classes'.*layer1\.0\.inner"):
+        order(weights, groups, "mshp", axes=["classes"])

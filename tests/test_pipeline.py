@@ -1,0 +1,333 @@
+"""A run as a person starts it: what it refuses before any work, what it keeps, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neumeta import checkpoint
+from training import cli, data, fit, pipeline, recipe
+
+ROOT = Path(__file__).parent.parent
+SMALL = """
+title = "small"
+[network]
+network = "lenet"
+train = { epochs = 1, lr = 0.1, batch = 256 }
+[data]
+name = "digits"
+[representation]
+kind = "grid"
+noise = 0.0
+samples = 1
+[fit]
+width = [0.25, 1.0]
+epochs = 1
+batch = 512
+lr = 1e-2
+[evaluate]
+widths = [1.0]
+"""
+Run = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and its finished run; for `run`, which copies it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "small.toml").write_text(SMALL)
+    assert cli.main([str(folder / "small.toml"), "--folder", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "place"))
+
+
+@pytest.fixture
+def run(place: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def main(*more: str, text: str = SMALL, folder: str = "run") -> tuple[int, list[str]]:
+        """The exit code, and the lines that the command said on stderr, progress left out."""
+        (place / "small.toml").write_text(text)
+        capsys.readouterr()
+        code = cli.main([str(place / "small.toml"), "--folder", str(place / folder), *more])
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return code, [line for line in said.splitlines() if line.startswith("neumeta-train:")]
+
+    return main
+
+
+def test_a_finished_run_is_evaluated_again_by_another_title_and_other_sizes(
+    place: Path, run: Run
+) -> None:
+    before = load_file(place / "run" / "manifold.safetensors")
+    text = SMALL.replace('"small"', '"renamed"').replace("widths = [1.0]", "widths = [0.5, 0.3]")
+    assert run("--resume", text=text.replace("samples = 1", "samples = 2")) == (0, [])
+    manifold = checkpoint.read(place / "run" / "manifold.safetensors")
+    assert manifold.about["title"] == "renamed" and manifold.samples == 2
+    assert [row["width"] for row in manifold.about["evaluation"]] == [0.5, 0.3]
+    assert manifold.space.image == (8, 8)
+    after = load_file(place / "run" / "manifold.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("lr = 1e-2", "lr = 2e-2", "fit.lr = 0.01, and now it is 0.02"),
+        ("lr = 0.1", "lr = 0.2", "network.train.lr = 0.1, and now it is 0.2"),
+        ('title = "small"', "seed = 3\ntitle = 'x'", "seed = 0, and now it is 3"),
+        ("noise = 0.0", "noise = 0.1", "representation.noise = 0.0, and now it is 0.1"),
+    ],
+)
+def test_a_run_is_bound_to_what_its_results_depend_on(
+    run: Run, place: Path, old: str, new: str, told: str
+) -> None:
+    before = (place / "run" / "recipe.json").read_text()
+    code, (line,) = run("--resume", text=SMALL.replace(old, new))
+    assert code == 2 and told in line and str(place / "run") in line
+    assert (place / "run" / "recipe.json").read_text() == before
+
+
+def test_other_images_may_not_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = data.load("digits")
+    images = digits.train_images.clone()
+    images[7, 0, 3, 3] ^= 1
+    other = replace(digits, train_images=images)
+    monkeypatch.setattr(pipeline, "dataset", lambda section, root: other)
+    code, (line,) = run("--resume")
+    assert code == 2 and "data.sha256" in line and other.digest() in line
+
+
+def test_a_stage_that_has_not_begun_binds_to_nothing(run: Run, place: Path) -> None:
+    (place / "run" / "fit.pt").unlink()
+    assert run("--resume", text=SMALL.replace("lr = 1e-2", "lr = 2e-2")) == (0, [])
+    held = json.loads((place / "run" / "recipe.json").read_text())
+    assert held["depends"]["fit"]["fit.lr"] == 0.02
+
+
+def test_an_earlier_run_is_not_overwritten_and_an_unknown_one_not_resumed(
+    run: Run, place: Path
+) -> None:
+    code, (line,) = run()
+    assert code == 2 and "--resume" in line and "--folder" in line
+    for written in (None, "{", "[]", '{"arch": "lenet"}'):  # the last: version 0.1
+        path = place / "run" / "recipe.json"
+        path.unlink() if written is None else path.write_text(written)
+        code, (line,) = run("--resume")
+        assert code == 2 and str(path) in line and "--folder" in line
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def strange(path: Path) -> None:
+    """A whole file of another network."""
+    if path.suffix == ".pt":
+        torch.save({"net": {"a": torch.zeros(1)}, "model": {"a": torch.zeros(1)}}, path)
+    else:
+        save_file({"a": torch.zeros(1)}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, strange])
+@pytest.mark.parametrize("name", pipeline.STATE)
+def test_damaged_state_is_named_with_what_to_do_and_doing_it_helps(
+    run: Run, place: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    if name == "source.pt":
+        (place / "run" / "source.safetensors").unlink()
+    damage(place / "run" / name)
+    code, (line,) = run("--resume")
+    assert code == 2 and f"{place / 'run' / name}: damaged" in line and "delete it" in line
+    (place / "run" / name).unlink()
+    assert run("--resume") == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("batch = 512", "batch = 5000", ["fit.batch: 5000 is not allowed; at most 1297"]),
+        ("batch = 256", "batch = 5000", ["network.train.batch: 5000 is not allowed; at most 1297"]),
+        ('"lenet"', '"resnet20"', ["network.network: 'resnet20' is not allowed; .*3 channels"]),
+        (
+            'network = "lenet"\ntrain = { epochs = 1, lr = 0.1, batch = 256 }',
+            'network = "resnet20"\ntrain = { epochs = 1, batch = 5000 }',
+            ["network.network: .*channels", "network.train.batch: 5000"],
+        ),
+        ("widths = [1.0]", "widths = [3.0]", [r"evaluate.widths\[0\]: 3.0 is not allowed"]),
+        ('"digits"', '"imagenet"', ["imagenet"]),
+        ('"digits"', '"digits"\nflips = true', ["data.flips"]),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_anything_is_written(
+    run: Run, place: Path, old: str, new: str, told: list[str]
+) -> None:
+    code, lines = run(text=SMALL.replace(old, new), folder="new")
+    assert code == 2 and len(lines) == len(told)
+    for line, part in zip(lines, told, strict=True):
+        assert re.search(part, line), line
+    assert not (place / "new").exists()
+
+
+def test_images_that_are_too_small_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = data.load("digits")
+    small = replace(digits, train_images=digits.train_images[:, :, :3, :])
+    monkeypatch.setattr(pipeline, "dataset", lambda section, root: small)
+    code, (line,) = run(folder="new")
+    assert code == 2 and "4x4 pixels or more" in line and "3x8" in line
+
+
+def test_missing_weights_are_told_with_where_they_were_looked_for(place: Path) -> None:
+    asked = recipe.parse(
+        {
+            "name": "x",
+            "title": "x",
+            "network": {"network": "resnet20", "weights": "a.th"},
+            "data": {"name": "cifar10"},
+            "fit": {"width": [0.5, 1.0]},
+        },
+        str(place / "x.toml"),
+    )
+    digits = data.load("digits")
+    colour = replace(digits, train_images=digits.train_images.expand(-1, 3, -1, -1))
+    with pytest.raises(recipe.BadRecipe, match="network.weights: 'a.th'") as told:
+        pipeline.check(asked, colour, place / "checkpoints", place / "run2")
+    assert str(place) in str(told.value) and str(place / "checkpoints") in str(told.value)
+    (place / "a.th").write_bytes(b"")  # beside the recipe it is found
+    pipeline.check(asked, colour, place / "checkpoints", place / "run2")
+
+
+def test_a_result_that_cannot_be_written_is_told_before_anything_is(run: Run, place: Path) -> None:
+    os.mkfifo(place / "fifo")
+    (place / "file").write_text("kept")
+    for out in ("/dev/null", str(place), str(place / "fifo"), str(place / "file" / "m")):
+        code, (line,) = run("--out", out, folder="new")
+        assert code == 2 and line.startswith(f"neumeta-train: {out}: ")
+    for folder in ("file", "small.toml/deep"):
+        code, (line,) = run(folder=folder)
+        assert code == 2 and "is a file" in line
+    assert not (place / "new").exists() and (place / "fifo").is_fifo()
+    assert (place / "file").read_text() == "kept" and Path("/dev/null").is_char_device()
+
+
+def test_a_symlink_as_out_leads_to_the_result(run: Run, place: Path) -> None:
+    (place / "link").symlink_to(place / "held.safetensors")
+    assert run("--resume", "--out", str(place / "link")) == (0, [])
+    assert (place / "link").is_symlink()
+    assert checkpoint.read(place / "held.safetensors").about["title"] == "small"
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "soon"])
+def test_minutes_are_more_than_none(run: Run, minutes: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--max-minutes", minutes)
+    assert ended.value.code == 2
+
+
+def test_time_that_is_up_and_an_interruption_are_one_line_and_a_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, (line,) = run("--max-minutes", "1e-9", folder="new")
+    assert code == 3 and "--resume" in line
+
+    def interrupted(*_: Any, **__: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "fit", interrupted)
+    code, (line,) = run("--resume", folder="new")
+    assert code == 130 and "--resume goes on" in line
+    monkeypatch.undo()
+    assert run("--resume", folder="new") == (0, [])
+
+
+def test_a_manifold_that_is_not_finite_is_not_evaluated(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(manifold: Any, *_: Any, **__: Any) -> bool:
+        next(manifold.representation.parameters()).data.fill_(torch.nan)
+        return True
+
+    monkeypatch.setattr(fit, "fit", diverged)
+    code, (line,) = run("--resume", "--out", str(place / "new.safetensors"))
+    assert code == 2 and "lenet-mnist//32.64.64: sampled weights of conv1" in line
+    assert "not finite" in line and not (place / "new.safetensors").exists()
+
+
+LIMITED = """
+import resource, sys
+from training import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("room", "gone", "failed"),
+    [
+        (1000, None, "recipe.json"),
+        (100_000, ["fit.pt", "source.pt", "source.safetensors"], "source.pt"),
+        (250_000, ["fit.pt"], "fit.pt"),
+    ],
+)
+def test_no_room_for_a_file_is_one_line_and_leaves_nothing(
+    place: Path, room: int, gone: list[str] | None, failed: str
+) -> None:
+    """A bound on the size of a file stands for a full disk."""
+    for name in gone or []:
+        (place / "run" / name).unlink()
+    before = {path: path.stat().st_size for path in (place / "run").glob("*")}
+    arguments = [str(place / "small.toml"), "--folder", str(place / "run"), "--resume"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(room), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [each for each in done.stderr.splitlines() if each.startswith("neumeta-train:")]
+    assert line == f"neumeta-train: {place / 'run' / failed}: File too large"
+    assert not list(place.rglob("*.part"))
+    after = {path: path.stat().st_size for path in (place / "run").glob("*")}
+    assert {path: after.get(path) for path in before if path.name != "log"} == {
+        path: size for path, size in before.items() if path.name != "log"
+    }
+
+
+def test_the_readmes_line_for_several_processes_works_word_for_word(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^    (torchrun .*)$", (ROOT / "README.md").read_text(), re.M)
+    (tmp_path / "small.toml").write_text(SMALL)
+    program, *words = shlex.split(line.replace("RECIPE", "small.toml"))
+    assert program == "torchrun" and "--folder" in words
+    # What the program `torchrun` is, which need not be on the PATH of the tests.
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / words[words.index("--folder") + 1]
+    held = checkpoint.read(folder / "manifold.safetensors")
+    assert held.about["title"] == "small" and held.space.image == (8, 8)
+    assert done.stdout.count("width 1") == 1  # the first process alone tells and writes

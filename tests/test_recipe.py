@@ -1,0 +1,142 @@
+"""A recipe is right as a whole, or each problem is a line: file, key, value, what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import recipe
+
+TINY = recipe.load("tiny")
+GOOD = """
+title = "x"
+[network]
+network = "lenet"
+train = { epochs = 1 }
+[data]
+name = "digits"
+[fit]
+width = [0.5, 1]
+"""
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipe.BUILT_IN.glob("*.toml")))
+def test_built_in_recipes_are_right_and_survive_a_checkpoint(name: str) -> None:
+    asked = recipe.load(name)
+    assert asked.name == name and recipe.parse(asked.as_dict(), asked.file) == asked
+
+
+def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    asked = recipe.load(str(path))
+    assert asked.name == "mine" and asked.file == str(path)
+    assert asked.fit.width == (0.5, 1.0) and asked.fit.batch == 128 and asked.seed == 0
+    space = asked.space(3, (8, 12))
+    assert (space.classes, space.image, space.arch) == (3, (8, 12), "lenet")
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "value", "allowed"),
+    [
+        ({"fit": {"lr": "fast"}}, "fit.lr", "'fast'", "a number"),
+        ({"fit": {"lr": float("nan")}}, "fit.lr", "nan", "finite"),
+        ({"fit": {"lr": True}}, "fit.lr", "True", "a number"),
+        ({"fit": {"width": 0.5}}, "fit.width", "0.5", "a list"),
+        ({"fit": {"width": [1.0, 0.5]}}, "fit.width", "[1.0, 0.5]", "smaller end"),
+        ({"fit": {"width": [0.0, 0.5]}}, "fit.width[0]", "0.0", "greater than 0"),
+        ({"fit": {"widths": [0.1]}}, "fit.widths", "0.1", "0.25 to 1"),
+        ({"fit": {"batch": 0}}, "fit.batch", "0", "equal to 1"),
+        ({"fit": {"batch": 1.5}}, "fit.batch", "1.5", "a whole number"),
+        ({"fit": {"epochs": -1}}, "fit.epochs", "-1", "equal to 0"),
+        ({"fit": {"sandwich": "yes"}}, "fit.sandwich", "'yes'", "true or false"),
+        ({"fit": {"distill_weight": 7}}, "fit.distill_weight", "7", "equal to 1"),
+        ({"fit": {"distill": "both"}}, "fit.distill", "'both'", "'inplace'"),
+        ({"fit": {"ema": 1.5}}, "fit.ema", "1.5", "equal to 1"),
+        ({"fit": {"depth_noise": 0.6}}, "fit.depth_noise", "0.6", "equal to 0.5"),
+        ({"fit": {"morph": ["conv9"]}}, "fit.morph", "'conv9'", "conv1, conv2, conv3"),
+        ({"fit": {"morph": []}}, "fit.morph", "[]", "empty"),
+        ({"fit": {"blocks": [1, 3]}}, "fit.blocks", "[1, 3]", "no stages"),
+        ({"fit": {"full_weight": 0}}, "fit.full_weight", "0.0", "options.reach"),
+        ({"network": {"network": "vgg"}}, "network.network", "'vgg'", "resnet20"),
+        ({"network": {"train": {"epochs": -1}}}, "network.train.epochs", "-1", "equal to 0"),
+        ({"network": {"weights": "a.th"}}, "network.weights", "'a.th'", "lenet"),
+        ({"data": {"name": ""}}, "data", "['', '']", "a name or a path"),
+        ({"data": {"channels": 2}}, "data.channels", "2", "1 or 3"),
+        ({"data": 5}, "data", "5", "a section [data]"),
+        ({"order": {"strategy": "tsp"}}, "order.strategy", "'tsp'", "'mshp'"),
+        ({"representation": {"noise": 0.7}}, "representation.noise", "0.7", "equal to 0.5"),
+        ({"representation": {"options": {"nodes": "x"}}}, "representation.options.nodes", "'x'",
+         "a whole number"),
+        ({"evaluate": {"widths": [3.0]}}, "evaluate.widths[0]", "3.0", "equal to 2"),
+        ({"evaluate": {"blocks": [1, 2]}}, "evaluate.blocks", "[1, 2]", "fit.blocks"),
+        ({"seed": -1}, "seed", "-1", "equal to 0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_with_file_key_value_and_what_is_allowed(
+    change: dict[str, Any], key: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(recipe.BadRecipe) as told:
+        TINY.changed(**change)
+    lines = str(told.value).splitlines()
+    assert any(
+        line.startswith(f"{TINY.file}: {key}: {value} is not allowed; ")
+        and allowed in line.split("; ", 1)[1]
+        for line in lines
+    ), lines
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"fit": {"learning_rate": 3}}, "fit.learning_rate: no such key; [fit] has morph, width"),
+        ({"lr": 3}, "lr: no such key; the top level has name, title"),
+        (
+            {"network": {"train": {"lr": 0.1}}},
+            "network.train.epochs: is missing; [network.train] has epochs, lr, batch",
+        ),
+        ({"network": {"train": None}}, "network.train: is missing; without network.weights"),
+        (
+            {"representation": {"options": {"hidden": 3}}},
+            "representation.options.hidden: no such key; 'grid' has nodes, orders",
+        ),
+    ],
+)
+def test_a_key_that_is_unknown_or_missing_is_told_with_those_there_are(
+    change: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(recipe.BadRecipe) as told:
+        TINY.changed(**change)
+    assert str(told.value).startswith(f"{TINY.file}: {line}")
+
+
+def test_all_problems_are_told_at_once() -> None:
+    changes = {"lr": "fast", "batch": 0, "zz": 1}
+    with pytest.raises(recipe.BadRecipe) as told:
+        TINY.changed(fit=changes, evaluate={"widths": 1.0})
+    lines = str(told.value).splitlines()
+    assert len(lines) == 4 and all(line.startswith(TINY.file) for line in lines)
+    with pytest.raises(recipe.BadRecipe) as told:
+        TINY.changed(fit={"morph": ["a", "b"], "width": [1.0, 0.5]})
+    assert len(str(told.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["title =", "\xff", "data = 'digits'\narch = 'lenet'"])
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(recipe.BadRecipe) as told:
+        recipe.load(str(path))
+    assert all(line.startswith(f"{path}: ") for line in str(told.value).splitlines())
+    with pytest.raises(recipe.BadRecipe, match="neither a .toml file nor one of .*tiny"):
+        recipe.load("huge")
+
+
+def test_batch_norm_needs_the_whole_network() -> None:
+    whole = recipe.load("cifar10-resnet20")
+    with pytest.raises(recipe.BadRecipe, match=r"representation.norm: True .*'layer3.2.inner'"):
+        whole.changed(fit={"morph": ["layer3.2.inner"]})
+    with pytest.raises(recipe.BadRecipe, match=r"fit.blocks: \[1, 12\] .*at most 9"):
+        whole.changed(fit={"blocks": [1, 12]})

@@ -1,0 +1,171 @@
+"""What a training step is made of: rates, losses, averages and sizes, against plain references."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neumeta.architecture import Space
+from training import cli, data, fit, recipe, source
+
+
+def tiny(**changes: Any) -> recipe.Recipe:
+    """A run of a few steps on the digits; the one place that knows how a recipe is built."""
+    few: dict[str, Any] = {
+        "source_epochs": 0, "epochs": 1.0, "batch": 256, "sandwich": False, "distill": "none",
+        "reconstruction": 0.0, "regularisation": 0.0,
+    }  # fmt: skip
+    return replace(recipe.load("tiny"), **few | changes)
+
+
+def fitted(folder: Path, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """The manifold after a fit, and the state that the fit left."""
+    asked, digits = tiny(**changes), data.load("digits")
+    net = cli.trained_source(asked, digits, Path("none"), folder)
+    manifold, targets, smoothed = cli.prepare(asked, digits, net)
+    assert fit.fit(manifold, targets, smoothed, digits, asked, folder)
+    return manifold, torch.load(folder / "fit.pt", weights_only=True)
+
+
+def test_one_cycle_rises_by_the_share_asked_then_falls_to_nothing() -> None:
+    rates = [source.one_cycle(step, 100, 0.2) for step in range(101)]
+    assert rates[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    assert rates[20] == 1.0 and rates[60] == pytest.approx(0.5) and rates[100] == 0.0
+    assert all(b < a for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert source.one_cycle(4, 100, 0.05) == 1.0 and source.one_cycle(0, 1) == 1.0
+    assert source.one_cycle(3, 100) == 0.2  # a fifth where nothing is said
+
+
+def test_the_weight_is_of_the_teacher_and_the_rest_of_the_labels() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    teacher = torch.tensor([[0.0, 1.0], [3.0, 0.0]])
+    labels = torch.tensor([0, 1])
+    p, q = logits.softmax(1), teacher.softmax(1)
+    hard = -(p[0, 0].log() + p[1, 1].log()) / 2
+    soft = (q * (q.log() - p.log())).sum() / 2
+    for weight in (0.0, 0.25, 1.0):
+        found = source.task_loss(logits, labels, teacher, weight)
+        assert float(found) == pytest.approx(float((1 - weight) * hard + weight * soft))
+    assert float(source.task_loss(logits, labels, None, 0.9)) == pytest.approx(float(hard))
+    assert float(source.task_loss(teacher, labels, teacher, 1.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_manifold_is_the_moving_average_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+    finish = fit._finish
+
+    def recorded(model: torch.nn.Module, *rest: Any) -> None:
+        if not states:
+            states.append({n: v.clone() for n, v in model.state_dict().items()})
+        finish(model, *rest)
+        states.append({n: v.clone() for n, v in model.state_dict().items()})
+
+    monkeypatch.setattr(fit, "_finish", recorded)
+    manifold, kept = fitted(tmp_path, epochs=2.0, ema=0.3)
+    found = manifold.representation.state_dict()
+    assert len(states) == kept["step"] + 1 > 8
+    for name, value in found.items():
+        expected = states[0][name]
+        for step, state in enumerate(states[1:]):
+            decay = min(0.3, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * state[name]
+        torch.testing.assert_close(value, expected)
+        assert torch.equal(kept["model"][name], states[-1][name])
+    assert any(not torch.equal(found[n], states[-1][n]) for n in found)
+
+
+def test_a_gradient_is_clipped_value_by_value_before_the_step() -> None:
+    model = torch.nn.Linear(3, 1, bias=False)
+    before = model.weight.detach().clone()
+    for clip, kept in ((0.5, [0.5, -0.5, 0.25]), (0.0, [3.0, -4.0, 0.25])):
+        model.weight.data.copy_(before)
+        model.weight.grad = torch.tensor([[3.0, -4.0, 0.25]])
+        optimiser = torch.optim.SGD(model.parameters(), 1.0)
+        fit._finish(model, optimiser, tiny(clip=clip), 1, torch.tensor(1.0), "here", 1.0)
+        torch.testing.assert_close(before - model.weight.detach(), torch.tensor([kept]))
+
+
+def test_the_rate_follows_the_cycle_and_vectors_do_not_decay() -> None:
+    model = torch.nn.Linear(3, 2)
+    groups = fit._optimiser(model, tiny(weight_decay=0.1)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert groups[0]["params"] == [model.weight] and groups[1]["params"] == [model.bias]
+    assert isinstance(fit._optimiser(model, tiny(optimiser="sgd")), torch.optim.SGD)
+
+
+def test_warm_is_the_share_of_steps_that_the_rate_rises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    finish = fit._finish
+
+    def recorded(model: Any, optimiser: Any, *rest: Any) -> None:
+        rates.append(optimiser.param_groups[0]["lr"])
+        finish(model, optimiser, *rest)
+
+    monkeypatch.setattr(fit, "_finish", recorded)
+    fitted(tmp_path, epochs=2.0, warm=0.5, lr=0.01)
+    steps = len(rates)
+    assert rates == pytest.approx([0.01 * source.one_cycle(s, steps, 0.5) for s in range(steps)])
+    assert rates.index(max(rates)) in (steps // 2 - 1, steps // 2)
+
+
+def test_cells_of_a_stage_cover_it_whatever_the_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert fit.partition(4, 0.0, generator) == [(i / 4, (i + 1) / 4) for i in range(4)]
+    assert fit.partition(1, 0.5, generator) == [(0.0, 1.0)]
+    moved = []
+    for _ in range(300):
+        cells = fit.partition(5, 0.4, generator)
+        assert cells[0][0] == 0 and cells[-1][1] == 1 and len(cells) == 5
+        for (low, high), (after, _) in zip(cells, cells[1:], strict=False):
+            assert low < high == after
+        moved += [5 * high - i - 1 for i, (_, high) in enumerate(cells[:-1])]
+    assert max(map(abs, moved)) <= 0.4 + 1e-6
+    assert min(moved) < -0.38 and max(moved) > 0.38 and abs(sum(moved) / len(moved)) < 0.03
+
+
+def test_the_share_of_widths_by_stage_is_per_stage() -> None:
+    space: Space = tiny().space
+    generator = torch.Generator().manual_seed(0)
+    even = {space.architecture(w / 1000).channels for w in range(250, 1001)}
+    for share, least, most in ((0.0, 0, 0), (0.5, 150, 250), (1.0, 380, 400)):
+        asked = tiny(per_stage=share)
+        uneven = sum(
+            fit.choose(asked, space, generator)[0].channels not in even for _ in range(400)
+        )
+        assert least <= uneven <= most
+
+
+def test_frozen_features_are_what_the_first_segments_make(tmp_path: Path) -> None:
+    digits = data.load("digits")
+    net = cli.trained_source(tiny(), digits, Path("none"), tmp_path)
+    net.normalise([0.2], [0.5])
+    net.eval()
+    digits = replace(digits, train_images=digits.train_images[:64], flips=True, pad=1)
+    views = fit.frozen_features(net, 2, digits, tiny(feature_views=3))
+    assert len(views) == 3 and all(view.dtype == torch.float16 for view in views)
+    x = (data.to_float(digits.train_images, digits) - 0.2) / 0.5
+    with torch.no_grad():
+        for _, segment in net.segments()[:2]:
+            x = segment(x)
+    torch.testing.assert_close(views[0].float(), x, atol=1e-2, rtol=1e-2)
+    assert not torch.equal(views[1], views[0]) and not torch.equal(views[2], views[1])
+    again = fit.frozen_features(net, 2, digits, tiny(feature_views=3))
+    assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
+
+
+def test_reconstruction_is_the_mean_of_relative_errors() -> None:
+    made = {
+        "a": torch.tensor([1.0, 2.0], requires_grad=True),
+        "b": torch.ones(3, requires_grad=True),
+    }
+    targets = {"a": torch.tensor([2.0, 0.0]), "b": torch.full((3,), 2.0)}
+    expected = ((1 + 4) / 4 + 3 / 12) / 2
+    assert fit.reconstruction(made, targets).item() == pytest.approx(expected)
