@@ -24,6 +24,8 @@ from neumeta.shapes import check
 MAX_SIZE = 1 << 20
 """Channels that an axis may have: beyond it a file's metadata is not believed."""
 MOST_BLOCKS = 256
+MOST_LEVELS = 64
+"""How deep a module may lie in a network."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -52,7 +54,12 @@ class Network(nn.Module):
         self.register_buffer("std", torch.ones(around))
         self.tensor_names = tuple(graph.tensors)
         for name in graph.tensors:
-            _put(self, name, nn.Parameter(torch.empty(graph.shape(name, sizes))))
+            *parents, last = name.split(".")
+            if name in self._buffers or len(parents) > MOST_LEVELS:
+                raise ValueError(f"tensor {name[:80]}: this name cannot be held")
+            _inside(self, parents)._parameters[last] = nn.Parameter(
+                torch.empty(graph.shape(name, sizes))
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("mean", "std"):
@@ -69,8 +76,10 @@ class Network(nn.Module):
                 raise ValueError(f"{name}: {list(given)} is not {self.channels} finite numbers")
         if min(std) <= 0:
             raise ValueError(f"std: {list(std)} is not above 0")
-        self.mean = self.mean.new_tensor(mean).view(self.mean.shape)
-        self.std = self.std.new_tensor(std).view(self.mean.shape)
+        shape, held = self.mean.shape, self._buffers
+        # Not by assignment: the network may have a module of its own called `mean`.
+        held["mean"] = self.mean.new_tensor(mean).view(shape)
+        held["std"] = self.std.new_tensor(std).view(shape)
 
     def pixels(self, x: Tensor) -> Tensor:
         """Images in the module's own precision; uint8 ones scaled to [0, 1].
@@ -92,7 +101,7 @@ class Network(nn.Module):
             if x.dim() != len(self.shape) + 1 or x.shape[1] != self.channels:
                 raise ValueError(f"expected {wanted}, got shape {tuple(x.shape)}")
         scaled = x.dtype == torch.uint8
-        x = x.to(next(self.parameters()).dtype)
+        x = x.to(next(self.parameters(), self.mean).dtype)
         return x / 255 if scaled else x
 
     def forward(self, x: Tensor) -> Outputs:
@@ -104,20 +113,26 @@ class Network(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the graph by name, as this module holds it."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name in self.tensor_names:
-            parent, _, last = name.rpartition(".")
-            found[name] = getattr(self.get_submodule(parent), last)
+            *parents, last = name.split(".")
+            parameter = _inside(self, parents)._parameters[last]
+            assert parameter is not None
+            found[name] = parameter
         return found
 
 
-def _put(module: nn.Module, dotted: str, parameter: nn.Parameter) -> None:
-    *parents, last = dotted.split(".")
-    for name in parents:
-        if name not in module._modules:
-            module.add_module(name, nn.Module())
-        module = module.get_submodule(name)
-    module.register_parameter(last, parameter)
+def _inside(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The module at this path, made where it is not there.
+
+    Not by attribute: a network's own names may be those of `Network` and `nn.Module`.
+    """
+    for name in names:
+        found = module._modules.get(name)
+        if found is None:
+            found = module._modules[name] = nn.Module()
+        module = found
+    return module
 
 
 @overload
@@ -146,10 +161,10 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
             return fill(into, graph, weights).eval()
         with torch.device("meta"):
             net = Network(graph, sizes)
-        kind = next(iter(weights.values())).dtype
-        net.mean, net.std = (
-            each.new_zeros(each.shape, device="cpu", dtype=kind) for each in (net.mean, net.std)
-        )
+        # A network of nothing but activations has no tensors.
+        kind = next((weight.dtype for weight in weights.values()), torch.float32)
+        for name in ("mean", "std"):
+            net._buffers[name] = torch.zeros(getattr(net, name).shape, dtype=kind)
         net.normalise(_numbers(about, "mean"), _numbers(about, "std"))
     except ValueError as error:
         raise ValueError(f"{path}: not a network this version can run: {error}") from None
