@@ -72,13 +72,15 @@ class Node:
 class Stage:
     """A container of `children` consecutive modules, of which `blocks`, from `first` on, are alike.
 
-    Alike blocks may be repeated: a depth is a number of children, `children` in the source.
+    Alike blocks may be repeated: a depth is a number of children, `children` in the source. The
+    children are called by their number from 0 on, behind `prefix` (`block1-0`, `block1-1`, ...).
     """
 
     name: str
     children: int
     first: int
     blocks: int
+    prefix: str = ""
 
     @property
     def least(self) -> int:
@@ -91,11 +93,19 @@ class Stage:
 
     def child(self, module: str) -> int | None:
         """Which child of the container a module path lies in."""
-        head, dot, tail = module.partition(self.name + ".")
-        if head or not dot:
+        start = f"{self.name}.{self.prefix}"
+        if not module.startswith(start):
             return None
-        index = tail.partition(".")[0]
-        return int(index) if index.isdigit() else None
+        index = module[len(start) :].partition(".")[0]
+        # No other way to write the number: a path must follow from it.
+        plain = index.isascii() and index.isdigit() and str(int(index)) == index
+        return int(index) if plain else None
+
+    def within(self, path: str, child: str) -> str:
+        """A path inside one child, with the child's number replaced by this text."""
+        start = f"{self.name}.{self.prefix}"
+        rest = path[len(start) :].partition(".")
+        return f"{start}{child}{rest[1]}{rest[2]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,10 +325,7 @@ def _count(value: Any) -> int:
 def _in_child(name: str, stage: Stage, change: Callable[[int], int]) -> str:
     """A dotted name with the number of the stage's child in it changed."""
     child = stage.child(name)
-    if child is None:
-        return name
-    rest = name[len(stage.name) + 1 + len(str(child)) :]
-    return f"{stage.name}.{change(child)}{rest}"
+    return name if child is None else stage.within(name, str(change(child)))
 
 
 def renamed(value: Any, rename: Callable[[str], str]) -> Any:
@@ -339,7 +346,8 @@ class _Rewriting:
         self.tensors: dict[str, Shape] = {}
         self.axes: dict[str, Axis] = {}
 
-    def add(self, node: Node, names: _Renaming) -> None:
+    def add(self, node: Node, names: _Renaming, value: Callable[[str], str]) -> None:
+        """`value` says what is read now: an axis may be called as the node that first makes it."""
         for name in node.tensors.values():
             shape = self.graph.tensors[name]
             self.tensors[names[name]] = names.of(shape)
@@ -349,11 +357,11 @@ class _Rewriting:
             Node(
                 names[node.name],
                 node.op,
-                tuple(names[value] for value in node.inputs),
+                tuple(value(name) for name in node.inputs),
                 {key: names[name] for key, name in node.tensors.items()},
                 {
-                    key: names[value] if key == "norm" else names.of(value)
-                    for key, value in node.attributes.items()
+                    key: names[held] if key == "norm" else names.of(held)
+                    for key, held in node.attributes.items()
                 },
                 names.of(node.shape),
                 names[node.module],
@@ -414,28 +422,35 @@ def _repeated(graph: Graph, index: int, stage: Stage, repeats: int) -> Graph:
     if repeats:
         after = _in_child(made, stage, lambda _: first + repeats - 1)
 
-    def shifted(name: str) -> str:
-        if name == last:
-            return after
-        return _in_child(name, stage, lambda child: child + more if child >= end else child)
+    moved = _Renaming(
+        lambda name: _in_child(name, stage, lambda at: at + more if at >= end else at)
+    )
 
-    def copied_to(child: int) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        return after if value == last else moved[value]
+
+    def copied_to(child: int) -> tuple[Callable[[str], str], Callable[[str], str]]:
         before = given if child == first else _in_child(made, stage, lambda _: child - 1)
-        return lambda name: before if name == given else _in_child(name, stage, lambda _: child)
 
-    new, moved, copied = _Rewriting(graph), _Renaming(shifted), False
+        def rename(name: str) -> str:
+            return _in_child(name, stage, lambda _: child)
+
+        return rename, lambda value: before if value == given else rename(value)
+
+    new, copied = _Rewriting(graph), False
     for node in graph.nodes:
         if node.name not in run:
-            new.add(node, moved)
+            new.add(node, moved, read)
             continue
         for copy in range(0 if copied else repeats):
-            names = _Renaming(copied_to(first + copy))
+            rename, value = copied_to(first + copy)
+            names = _Renaming(rename)
             for each in template:
-                new.add(each, names)
+                new.add(each, names, value)
         copied = True
     stages = list(graph.stages)
     stages[index] = replace(stage, children=stage.children + more, blocks=repeats)
-    outputs = tuple((key, shifted(value)) for key, value in graph.outputs)
+    outputs = tuple((key, read(value)) for key, value in graph.outputs)
     return Graph(graph.input, new.axes, new.tensors, tuple(new.nodes), outputs, tuple(stages))
 
 

@@ -65,7 +65,11 @@ def dump(graph: Graph) -> dict[str, Any]:
             for node in graph.nodes
         ],
         "outputs": [list(output) for output in graph.outputs],
-        "stages": [[s.name, s.children, s.first, s.blocks] for s in graph.stages],
+        "stages": [
+            # A prefix is rare, and left out where there is none.
+            [s.name, s.children, s.first, s.blocks, *([s.prefix] if s.prefix else [])]
+            for s in graph.stages
+        ],
     }
 
 
@@ -184,13 +188,16 @@ class _Reader:
         entries = self.held["stages"]
         if not isinstance(entries, list) or len(entries) > MOST_STAGES:
             raise BadGraph(f"stages: not a list of at most {MOST_STAGES}")
-        for name, children, first, blocks in entries:
+        for name, children, first, blocks, *more in entries:
             stage = Stage(
                 _name(name),
                 _count(children, f"stage {name}"),
                 _whole(first, f"stage {name}"),
                 _count(blocks, f"stage {name}"),
+                *(_name(prefix) for prefix in more[:1]),
             )
+            if len(more) > 1:
+                raise BadGraph(f"stage {name}: more than a prefix follows its blocks")
             if stage.first + stage.blocks > stage.children or stage.children > 4096:
                 raise BadGraph(f"stage {name}: blocks beyond its children")
             for other in stages:

@@ -277,7 +277,9 @@ def _pad(read: Sequence[Ints], held: Mapping[str, Ints], a: Attributes) -> Ints:
     if mode != "constant":
         modes = ("reflect", "replicate", "circular")
         _fit(mode in modes and a["value"] == 0, f"{mode} with a value")
-        _fit(len(pads) == 2 * (len(x) - 2) and len(x) in (3, 4, 5), f"{mode} of {len(x)} dimensions")
+        _fit(
+            len(pads) == 2 * (len(x) - 2) and len(x) in (3, 4, 5), f"{mode} of {len(x)} dimensions"
+        )
     return tuple(made)
 
 

@@ -41,7 +41,7 @@ def role(graph: Graph, name: str) -> str:
     for stage in graph.stages:
         child = stage.child(name)
         if child is not None and stage.first <= child < stage.first + stage.blocks:
-            return f"{stage.name}.n{name[len(stage.name) + 1 + len(str(child)) :]}"
+            return stage.within(name, "n")
     return name
 
 
