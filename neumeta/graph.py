@@ -186,7 +186,7 @@ class Graph:
 
     def block(self, stage: Stage, child: int) -> tuple[Node, ...]:
         """The nodes of one child of a stage."""
-        children = self._children.get(stage.name)
+        children = self._children.get((stage.name, stage.prefix))
         if children is None:
             found: dict[int, list[Node]] = {}
             for node in self.nodes:
@@ -194,11 +194,11 @@ class Graph:
                 if place is not None:
                     found.setdefault(place, []).append(node)
             children = {place: tuple(nodes) for place, nodes in found.items()}
-            self._children[stage.name] = children
+            self._children[stage.name, stage.prefix] = children
         return children.get(child, ())
 
     @cached_property
-    def _children(self) -> dict[str, dict[int, tuple[Node, ...]]]:
+    def _children(self) -> dict[tuple[str, str], dict[int, tuple[Node, ...]]]:
         """The nodes of each child, by stage, filled as stages are asked for."""
         return {}
 

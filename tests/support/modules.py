@@ -7,10 +7,15 @@ axis cannot have the right size by chance.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from neumeta.graph import Graph
+from training import networks
+from training.trace import trace
 
 Images = tuple[int, ...]
 
@@ -324,6 +329,57 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Images]] = {
     "resized": (Resized, (3, 9, 8)),
     "padded channels": (PaddedChannels, (3, 6, 6)),
 }
+
+
+DEEP: dict[str, tuple[Callable[[], nn.Module], Images]] = {
+    "resnet": (lambda: networks.resnet_cifar((2, 2, 2), 10, (4, 6, 8)), (3, 8, 8)),
+    "plain": (lambda: networks.resnet_mnist((2, 3), 10, (5, 7)), (1, 8, 8)),
+}
+"""Networks with stages."""
+
+
+@cache
+def traced(name: str) -> tuple[nn.Module, Graph]:
+    """A module of MODULES or DEEP, and its graph. Not to be changed."""
+    make, images = (MODULES | DEEP)[name]
+    module = seeded(make)
+    return module, trace(module, torch.zeros(1, *images))[0]
+
+
+def images_of(name: str, count: int = 3) -> Tensor:
+    """Random images that this module reads."""
+    return torch.randn(count, *(MODULES | DEEP)[name][1])
+
+
+def flat(outputs: object) -> list[Tensor]:
+    """Every tensor of a module's outputs, in order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    return list(values)  # type: ignore[call-overload, no-any-return]
+
+
+def error(found: object, wanted: object) -> float:
+    """The largest difference of two networks' outputs, relative to the largest of each tensor."""
+    pairs = zip(flat(found), flat(wanted), strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def halved(graph: Graph) -> dict[str, int]:
+    """Every axis at half its size."""
+    return {name: max(1, size // 2) for name, size in graph.full.items()}
+
+
+def drawn(graph: Graph, sizes: dict[str, int], seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors of these sizes, variances above zero."""
+    torch.manual_seed(seed)
+    variances = {n.tensors["variance"] for n in graph.nodes if n.op == "batch_norm"}
+    return {
+        name: 0.5 + torch.rand(graph.shape(name, sizes))
+        if name in variances
+        else 0.5 * torch.randn(graph.shape(name, sizes))
+        for name in graph.tensors
+    }
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

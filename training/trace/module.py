@@ -234,9 +234,14 @@ class _Tracing:
     ) -> str:
         """A node with these held tensors (role -> name and dimensions); returns its value's name."""
         held = {}
+        batch: Dim = ((ax.BATCH, 1),)
+        if any(batch in self.dims[name] for name in inputs) and batch not in dims:
+            raise BatchMixed
         for role, (name, spans) in tensors.items():
             if name is None:
                 continue
+            if batch in spans:
+                raise BatchMixed
             before = self.tensor_dims.get(name)
             if before is None:
                 self.tensor_dims[name] = tuple(spans)
@@ -584,7 +589,10 @@ def _same(op: str, **attributes: tuple[str, Any]) -> Rule:
 def _softmax(op: str) -> Rule:
     def rule(t: _Tracing, a: dict[str, Any]) -> str:
         x = t.read(a["self"])
-        return t.add(op, (x,), t.dims[x], {}, {"dim": int(a["dim"]) % len(t.dims[x])})
+        dim = int(a["dim"]) % len(t.dims[x])
+        if t.dims[x][dim] == ((ax.BATCH, 1),):
+            raise BatchMixed
+        return t.add(op, (x,), t.dims[x], {}, {"dim": dim})
 
     return rule
 
