@@ -19,7 +19,7 @@ from neumeta.operations import WEIGHTED
 BATCH = "batch"
 """The one axis that is no channel: how many images are run at once."""
 MOST_NODES = 20_000
-MOST_PARTS = 1 << 19
+MOST_PARTS = 1 << 18
 """Bounds of a graph at any depth: its nodes, and the parts of all its dimensions."""
 DEPTHS = 64
 """How many graphs of other depths are held."""

@@ -29,7 +29,7 @@ from neumeta.graph import (
 )
 from neumeta.operations import OPERATIONS
 
-MOST_TEXT = 32 << 20
+MOST_TEXT = 8 << 20
 MOST_STAGES = 64
 MOST_COUNT = 1 << 24
 """Bound of any single number of indices."""

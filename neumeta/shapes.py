@@ -158,6 +158,7 @@ def _by_channel(*roles: str) -> Rule:
     def rule(read: Sequence[Ints], held: Mapping[str, Ints], a: Attributes) -> Ints:
         x = read[0]
         _fit(len(x) >= 2, "no channels")
+        _fit(a.get("eps", 0) >= 0, "its eps")
         _vector(held, x[1], *roles)
         return x
 
@@ -166,6 +167,7 @@ def _by_channel(*roles: str) -> Rule:
 
 def _group_norm(read: Sequence[Ints], held: Mapping[str, Ints], a: Attributes) -> Ints:
     x, groups = read[0], a["groups"]
+    _fit(a["eps"] >= 0, "its eps")
     _fit(len(x) >= 2 and groups >= 1 and x[1] % groups == 0, f"{groups} groups of {x[1:2]}")
     _vector(held, x[1], "weight", "bias")
     return x
@@ -173,6 +175,7 @@ def _group_norm(read: Sequence[Ints], held: Mapping[str, Ints], a: Attributes) -
 
 def _layer_norm(read: Sequence[Ints], held: Mapping[str, Ints], a: Attributes) -> Ints:
     x, count = read[0], a["dimensions"]
+    _fit(a["eps"] >= 0, "its eps")
     _fit(1 <= count < len(x), f"{count} of {len(x)} dimensions")
     for role in held:
         _fit(held[role] == x[-count:], f"its {role}")

@@ -126,7 +126,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a node of three parts": (put("nodes", 0, to=["a", "relu", []]), "malformed"),
     "dimensions of a million parts": (
         lambda h: h.update(tensors={name: [[["", 1]] * 4000] * 8 for name in h["tensors"]}),
-        "dimensions of more than 524288 parts",
+        "dimensions of more than 262144 parts",
     ),
 }
 
@@ -188,7 +188,7 @@ def test_a_text_that_is_no_graph_is_refused(text: Any, match: str) -> None:
 
 
 def test_a_bomb_is_not_unpacked() -> None:
-    bomb = base64.b85encode(zlib.compress(b" " * (8 * MOST_TEXT), 9)).decode()
+    bomb = base64.b85encode(zlib.compress(b" " * (2 * MOST_TEXT), 1)).decode()
     tracemalloc.start()
     with pytest.raises(BadGraph, match=f"longer than {MOST_TEXT} bytes"):
         unpack(bomb)
