@@ -14,10 +14,13 @@ import torch
 from fastapi import FastAPI
 
 from neumeta import checkpoint
-from neumeta.architecture import Space
-from neumeta.manifold import Manifold, representation
+from neumeta.manifold import Contract, Manifold, roles
+from neumeta.representation import build
+from neumeta.space import Space
 from service.app import create_app
 from service.settings import Settings
+from training import networks
+from training.trace import trace
 
 NO_CUDA = "cuda: there is no CUDA device"
 torch.set_num_threads(1)  # two busy test processes on two cores: more threads only wait
@@ -35,16 +38,15 @@ def data_root() -> Path:
 def lenet(kind: str = "mlp", seed: int = 0, **more: Any) -> Manifold:
     """A manifold of random parameters over LeNet's widths; `more` are options of its kind."""
     torch.manual_seed(seed)
-    space = Space("lenet-mnist", "lenet", 10, ("*",), (0.25, 1.0))
+    graph, _ = trace(networks.lenet(), torch.zeros(1, 1, 28, 28))
+    space = Space("lenet", graph, (0.25, 1.0))
     options = {"layers": 3, "hidden": 16, "num_freq": 4} if kind == "mlp" else {}
     options |= more
-    model = representation(kind, space, options, norm=False)
+    model = build(kind, options, roles(space))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    normalisation = {"mean": [0.3], "std": [0.4]}
-    return Manifold(
-        space, model, kind, options, False, 0.5, 4, 64, normalisation, list("0123456789")
-    )
+    contract = Contract((0.3,), (0.4,), tuple("0123456789"))
+    return Manifold(space, model, kind, options, 0.5, 4, 64, contract)
 
 
 @pytest.fixture
