@@ -55,8 +55,8 @@ PRECISIONS = ("float32", "tf32", "bfloat16") if DEVICE.type == "cuda" else ("flo
 def drain(manifold: Manifold, architecture: Architecture, samples: int, dtype: str) -> float:
     """Materialize as the service does, to bytes; returns the seconds to the first tensor's."""
     began, first = time.perf_counter(), 0.0
-    for _, tensor in sample(manifold, architecture, samples=samples):
-        wire.encode(tensor, dtype)
+    for name, tensor in sample(manifold, architecture, samples=samples):
+        wire.encode(name, tensor, dtype)
         first = first or time.perf_counter() - began
     return first
 

@@ -17,13 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from neumeta.graph import Graph, Sizes
-from neumeta.notation import unpack
+from neumeta.notation import sized
 from neumeta.program import Outputs, Program
 from neumeta.shapes import check
 
-MAX_SIZE = 1 << 20
-"""Channels that an axis may have: beyond it a file's metadata is not believed."""
-MOST_BLOCKS = 256
 MOST_LEVELS = 64
 """How deep a module may lie in a network."""
 
@@ -154,7 +151,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """
     about, weights = _read(Path(path))
     try:
-        graph, sizes = _architecture(about)
+        graph, sizes = sized(about)
         _fitting(weights, {name: graph.shape(name, sizes) for name in graph.tensors})
         check(graph, sizes)
         if into is not None:
@@ -278,34 +275,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return about, weights
 
 
-def _architecture(about: dict[str, Any]) -> tuple[Graph, dict[str, int]]:
-    """The graph of this size and the sizes of its axes, each checked before anything is allocated."""
-    graph = unpack(about.get("graph"))
-    depth, channels = about.get("depth"), about.get("channels")
-    if (
-        not isinstance(depth, list)
-        or len(depth) != len(graph.stages)
-        or not all(
-            _whole(count, MOST_BLOCKS) and count >= stage.least
-            for count, stage in zip(depth, graph.stages, strict=True)
-        )
-    ):
-        allowed = f"{len(graph.stages)} whole numbers of at most {MOST_BLOCKS}"
-        raise ValueError(f"depth: {str(depth)[:80]} is not {allowed}")
-    extents = dict.fromkeys((axis.group, axis.size) for axis in graph.axes.values())
-    order = sorted(extents, key=lambda extent: graph.groups.index(extent[0]))
-    if (
-        not isinstance(channels, list)
-        or len(channels) != len(order)
-        or not all(_whole(count, MAX_SIZE) for count in channels)
-    ):
-        allowed = f"{len(order)} whole numbers from 1 to {MAX_SIZE}"
-        raise ValueError(f"channels: {str(channels)[:80]} is not {allowed}")
-    here = graph.at(tuple(depth))
-    by_extent = dict(zip(order, channels, strict=True))
-    return here, {name: by_extent[axis.group, axis.size] for name, axis in here.axes.items()}
-
-
 def _fitting(weights: Mapping[str, Tensor], planned: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that are not those of this architecture, before any of it is made."""
     for name, dimensions in planned.items():
@@ -323,7 +292,3 @@ def _numbers(about: dict[str, Any], key: str) -> list[float]:
     if not isinstance(given, list) or not all(type(each) in (int, float) for each in given):
         raise ValueError(f"{key}: {str(given)[:80]} is not a list of numbers")
     return given
-
-
-def _whole(value: object, most: int) -> bool:
-    return type(value) is int and 1 <= value <= most

@@ -31,6 +31,10 @@ from neumeta.operations import OPERATIONS
 
 MOST_TEXT = 8 << 20
 MOST_STAGES = 64
+MOST_SIZE = 1 << 20
+"""Channels that an axis of a pulled file may have."""
+MOST_BLOCKS = 256
+"""Children that a stage of a pulled file may have."""
 MOST_COUNT = 1 << 24
 """Bound of any single number of indices."""
 TEXTS = {
@@ -129,6 +133,44 @@ def parse(held: Any) -> Graph:
             f"the graph is malformed: {type(error).__name__}: {str(error)[:100]}"
         ) from None
     return graph
+
+
+def sized(about: Mapping[str, Any]) -> tuple[Graph, dict[str, int]]:
+    """The graph of a pulled file at its depth, and the size of every axis of it, from the file's
+    `graph`, `depth` and `channels`. Raises BadGraph before anything of that size is made."""
+    graph = unpack(about.get("graph"))
+    depth, channels = about.get("depth"), about.get("channels")
+    if (
+        not isinstance(depth, list)
+        or len(depth) != len(graph.stages)
+        or not all(
+            type(count) is int and stage.least <= count <= MOST_BLOCKS
+            for count, stage in zip(depth, graph.stages, strict=True)
+        )
+    ):
+        allowed = f"{len(graph.stages)} whole numbers of at most {MOST_BLOCKS}"
+        raise BadGraph(f"depth: {str(depth)[:80]} is not {allowed}")
+    nodes = len(graph.nodes) + sum(
+        len(graph.block(stage, stage.first)) * count
+        for count, stage in zip(depth, graph.stages, strict=True)
+    )
+    if nodes > MOST_NODES:
+        raise BadGraph(f"depth: {str(depth)[:80]} gives more than {MOST_NODES} nodes")
+    extents = dict.fromkeys((axis.group, axis.size) for axis in graph.axes.values())
+    order = sorted(extents, key=lambda extent: graph.groups.index(extent[0]))
+    if (
+        not isinstance(channels, list)
+        or len(channels) != len(order)
+        or not all(type(count) is int and 1 <= count <= MOST_SIZE for count in channels)
+    ):
+        allowed = f"{len(order)} whole numbers from 1 to {MOST_SIZE}"
+        raise BadGraph(f"channels: {str(channels)[:80]} is not {allowed}")
+    try:
+        here = graph.at(tuple(depth))
+    except (ValueError, KeyError) as error:
+        raise BadGraph(f"depth: {depth} cannot be made: {error}") from None
+    by_extent = dict(zip(order, channels, strict=True))
+    return here, {name: by_extent[axis.group, axis.size] for name, axis in here.axes.items()}
 
 
 class _Reader:
