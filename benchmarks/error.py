@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from neumeta.architecture import Architecture
 from torch import Tensor
 
 from benchmarks.local import hardware
 from benchmarks.published import DEVICE, median
 from neumeta import checkpoint
-from neumeta.architecture import Architecture
 from neumeta.coordinates import coordinates, sites
 from neumeta.manifold import Manifold
 from neumeta.sample import sample, sample_site, seed_of

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-
 from neumeta.family import FAMILIES
+
 from training.cliques import cliques
 from training.folded import fold, network_from
 from training.imported import import_resnet_cifar

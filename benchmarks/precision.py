@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from neumeta.inr import ResidualMLP
 from torch import Tensor, nn
 
 from benchmarks.ablation import variants
@@ -23,7 +24,6 @@ from benchmarks.error import distance
 from benchmarks.local import hardware
 from neumeta import checkpoint, wire
 from neumeta.coordinates import coordinates, sites
-from neumeta.inr import ResidualMLP
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
 from training import data, fit, pipeline, source
