@@ -1,5 +1,5 @@
-"""Manifolds of random parameters over traced networks: what is served is as large as the real thing, and
-costs as much to make. Knows no benchmark, no data and no training.
+"""Manifolds of random parameters over traced networks: what is served is as large as the real thing,
+and costs as much to make. Knows no benchmark, no data and no training.
 """
 
 from __future__ import annotations

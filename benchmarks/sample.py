@@ -49,13 +49,17 @@ INRS: dict[str, tuple[str, dict[str, Any]]] = {
 PRECISIONS = ("float32", "tf32", "bfloat16") if DEVICE.type == "cuda" else ("float32", "bfloat16")
 
 
-def drain(manifold: Manifold, architecture: Architecture, samples: int, dtype: str) -> float:
-    """Materialize as the service does, to bytes; returns the seconds to the first tensor's."""
+def drain(
+    manifold: Manifold, architecture: Architecture, samples: int, dtype: str
+) -> tuple[float, float]:
+    """Materialize as the service does; the seconds to the first tensor's bytes and to the last's."""
+    plan = wire.plan(manifold, architecture, dtype)
     began, first = time.perf_counter(), 0.0
-    for _, tensor in sample(manifold, architecture, samples=samples):
-        wire.encode(tensor, dtype)
+    chunks = wire.stream(plan, sample(manifold, architecture, samples=samples))
+    next(chunks)  # the header, which the plan has
+    for _ in chunks:
         first = first or time.perf_counter() - began
-    return first
+    return first, time.perf_counter() - began
 
 
 def lowered(manifold: Manifold, precision: str) -> bool:
@@ -103,9 +107,9 @@ def row(
             work = partial(published, manifold, architecture, asked.baseline)
             found.setdefault("theirs", []).append(seconds(work) / asked.baseline)
         for dtype in wire.DTYPES if samples == 1 and precision == "float32" else ("float32",):
-            began = time.perf_counter()
-            first.append(drain(manifold, architecture, samples, dtype))
-            found.setdefault(dtype, []).append(time.perf_counter() - began)
+            start, whole = drain(manifold, architecture, samples, dtype)
+            first.append(start)
+            found.setdefault(dtype, []).append(whole)
     middle = {key: statistics.median(values) for key, values in found.items()}
     told: dict[str, Any] = {"samples": samples, "precision": precision}
     told |= {
