@@ -12,55 +12,76 @@ import http.client
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.local import hardware, replicas
+from benchmarks.local import Service, hardware, replicas
+
+SIZES: dict[str, dict[str, Any]] = {"width 0.5": {"width": 0.5}, "width 1": {"width": 1.0}}
 
 
-def cold(asked: argparse.Namespace) -> dict[str, Any]:
-    """POST /weights for sizes nobody asked for before, one after the other."""
+class Client:
+    """One connection that is kept, as a device's proxy keeps it."""
+
+    def __init__(self, port: int) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port)
+
+    def post(self, body: Mapping[str, Any]) -> tuple[float, float, int]:
+        """Seconds to the first byte and to the last, and how many bytes."""
+        began = time.perf_counter()
+        headers = {"content-type": "application/json"}
+        self.connection.request("POST", "/weights", json.dumps(body), headers)
+        answer = self.connection.getresponse()
+        size = len(answer.read(1))
+        first = time.perf_counter() - began
+        size += len(answer.read())
+        if answer.status != 200:
+            raise SystemExit(f"{answer.status} for {body}")
+        return first, time.perf_counter() - began, size
+
+
+def latencies(
+    service: Service, arch: str, sizes: Mapping[str, Mapping[str, Any]], rounds: int
+) -> dict[str, Any]:
+    """Each size `rounds` times, another one before it every time; medians in milliseconds."""
+    client, other = Client(service.port), {"arch": arch, "width": 0.3}
+    for _ in range(5 if rounds > 1 else 1):
+        client.post(other)
     found: dict[str, Any] = {}
-    with replicas(1, asked.models, "--cache-bytes", "0") as (service,):
-        connection = http.client.HTTPConnection("127.0.0.1", service.port)
-
-        def post(body: dict[str, Any]) -> tuple[float, float, int]:
-            began = time.perf_counter()
-            connection.request(
-                "POST", "/weights", json.dumps(body), {"content-type": "application/json"}
-            )
-            answer = connection.getresponse()
-            size = len(answer.read(1))
-            first = time.perf_counter() - began
-            size += len(answer.read())
-            if answer.status != 200:
-                raise SystemExit(f"{answer.status} for {body}")
-            return first, time.perf_counter() - began, size
-
-        for _ in range(5):
-            post({"arch": "resnet20", "width": 0.3})
-        for width in (0.5, 1.0):
-            rows = []
-            for _ in range(asked.rounds):
-                rows.append(post({"arch": "resnet20", "width": width}))
-                post({"arch": "resnet20", "width": 0.3})
-            first, whole, size = (statistics.median(column) for column in zip(*rows, strict=True))
-            found[str(width)] = {
-                "bytes": size,
-                "first_byte_ms": round(1000 * first, 1),
-                "last_byte_ms": round(1000 * whole, 1),
-                "worst_ms": round(1000 * max(row[1] for row in rows), 1),
-            }
-            print(width, found[str(width)], flush=True)
+    for name, size in sizes.items():
+        rows = []
+        for _ in range(rounds):
+            rows.append(client.post({"arch": arch, **size}))
+            client.post(other)
+        first, whole, count = (statistics.median(column) for column in zip(*rows, strict=True))
+        found[name] = {
+            "bytes": int(count),
+            "first_byte_ms": round(1000 * first, 1),
+            "last_byte_ms": round(1000 * whole, 1),
+            "worst_ms": round(1000 * max(row[1] for row in rows), 1),
+        }
     return found
+
+
+def cold(
+    models: Path, arch: str, sizes: Mapping[str, Mapping[str, Any]], rounds: int
+) -> dict[str, Any]:
+    """The latencies of a service of its own that keeps nothing."""
+    with replicas(1, models, "--cache-bytes", "0") as (service,):
+        return latencies(service, arch, sizes, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--rounds", type=int, default=15)
     asked = parser.parse_args()
-    print(json.dumps({"benchmark": "cold", "hardware": hardware(), "result": cold(asked)}))
+    found = cold(asked.models, asked.arch, SIZES, asked.rounds)
+    for name, row in found.items():
+        print(name, row)
+    print(json.dumps({"benchmark": "cold", "hardware": hardware(), "result": found}))
 
 
 if __name__ == "__main__":

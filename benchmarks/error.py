@@ -2,7 +2,7 @@
 
     python -m benchmarks.error --manifolds runs/cifar10-resnet20-last-block/manifold.safetensors
 
-And what K does to accuracy. Always measures the residual MLP on the digits besides. Last line: one
+And what K does to the score. Always measures the residual MLP on the digits besides. Last line: one
 JSON object.
 """
 
@@ -22,12 +22,14 @@ from torch import Tensor
 from benchmarks.local import hardware
 from benchmarks.published import DEVICE, median
 from neumeta import checkpoint
-from neumeta.architecture import Architecture
-from neumeta.coordinates import coordinates, sites
+from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold
+from neumeta.program import Program
 from neumeta.sample import sample, sample_site, seed_of
+from neumeta.sites import sites
+from neumeta.space import Architecture
 from training import data, fit, pipeline, plots, recipe, source
-from training.folded import network_from
+from training.task import TASKS
 
 
 def small_mlp(run: Path, root: Path | None) -> Manifold:
@@ -62,23 +64,20 @@ def random_means(
 ) -> dict[str, Tensor]:
     """The mean of K independent samples (the first exact), tensor by tensor."""
     found = {}
-    for layer in manifold.space.table.layers(architecture.depth):
-        if not manifold.space.morphing(layer):
-            continue
-        for site in sites(manifold.space, architecture, layer, norm=manifold.norm):
-            generator = torch.Generator().manual_seed(seed_of(seed, site.name))
-            total, chunk = torch.zeros(()), 250
-            for done in range(0, samples, chunk):
-                at = coordinates(
-                    site,
-                    manifold.scale,
-                    noise=manifold.noise,
-                    samples=min(chunk, samples - done),
-                    generator=generator,
-                    noise_free_first=done == 0 and samples <= 1000,
-                )
-                total = total + manifold.representation(site, at.to(manifold.device)).sum(0).cpu()
-            found[site.name] = total.flatten() / samples
+    for site in sites(manifold.space, architecture).values():
+        generator = torch.Generator().manual_seed(seed_of(seed, site.name))
+        total, chunk = torch.zeros(()), 250
+        for done in range(0, samples, chunk):
+            at = coordinates(
+                site,
+                manifold.scale,
+                noise=manifold.noise,
+                samples=min(chunk, samples - done),
+                generator=generator,
+                noise_free_first=done == 0 and samples <= 1000,
+            )
+            total = total + manifold.representation(site, at.to(manifold.device)).sum(0).cpu()
+        found[site.name] = total.flatten() * site.gain / samples
     return found
 
 
@@ -89,14 +88,12 @@ def even_means(
     """The same by `sample_site`."""
     return {
         site.name: sample_site(manifold, site, samples, seed).flatten()
-        for layer in manifold.space.table.layers(architecture.depth)
-        if manifold.space.morphing(layer)
-        for site in sites(manifold.space, architecture, layer, norm=manifold.norm)
+        for site in sites(manifold.space, architecture).values()
     }
 
 
 def error(asked: argparse.Namespace) -> dict[str, Any]:
-    """How far the mean of K samples is from that of 10,000, and what K does to accuracy."""
+    """How far the mean of K samples is from that of 10,000, and what K does to the score."""
     report: dict[str, Any] = {}
     held = {path.parent.name: checkpoint.read(path) for path in asked.manifolds}
     held["tiny-mlp"] = small_mlp(asked.run, asked.data)
@@ -119,24 +116,35 @@ def error(asked: argparse.Namespace) -> dict[str, Any]:
             row["seconds"] = round(median(work, 3), 4)
             rows.append(row)
             print(name, row, flush=True)
-        report[name] = {"error": rows, "accuracy": accuracies(manifold, asked)}
-        print(name, report[name]["accuracy"], flush=True)
+        report[name] = {"error": rows, "score": scores(manifold, asked)}
+        print(name, report[name]["score"], flush=True)
     draw(report, asked.figure)
     return report
 
 
-def accuracies(manifold: Manifold, asked: argparse.Namespace) -> list[dict[str, Any]]:
-    loaded = data.load("digits" if manifold.space.arch == "lenet" else "cifar10", asked.data)
+def score(
+    manifold: Manifold,
+    architecture: Architecture,
+    weights: dict[str, Tensor],
+    loaded: data.Dataset,
+) -> float:
+    """Of these folded weights, on all test images."""
+    space = manifold.space
+    program = Program(space.graph_of(architecture).folded, space.sizes(architecture))
+    task = TASKS[manifold.contract.task]
+    return source.score(lambda x: program.run(weights, x), loaded, task)
+
+
+def scores(manifold: Manifold, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """By width and K."""
+    loaded = data.load("digits" if manifold.space.name == "lenet" else "cifar10", asked.data)
     rows = []
     for width in (1.0, 0.5, manifold.space.width[0]):
         architecture = manifold.space.architecture(width)
         row: dict[str, Any] = {"width": width}
         for samples in (1, 4, 8, 16, 50):
             weights = dict(sample(manifold, architecture, samples=samples))
-            net = network_from(weights, architecture.family, architecture.depth)
-            row[str(samples)] = round(
-                source.accuracy(net, loaded.test_images, loaded.test_labels, loaded), 2
-            )
+            row[str(samples)] = round(score(manifold, architecture, weights, loaded), 2)
         rows.append(row)
     return rows
 

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarks.local import SAMPLED, Answer, RedisServer, Service, fetch, hardware, replicas
+from benchmarks.manifolds import served
 from neumeta import checkpoint
-from tests.conftest import lenet
 
 WON = 'neumeta_lease_total{outcome="won"}'
 
@@ -79,7 +79,7 @@ def main() -> None:
     result: dict[str, object] = {"benchmark": "herd", "hardware": hardware()}
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "lenet.safetensors"
-        checkpoint.write(lenet(), models)
+        checkpoint.write(served(), models)
         for name, run, samples in (
             ("cold", cold, asked.samples),
             ("holder_killed", killed, asked.slow_samples),

@@ -25,30 +25,28 @@ import httpx
 import torch
 
 from benchmarks.local import Service
-from neumeta import checkpoint
-from neumeta.architecture import Space
-from neumeta.manifold import Manifold, representation
-from service.engine import Engine
-from service.request import WeightsRequest
+from benchmarks.manifolds import random_manifold
+from neumeta import checkpoint, wire
+from neumeta.manifold import Manifold
+from neumeta.sample import sample
 
 Outcome = tuple[str, int, str]
 """What became of a request ('whole', 'truncated', 'refused', 'status'), its status, its sha256."""
 CPU = ("--device", "cpu")
-"""As the engines here are that know what is to be served."""
+"""As what is compared with the answers is made here."""
 
 
 def manifold(arch: str = "resnet56", seed: int = 0) -> Manifold:
     """Random parameters: what is served is as large as the real network, and cheap to sample."""
-    torch.manual_seed(seed)
-    family, classes = ("lenet-mnist", 10) if arch == "lenet" else ("resnet-cifar", 10)
-    space = Space(family, arch, classes, ("*",), (0.25, 1.0))
-    model = representation("grid", space, {}, norm=False)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    channels = space.table.input_channels
-    normalisation = {"mean": [0.5] * channels, "std": [0.25] * channels}
-    labels = [str(label) for label in range(classes)]
-    return Manifold(space, model, "grid", {}, False, 0.0, 1, 64, normalisation, labels)
+    return random_manifold(arch, deviation=0.1, seed=seed)
+
+
+def body(held: Manifold, width: float) -> bytes:
+    """The file that a service gives of this width, made here."""
+    torch.set_num_threads(1)  # as a service does: bytes may depend on it
+    architecture = held.space.architecture(width)
+    plan = wire.plan(held, architecture, "float32")
+    return b"".join(wire.stream(plan, sample(held, architecture)))
 
 
 def stall(port: int, path: str, *headers: str) -> socket.socket:
@@ -222,13 +220,10 @@ def hup(seconds: float, clients: int = 8, reloads: int = 6) -> dict[str, Any]:
         raws, wholes = [], set()
         file = Path(folder) / "m.safetensors"
         for seed in (1, 0):
-            checkpoint.write(manifold(seed=seed), file)
+            held = manifold(seed=seed)
+            checkpoint.write(held, file)
             raws.insert(0, file.read_bytes())
-            engine = Engine([file], device="cpu")
-            engine.prepare_thread()
-            job = engine.job(WeightsRequest(arch="resnet56", width=0.5))
-            body = job.plan.header + b"".join(engine.weights(job))
-            wholes.add(hashlib.sha256(body).hexdigest())
+            wholes.add(hashlib.sha256(body(held, 0.5)).hexdigest())
         service = Service(file, *CPU)
         try:
             told = asyncio.run(scene(service, file, raws))
@@ -248,10 +243,11 @@ def widths(count: int, bound: int = 1_000_000) -> dict[str, Any]:
         try:
             most, waits, tags, first = 0.0, [], set(), 0
             space = manifold("lenet").space
-            full = space.full.channels
+            # The finest steps of each group: those of its largest extent.
+            full = [max(n for name, n in space.extents if name == each) for each in space.groups]
             with httpx.Client(base_url=service.url, timeout=60) as client:
                 for step in range(count):
-                    part = (step, step // 25, step // 625)
+                    part = [step // 25**place for place in range(len(full))]
                     chosen = [(c // 4 + p % 25) / c for c, p in zip(full, part, strict=True)]
                     answer = client.get(f"/weights/lenet?width={','.join(map(str, chosen))}")
                     assert answer.status_code == 200, answer.text

@@ -84,12 +84,24 @@ class RedisServer:
 
 
 class Service:
-    """One service process with its real uvicorn on a free port, until `stop` or the block ends."""
+    """One service process with its real uvicorn on a free port, until `stop` or the block ends.
 
-    def __init__(self, models: Path, *flags: str, stderr: int = subprocess.DEVNULL) -> None:
+    `code` is the folder of another version whose code it runs.
+    """
+
+    def __init__(
+        self,
+        models: Path,
+        *flags: str,
+        stderr: int = subprocess.DEVNULL,
+        code: Path | None = None,
+    ) -> None:
         command = [sys.executable, "-m", "service.cli", "--models", str(models), "--port", "0"]
         command += ["--log-level", "warning", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(code)} if code else None
+        self.process = subprocess.Popen(
+            command, cwd=code, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
 
     @cached_property
     def port(self) -> int:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.order
 
-Random weights in the shapes of torchvision's resnet50: 37 cliques of 64 to 2,048 channels.
+Random weights in the shapes of torchvision's resnet50, traced: 37 cliques of 64 to 2,048 channels.
 The planted paths are points on a noisy curve in 200 dimensions, in random order; where fast-tsp is
 installed (MIT), it solves the same matrices in five seconds each. Two threads, on the CPU; the last
 line is one JSON object.
@@ -17,45 +17,31 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.manifolds import SHAPES, graph_of, module
 from benchmarks.permutation import hardware
-from training.cliques import Side
-from training.order import STRATEGIES, apply, distances, length, order, prices, total_variation
+from neumeta.fold import fold
+from neumeta.graph import Graph
+from training.order import (
+    STRATEGIES,
+    Side,
+    apply,
+    cliques,
+    distances,
+    length,
+    order,
+    prices,
+    total_variation,
+)
 
 ORDERS = ("none", "layer-greedy", "layer-2opt", "mshp")
-Cliques = dict[str, tuple[Side, ...]]
 
 
-def resnet50(seed: int) -> tuple[dict[str, Tensor], Cliques]:
-    """Random weights of resnet50's convolutions and classifier, and its cliques."""
-    generator = torch.Generator().manual_seed(seed)
-    weights: dict[str, Tensor] = {}
-    sides: dict[str, list[Side]] = {}
-
-    def layer(name: str, into: str, out: str, shape: tuple[int, ...]) -> None:
-        # He's initialisation, as torchvision's: deviation sqrt(2 / fan out).
-        fan = shape[0] * int(np.prod(shape[2:]))
-        weights[name] = torch.randn(shape, generator=generator) * (2 / fan) ** 0.5
-        sides.setdefault(out, []).append(Side(name, 0))
-        sides.setdefault(into, []).append(Side(name, 1))
-
-    layer("conv1", "image", "stem", (64, 3, 7, 7))
-    before, channels = "stem", 64
-    for stage, (blocks, inner) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
-        outer = f"layer{stage}"
-        for block in range(blocks):
-            name = f"{outer}.{block}"
-            layer(f"{name}.conv1", before, f"{name}.1", (inner, channels, 1, 1))
-            layer(f"{name}.conv2", f"{name}.1", f"{name}.2", (inner, inner, 3, 3))
-            layer(f"{name}.conv3", f"{name}.2", outer, (4 * inner, inner, 1, 1))
-            if not block:
-                layer(f"{name}.downsample", before, outer, (4 * inner, channels, 1, 1))
-            before, channels = outer, 4 * inner
-    layer("fc", before, "classes", (1000, 2048))
-    return weights, {
-        axis: tuple(found) for axis, found in sides.items() if axis not in ("image", "classes")
-    }
+def weights_of(net: nn.Module, graph: Graph) -> dict[str, Tensor]:
+    """The folded weights of a traced module, as they are ordered."""
+    state = {name: net.state_dict()[name] for name in graph.tensors}
+    return fold(graph, state)
 
 
 def planted(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,23 +69,26 @@ def fast_tsp(distance: np.ndarray) -> float | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--network", default="resnet50", choices=list(SHAPES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--largest", type=int, default=2048, help="leave larger planted paths out")
     asked = parser.parse_args()
     torch.set_num_threads(2)
-    weights, cliques = resnet50(asked.seed)
+    graph = graph_of(asked.network)
+    torch.manual_seed(asked.seed)
+    weights, sides_of = weights_of(module(asked.network), graph), cliques(graph.folded)
     rows: list[dict[str, object]] = []
 
     print("| channels | cliques | none | layer-greedy | layer-2opt | mshp | seconds of mshp |")
     print("|---:" * 7 + "|")
     found: dict[int, list[tuple[list[float], float]]] = {}
     all_orders, total = {}, 0.0
-    for axis, sides in cliques.items():
+    for axis, sides in sides_of.items():
         lengths = []
-        distance = distances(weights, sides)
+        distance = distances(weights, sides, graph.full[axis])
         for strategy in ORDERS:
             began = time.perf_counter()
-            orders = order(weights, cliques, strategy, asked.seed, axes=[axis])
+            orders = order(weights, sides_of, strategy, asked.seed, axes=[axis], sizes=graph.full)
             seconds = time.perf_counter() - began
             lengths.append(length(orders[axis].numpy(), distance))
         assert lengths[-1] <= min(lengths), axis
@@ -127,8 +116,8 @@ def main() -> int:
             }
         )
     before = total_variation(weights)
-    after = total_variation(apply(weights, cliques, all_orders))
-    print(f"resnet50: {total:.1f} s, TV {before:.0f} to {after:.0f}\n")
+    after = total_variation(apply(weights, sides_of, all_orders))
+    print(f"{asked.network}: {total:.1f} s, TV {before:.0f} to {after:.0f}\n")
 
     print("| planted, channels | shuffled | planted | layer-2opt | mshp | fast-tsp | bound | s |")
     print("|---:" * 8 + "|")
@@ -156,10 +145,11 @@ def main() -> int:
             {
                 "hardware": hardware(2),
                 "seed": asked.seed,
-                "resnet50_seconds": round(total, 2),
+                "network": asked.network,
+                "seconds": round(total, 2),
                 "tv_before": before,
                 "tv_after": after,
-                "resnet50": rows,
+                "cliques": rows,
                 "planted": paths,
             }
         )

@@ -1,6 +1,6 @@
 """Total variation of the public CIFAR-10 ResNets under every permutation strategy.
 
-    NEUMETA_DATA=... python benchmarks/permutation.py
+    NEUMETA_DATA=... python -m benchmarks.permutation
 
 Needs the four public checkpoints (github.com/akamaster/pytorch_resnet_cifar10) in --checkpoints.
 Prints a markdown table; the last line is one JSON object. One thread, on the CPU. "Above bound"
@@ -19,20 +19,21 @@ from pathlib import Path
 
 import torch
 
-from neumeta.family import FAMILIES
-from training.cliques import cliques
-from training.folded import fold, network_from
-from training.imported import import_resnet_cifar
+from neumeta.fold import fold
+from neumeta.program import Program, output
+from training import networks, source
 from training.order import (
     EXACT,
     STRATEGIES,
     apply,
+    cliques,
     distances,
     length,
     order,
     prices,
     total_variation,
 )
+from training.trace import trace
 
 
 def hardware(threads: int = 1) -> str:
@@ -47,12 +48,16 @@ def hardware(threads: int = 1) -> str:
 @torch.no_grad()
 def measure(path: Path, seed: int) -> list[dict[str, object]]:
     """One row per strategy for the network in `path`."""
-    net = import_resnet_cifar(path)
-    family = FAMILIES[net.family]
-    weights, groups = fold(net), cliques(family, net.depth)
+    # "resnet20" has 6 n + 2 layers.
+    blocks = (int(path.name.removeprefix("resnet").partition("-")[0]) - 2) // 6
+    net = networks.resnet_cifar((blocks,) * 3).eval()
+    source.fill(net, path)
+    graph, _ = trace(net, torch.zeros(1, 3, 32, 32))
+    weights, groups = fold(graph, source.tensors(net, graph.tensors)), cliques(graph.folded)
+    program = Program(graph.folded, graph.full)
     # The source network takes normalised images: mean 0 and deviation 1 in each channel.
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    logits = network_from(weights, family.name, net.depth)(images)
+    logits = output(program.run(weights, images))
     before = total_variation(weights)
     shortest = order(weights, groups, "mshp", seed)
     bound = total_variation(apply(weights, groups, shortest))
@@ -68,10 +73,10 @@ def measure(path: Path, seed: int) -> list[dict[str, object]]:
         seconds = time.perf_counter() - began
         permuted = apply(weights, groups, orders)
         after = total_variation(permuted)
-        difference = network_from(permuted, family.name, net.depth)(images) - logits
+        difference = output(program.run(permuted, images)) - logits
         rows.append(
             {
-                "network": path.name.split("-")[0],
+                "network": path.name.partition("-")[0],
                 "cliques": len(groups),
                 "strategy": strategy,
                 "tv_before": round(before, 2),

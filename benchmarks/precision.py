@@ -1,4 +1,4 @@
-"""What lower precision does to weights and accuracy: bytes on the wire, and an MLP's products.
+"""What lower precision does to weights and scores: bytes on the wire, and an MLP's products.
 
     python -m benchmarks.precision --manifold models/resnet20-cifar10.safetensors
 
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ablation import variants
-from benchmarks.error import distance
+from benchmarks.error import distance, score
 from benchmarks.local import hardware
 from neumeta import checkpoint, wire
-from neumeta.coordinates import coordinates, sites
-from neumeta.inr import ResidualMLP
+from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold
+from neumeta.representation.mlp import ResidualMLP
 from neumeta.sample import sample
-from training import data, fit, pipeline, source
-from training.folded import network_from
+from neumeta.sites import sites
+from training import data, fit, pipeline
 
 
 def on_the_wire(path: Path, root: Path | None, widths: list[float]) -> list[dict[str, Any]]:
-    """Accuracy of what a device receives, by dtype."""
+    """Score of what a device receives, by dtype."""
     manifold, loaded = checkpoint.read(path), data.load("cifar10", root)
     rows = []
     for width in widths:
@@ -40,9 +40,8 @@ def on_the_wire(path: Path, root: Path | None, widths: list[float]) -> list[dict
         row: dict[str, Any] = {"width": width}
         for name, (dtype, _, _) in wire.DTYPES.items():
             made = {key: value.to(dtype).float() for key, value in exact.items()}
-            net = network_from(made, architecture.family, architecture.depth)
-            found = source.accuracy(net, loaded.test_images, loaded.test_labels, loaded)
-            row[name] = {"accuracy": round(found, 2), "error": distance(made, exact)}
+            found = score(manifold, architecture, made, loaded)
+            row[name] = {"score": round(found, 2), "error": distance(made, exact)}
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -66,12 +65,10 @@ def imitated(manifold: Manifold) -> dict[str, Tensor]:
     for each in linear:
         each.weight.data = to_tf32(each.weight.data)
     made, space = dict(manifold.frozen), manifold.space
-    for layer in filter(space.morphing, space.table.layers(space.depth)):
-        for site in sites(space, space.full, layer, norm=manifold.norm):
-            # With gradients on, for the hooks: the modules are called one by one.
-            value = manifold.representation(site, coordinates(site, manifold.scale)).detach()[0]
-            shape = (site.outputs, site.inputs, *site.spatial)
-            made[site.name] = value.reshape(shape if site.kind == "weight" else shape[:1])
+    for site in sites(space, space.full).values():
+        # With gradients on, for the hooks: the modules are called one by one.
+        value = manifold.representation(site, coordinates(site, manifold.scale)).detach()[0]
+        made[site.name] = (value * site.gain).reshape(site.shape)
     for each, weight, hook in zip(linear, kept, hooks, strict=True):
         each.weight.data = weight
         hook.remove()
@@ -79,7 +76,7 @@ def imitated(manifold: Manifold) -> dict[str, Tensor]:
 
 
 def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
-    """Error and accuracy of the network that an MLP makes, by the precision of its products."""
+    """Error and score of the network that an MLP makes, by the precision of its products."""
     asked = variants()["MLP, no noise"].changed(fit={"regression_steps": steps})
     loaded = data.load(asked.data.name, root)
     run.mkdir(parents=True, exist_ok=True)
@@ -95,10 +92,9 @@ def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
     morphing = [name for name in made["float32"] if name not in manifold.frozen]
     found: dict[str, Any] = {}
     for name, weights in made.items():
-        sampled = network_from(weights, full.family, full.depth)
-        accuracy = source.accuracy(sampled, loaded.test_images, loaded.test_labels, loaded)
+        reached = score(manifold, full, weights, loaded)
         ours, exact = ({key: each[key] for key in morphing} for each in (weights, made["float32"]))
-        found[name] = {"accuracy": round(accuracy, 2), "error": distance(ours, exact)}
+        found[name] = {"score": round(reached, 2), "error": distance(ours, exact)}
         print(name, found[name], flush=True)
     return found
 

@@ -11,19 +11,20 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neumeta.architecture import Architecture, Space
-from neumeta.coordinates import Site, sites
-from neumeta.inr import ResidualMLP, _Mlp, fourier_features, module_key
-from neumeta.manifold import Manifold, representation
+from neumeta.coordinates import Site
+from neumeta.manifold import Manifold
+from neumeta.representation.base import module_key
+from neumeta.representation.features import fourier_features
+from neumeta.representation.mlp import ResidualMLP, _Mlp
+from neumeta.sites import sites
+from neumeta.space import Architecture
 
-NORMALISATION = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -47,29 +48,15 @@ def matrix_rate(size: int = 2048) -> float:
     return 2 * size**3 / median(lambda: torch.mm(a, b), 7) / 1e9
 
 
-def random_manifold(space: Space, options: dict[str, Any], kind: str = "mlp") -> Manifold:
-    """A manifold of random parameters."""
-    torch.manual_seed(0)
-    model = representation(kind, space, options, norm=False).eval().requires_grad_(False)
-    labels = [str(i) for i in range(space.classes)]
-    return Manifold(
-        space, model.to(DEVICE), kind, options, False, 0.5, 1, 64, NORMALISATION, labels
-    )
-
-
-def all_sites(space: Space, architecture: Architecture) -> Iterator[Site]:
-    for layer in space.table.layers(architecture.depth):
-        yield from sites(space, architecture, layer, norm=False)
-
-
 def flops(manifold: Manifold, architecture: Architecture, *, split: bool) -> float:
     """Floating-point operations of one sample: two per multiplication of a matrix product."""
     total = 0.0
-    for site in all_sites(manifold.space, architecture):
+    for site in sites(manifold.space, architecture).values():
         mlp = network_of(manifold, site)
-        pairs, width = site.outputs * site.inputs, mlp.last.in_features
+        outputs, inputs = site.rows.count, site.columns.count
+        pairs, width = outputs * inputs, mlp.last.in_features
         features = 3 * mlp.layer.in_features
-        first = (1 + site.inputs + site.outputs) / 3 if split else pairs
+        first = (1 + inputs + outputs) / 3 if split else pairs
         total += 2 * (first * features * width + pairs * len(mlp.hidden) * width**2)
         total += 2 * pairs * width * mlp.last.out_features
     return total
@@ -97,14 +84,18 @@ def per_pair(mlp: _Mlp, v: Float[Tensor, "B 6"]) -> Float[Tensor, "B kk"]:
 
 @torch.no_grad()
 def published(manifold: Manifold, architecture: Architecture, samples: int) -> dict[str, Tensor]:
-    """Algorithm 3 as published: K full copies, each from every pair's own coordinates."""
+    """Algorithm 3 as published: K full copies, each from every pair's own coordinates.
+
+    For networks none of whose dimensions joins two axes: LeNet and the ResNets.
+    """
     model, noise, scale = manifold.representation, manifold.noise, manifold.scale
     copies: dict[str, list[Tensor]] = {}
     for k in range(samples):
-        for site in all_sites(manifold.space, architecture):
+        for site in sites(manifold.space, architecture).values():
             mlp = network_of(manifold, site)
+            outputs, inputs = site.rows.count, site.columns.count
             rows, columns = torch.meshgrid(
-                torch.arange(site.outputs), torch.arange(site.inputs), indexing="ij"
+                torch.arange(outputs), torch.arange(inputs), indexing="ij"
             )
             place = torch.full(rows.shape, sum(site.cell) / 2 * site.length)
             raw = torch.stack(
@@ -113,18 +104,19 @@ def published(manifold: Manifold, architecture: Architecture, samples: int) -> d
                     columns,
                     rows,
                     torch.full_like(rows, site.length),
-                    torch.full_like(rows, site.inputs),
-                    torch.full_like(rows, site.outputs),
+                    torch.full_like(rows, inputs),
+                    torch.full_like(rows, outputs),
                 ],
                 -1,
             ).reshape(-1, 6)
             raw = raw.float().to(DEVICE)
             if k:  # an axis of one has nothing to be moved to
-                deep, across, down = site.length > 1, site.inputs > 1, site.outputs > 1
+                deep, across, down = site.length > 1, inputs > 1, outputs > 1
                 moves = torch.tensor([deep, True, True, deep, across, down], device=DEVICE)
                 raw = raw + (torch.rand_like(raw) * 2 - 1) * noise * moves
             v = torch.cat((raw[:, :3] / raw[:, 3:], raw[:, 3:] / scale), 1)
-            made = per_pair(mlp, v) * (model.get_buffer("scales")[0] * site.gain)
+            assert isinstance(model, ResidualMLP)
+            made = per_pair(mlp, v) * (model.scales[model.order[site.role]] * site.gain)  # type: ignore[index]
             copies.setdefault(site.name, []).append(made)
     return {name: torch.stack(each).mean(0) for name, each in copies.items()}
 

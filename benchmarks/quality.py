@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from neumeta.architecture import Architecture, Space
 from torch import Tensor
 
 from neumeta import checkpoint
-from neumeta.architecture import Architecture, Space
 from neumeta.manifold import Manifold
 from neumeta.network import Network
 from neumeta.sample import sample

@@ -18,30 +18,32 @@ import json
 import signal
 import tempfile
 import time
+from itertools import count, product
 from pathlib import Path
 
 from redis.asyncio import Redis
 
 from benchmarks.local import Answer, RedisServer, Service, fetch, hardware, replicas
+from benchmarks.manifolds import served
 from neumeta import checkpoint
-from tests.conftest import lenet
+from neumeta.space import Space
 
 OPEN = "neumeta_circuit_open"
+SIZES = 27
 
 
 class Load:
     """Requests at a fixed rate, whatever becomes of them; each has the time it began."""
 
-    def __init__(self, port: int, rate: float) -> None:
-        self.port, self.rate = port, rate
+    def __init__(self, port: int, rate: float, widths: list[str]) -> None:
+        self.port, self.rate, self.widths = port, rate, widths
         self.rows: list[tuple[float, Answer | BaseException]] = []
         self.ending = False
 
     async def one(self, number: int) -> None:
         began = time.monotonic()
-        width = ",".join(str((8 + number // 3**stage % 3) / 32) for stage in range(3))
         try:
-            path = f"/weights/lenet?width={width}"
+            path = f"/weights/lenet?width={self.widths[number % len(self.widths)]}"
             found: Answer | BaseException = await fetch(self.port, path)
         except (OSError, EOFError) as error:
             found = error
@@ -70,6 +72,18 @@ class Load:
         return {**found, "tiers": {tier: tiers.count(tier) for tier in sorted(set(tiers))}}
 
 
+def smallest(space: Space) -> list[str]:
+    """Widths of different small files, as a query has them."""
+    low = space.width[0]
+    for size in count(2):
+        steps = [low + step / 64 for step in range(size)]
+        mixed = product(steps, repeat=len(space.groups))
+        by_key = {space.architecture(factors).key: factors for factors in mixed}
+        if len(by_key) >= SIZES:
+            return [",".join(map(str, factors)) for factors in list(by_key.values())[:SIZES]]
+    raise AssertionError
+
+
 async def until(replica: Service, value: float, seconds: float = 10) -> float:
     """When the circuit's state became `value`."""
     limit = time.monotonic() + seconds
@@ -80,9 +94,14 @@ async def until(replica: Service, value: float, seconds: float = 10) -> float:
 
 
 async def faults(
-    replica: Service, redis: RedisServer, rate: float, hang: float, hangs: int
+    replica: Service,
+    redis: RedisServer,
+    widths: list[str],
+    rate: float,
+    hang: float,
+    hangs: int,
 ) -> dict[str, object]:
-    load, found = Load(replica.port, rate), {}
+    load, found = Load(replica.port, rate, widths), {}
     running = asyncio.create_task(load.run())
 
     async def lasting(name: str, seconds: float) -> None:
@@ -150,12 +169,14 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "lenet.safetensors"
-        checkpoint.write(lenet(), models)
+        manifold = served()
+        checkpoint.write(manifold, models)
         redis = RedisServer(Path(folder))
         flags = ("--redis-url", redis.url, "--cache-bytes", "0", "--redis-pause", "1")
         try:
             with replicas(1, models, *flags) as (replica,):
-                found = asyncio.run(faults(replica, redis, asked.rate, asked.hang, asked.hangs))
+                asked_for = (smallest(manifold.space), asked.rate, asked.hang, asked.hangs)
+                found = asyncio.run(faults(replica, redis, *asked_for))
         finally:
             if redis.process:
                 redis.signal(signal.SIGCONT)

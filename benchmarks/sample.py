@@ -1,9 +1,9 @@
-"""Sampling a whole network: every family, INR, K, width and precision, the published way beside ours.
+"""Sampling a whole network: every network, INR, K, width and precision, the published way beside ours.
 
     python -m benchmarks.sample                                     # the table
-    python -m benchmarks.sample --inrs paper --samples 50 --families resnet20
+    python -m benchmarks.sample --inrs paper --samples 50 --networks resnet20
 
-Each family and INR has a process of its own, whose peak memory is told. `paper` is the supplement's
+Each network and INR has a process of its own, whose peak memory is told. `paper` is the supplement's
 INR (8 layers of 512, 32 frequencies, one per tensor), `mlp` a small one, `grid` and `integral` the
 learned grids; parameters are random, which costs the same. The published way exists for the MLPs.
 Prints a table; last line: one JSON object.
@@ -23,26 +23,23 @@ from typing import Any
 import torch
 
 from benchmarks.local import hardware
+from benchmarks.manifolds import random_manifold, space
 from benchmarks.published import (
     DEVICE,
     flops,
     matrix_rate,
     peak,
     published,
-    random_manifold,
     seconds,
 )
 from neumeta import wire
-from neumeta.architecture import Architecture, Space
-from neumeta.inr import ResidualMLP
 from neumeta.manifold import Manifold
+from neumeta.representation.mlp import ResidualMLP
 from neumeta.sample import sample
+from neumeta.space import Architecture
 
-FAMILIES = {
-    "lenet": ("lenet-mnist", None),
-    "resnet-mnist": ("resnet-mnist", (1, 3)),
-    "resnet20": ("resnet-cifar", None),
-}
+NETWORKS = {"lenet": None, "resnet-mnist": (1, 3), "resnet20": None}
+"""The networks, folded, and the trained range of their depth."""
 INRS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("mlp", {"layers": 8, "hidden": 512, "num_freq": 32}),
     "mlp": ("mlp", {"layers": 5, "hidden": 128, "num_freq": 16}),
@@ -52,13 +49,17 @@ INRS: dict[str, tuple[str, dict[str, Any]]] = {
 PRECISIONS = ("float32", "tf32", "bfloat16") if DEVICE.type == "cuda" else ("float32", "bfloat16")
 
 
-def drain(manifold: Manifold, architecture: Architecture, samples: int, dtype: str) -> float:
-    """Materialize as the service does, to bytes; returns the seconds to the first tensor's."""
+def drain(
+    manifold: Manifold, architecture: Architecture, samples: int, dtype: str
+) -> tuple[float, float]:
+    """Materialize as the service does; the seconds to the first tensor's bytes and to the last's."""
+    plan = wire.plan(manifold, architecture, dtype)
     began, first = time.perf_counter(), 0.0
-    for name, tensor in sample(manifold, architecture, samples=samples):
-        wire.encode(name, tensor, dtype)
+    chunks = wire.stream(plan, sample(manifold, architecture, samples=samples))
+    next(chunks)  # the header, which the plan has
+    for _ in chunks:
         first = first or time.perf_counter() - began
-    return first
+    return first, time.perf_counter() - began
 
 
 def lowered(manifold: Manifold, precision: str) -> bool:
@@ -72,22 +73,21 @@ def lowered(manifold: Manifold, precision: str) -> bool:
 
 
 def measured(asked: argparse.Namespace) -> dict[str, Any]:
-    """All rows of one family and INR."""
-    (family,), (inr,) = asked.families, asked.inrs
-    name, blocks = FAMILIES[family]
-    space = Space(name, family, 10, ("*",), (0.25, 1.0), blocks)
+    """All rows of one network and INR."""
+    (network,), (inr,) = asked.networks, asked.inrs
     kind, options = INRS[inr]
-    manifold = random_manifold(space, options, kind)
+    manifold = random_manifold(space(network, blocks=NETWORKS[network]), kind, options, noise=0.5)
+    manifold.representation.to(DEVICE)
     is_mlp, loaded, rows = kind == "mlp", peak(), []
     for precision in asked.precisions:
         if not lowered(manifold, precision):
             continue
         for width in asked.widths:
-            architecture = space.architecture(width)
+            architecture = manifold.space.architecture(width)
             drain(manifold, architecture, 1, "float32")
             for samples in asked.samples:
                 rows.append(row(asked, manifold, architecture, samples, precision))
-                rows[-1] = {"family": family, "inr": inr, "width": width, **rows[-1]}
+                rows[-1] = {"network": network, "inr": inr, "width": width, **rows[-1]}
     return {"rows": rows, "published": is_mlp, "loaded_mb": round(loaded), "peak_mb": round(peak())}
 
 
@@ -107,9 +107,9 @@ def row(
             work = partial(published, manifold, architecture, asked.baseline)
             found.setdefault("theirs", []).append(seconds(work) / asked.baseline)
         for dtype in wire.DTYPES if samples == 1 and precision == "float32" else ("float32",):
-            began = time.perf_counter()
-            first.append(drain(manifold, architecture, samples, dtype))
-            found.setdefault(dtype, []).append(time.perf_counter() - began)
+            start, whole = drain(manifold, architecture, samples, dtype)
+            first.append(start)
+            found.setdefault(dtype, []).append(whole)
     middle = {key: statistics.median(values) for key, values in found.items()}
     told: dict[str, Any] = {"samples": samples, "precision": precision}
     told |= {
@@ -128,9 +128,9 @@ def row(
     return told
 
 
-def apart(asked: argparse.Namespace, family: str, inr: str) -> dict[str, Any]:
+def apart(asked: argparse.Namespace, network: str, inr: str) -> dict[str, Any]:
     """`measured` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.sample", "--families", family, "--inrs", inr]
+    command = [sys.executable, "-m", "benchmarks.sample", "--networks", network, "--inrs", inr]
     for name in ("widths", "samples", "precisions", "baseline", "rounds"):
         value = getattr(asked, name)
         command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -142,7 +142,7 @@ def apart(asked: argparse.Namespace, family: str, inr: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as markdown."""
     columns = (
-        ("family", "family"), ("INR", "inr"), ("width", "width"), ("K", "samples"),
+        ("network", "network"), ("INR", "inr"), ("width", "width"), ("K", "samples"),
         ("precision", "precision"), ("ms", "ms_float32"), ("of matrix rate", "of_matrix_rate"),
         ("published, ms", "published_ms"), ("of matrix rate", "published_of_matrix_rate"),
         ("ratio", "ratio"),
@@ -157,7 +157,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--inrs", nargs="+", choices=list(INRS), default=list(INRS))
     parser.add_argument("--widths", type=float, nargs="+", default=[1.0, 0.5])
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 8, 50])
@@ -166,13 +166,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     groups = []
-    if len(asked.families) == len(asked.inrs) == 1:
+    if len(asked.networks) == len(asked.inrs) == 1:
         groups.append(measured(asked))
     else:
-        for family in asked.families:
+        for network in asked.networks:
             for inr in asked.inrs:
-                groups.append(apart(asked, family, inr))
-                print(f"{family}, {inr}: {groups[-1]['peak_mb']} MB", file=sys.stderr, flush=True)
+                groups.append(apart(asked, network, inr))
+                print(f"{network}, {inr}: {groups[-1]['peak_mb']} MB", file=sys.stderr, flush=True)
     print(table([each for group in groups for each in group["rows"]]))
     told = {"hardware": hardware(), "threads": torch.get_num_threads(), "device": DEVICE.type}
     print(json.dumps({"benchmark": "sample", **told, "result": groups}))

@@ -17,40 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.local import hardware
-from benchmarks.published import DEVICE, all_sites, median, peak, random_manifold
-from neumeta import family
-from neumeta.architecture import Space
-from neumeta.family import Family, Layer
+from benchmarks.manifolds import random_manifold, space
+from benchmarks.published import DEVICE, median, peak
 from neumeta.sample import sample
-
-
-def _resnet18(depth: tuple[int, ...]) -> tuple[Layer, ...]:
-    layers = [Layer("conv1", "layer1", "image", 7, "bn1", 0, 0, 1, 2, "conv1")]
-    before = "layer1"
-    for stage in range(4):
-        axis = f"layer{stage + 1}"
-        for block in range(2):
-            at, inner, place = f"{axis}.{block}", f"{axis}.{block}.inner", (stage, 0, 1, 4 << stage)
-            layers.append(Layer(f"{at}.conv1", inner, before, 3, None, *place, f"{at}.conv1"))
-            layers.append(Layer(f"{at}.conv2", axis, inner, 3, None, *place, f"{at}.conv2"))
-            if before != axis:
-                name = f"{at}.shortcut"
-                layers.append(Layer(name, axis, before, 1, None, *place, name))
-            before = axis
-    layers.append(Layer("linear", "classes", before, 0, None, 3, 0, 1, 0, "linear"))
-    return tuple(layers)
-
-
-RESNET18 = Family(
-    "resnet-imagenet",
-    (64, 128, 256, 512),
-    {"resnet18": (2, 2, 2, 2)},
-    2,
-    3,
-    224,
-    _resnet18,
-    lambda axis: int(axis[5]) - 1 if axis.startswith("layer") else None,
-)
+from neumeta.sites import sites
 
 
 def scale() -> dict[str, Any]:
@@ -67,13 +37,14 @@ def scale() -> dict[str, Any]:
 
 def one(width: float) -> dict[str, Any]:
     """One size of `scale`."""
-    family.FAMILIES[RESNET18.name] = RESNET18
-    space = Space(RESNET18.name, "resnet18", 1000, ("*",), (0.1, 1.0))
-    manifold = random_manifold(space, {"layers": 4, "hidden": 128, "num_freq": 8})
-    small = space.architecture(0.1)
+    covered = space("resnet18", width=(0.1, 1.0))
+    options = {"layers": 4, "hidden": 128, "num_freq": 8}
+    manifold = random_manifold(covered, "mlp", options)
+    manifold.representation.to(DEVICE)
+    small = covered.architecture(0.1)
     for _ in sample(manifold, small, samples=1):
         pass  # what is loaded once is loaded
-    architecture = space.architecture(width)
+    architecture = covered.architecture(width)
     before = peak()
 
     def work() -> None:
@@ -81,9 +52,10 @@ def one(width: float) -> dict[str, Any]:
             pass
 
     spent = median(work, 3)
-    pairs = sum(site.outputs * site.inputs for site in all_sites(space, architecture))
+    made = sites(covered, architecture).values()
+    pairs = sum(site.rows.count * site.columns.count for site in made)
     return {
-        "parameters": space.cost(architecture)["parameters"],
+        "parameters": covered.cost(architecture)["parameters"],
         "pairs": pairs,
         "seconds": round(spent, 3),
         "seconds_per_million_pairs": round(1e6 * spent / pairs, 3),

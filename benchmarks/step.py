@@ -18,11 +18,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from neumeta.architecture import Architecture, Space
 from torch import Tensor
 
 from benchmarks.local import hardware
 from benchmarks.published import NORMALISATION, network_of, per_pair
-from neumeta.architecture import Architecture, Space
 from neumeta.coordinates import coordinates, sites
 from neumeta.manifold import Manifold, representation
 from neumeta.network import Network
