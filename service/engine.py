@@ -100,16 +100,16 @@ class Engine:
 
     @staticmethod
     def _try(path: Path, manifold: Manifold) -> None:
-        """Sample its largest and its smallest network, so that what cannot be served is not adopted.
+        """Sample its smallest network, so that what cannot be served is not adopted.
 
         Raises BadCheckpoint naming the tensor.
         """
         space = manifold.space
+        architecture = growing(space, None, False)[0]
+        plan = wire.plan(space, architecture, "float32", manifold.normalisation)
         try:
-            for architecture in dict.fromkeys((space.full, growing(space, None, False)[0])):
-                plan = wire.plan(space, architecture, "float32", manifold.normalisation)
-                for _ in wire.stream(plan, sample(manifold, architecture, samples=1)):
-                    pass
+            for _ in wire.stream(plan, sample(manifold, architecture, samples=1)):
+                pass
         except (ValueError, RuntimeError) as error:
             told = f"{path}: {architecture.key} cannot be sampled: {error}"
             raise checkpoint.BadCheckpoint(told) from None

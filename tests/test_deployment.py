@@ -365,7 +365,9 @@ def test_an_installed_wheel_finds_the_manifolds_that_ship(tmp_path: Path) -> Non
             command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True, timeout=60
         )
 
-    names = {Path(line).name for line in told().stdout.splitlines()}
+    found = told()
+    assert found.returncode == 0, found.stderr
+    names = {Path(line).name for line in found.stdout.splitlines()}
     assert names == {path.name for path in (ROOT / "models").glob("*.safetensors")}
     assert all(Path(line).is_relative_to(target) for line in told().stdout.splitlines())
     for path in target.rglob("*.safetensors"):
