@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.test_client import GOOD
+from tests.test_pull import GOOD
 
 PROMISED = f"sha-256=:{base64.b64encode(hashlib.sha256(GOOD).digest()).decode()}:"
 

@@ -100,8 +100,9 @@ class DataSection(_Section):
     classes: tuple[str, ...] | None = None
 
     def options(self) -> dict[str, Any]:
-        """The loader's options that were given."""
-        return self.model_dump(exclude={"name", "path"}, exclude_none=True)
+        """The loader's options that were given, as it takes them."""
+        given = self.model_dump(exclude={"name", "path"}, exclude_none=True)
+        return given | {key: list(given[key]) for key in ("mean", "std") if key in given}
 
 
 class OrderSection(_Section):
