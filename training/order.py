@@ -282,10 +282,11 @@ class _Tour:
         return far[a][b] + far[c][d] + far[e][f] - far[a][d] - far[e][b] - far[c][f]
 
     def descend(self, nodes: Iterable[int], longest: int) -> float:
-        """What is gained by improving the surroundings of `nodes` until no move is left.
+        """What is gained by improving the surroundings of `nodes` until they have no move left.
 
         Moves: 2-opt (turn a stretch) and Or-opt (move a stretch of up to `longest` nodes, either
-        way round). Nodes that got another neighbour are looked at again; others need it not.
+        way round). Only nodes that got another neighbour are looked at again: what a turned stretch
+        opens for the others is rare, and is left to the next kick or call.
         """
         waiting, gained = dict.fromkeys(nodes), 0.0
         while waiting:

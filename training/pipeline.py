@@ -24,6 +24,7 @@ from training.divergence import check_tensors
 from training.folded import fold, network_from, reorder
 from training.imported import import_resnet_cifar
 from training.recipe import BadRecipe, DataSection, Recipe, refused
+from training.task import Classification
 
 STATE = ("source.pt", "source.safetensors", "fit.pt")
 """What stages leave in a run's folder to go on with."""
@@ -43,11 +44,17 @@ class Result:
 
 
 def dataset(section: DataSection, root: Path | None) -> data.Dataset:
-    """The images of a recipe's [data], under `root` or $NEUMETA_DATA."""
-    for key in ("path", *section.options()):
-        if getattr(section, key):
-            raise ValueError(f"data.{key}: this version knows data sets by data.name alone")
-    return data.load(section.name, root)
+    """The images of a recipe's [data], under `root` or $NEUMETA_DATA.
+
+    Raises ValueError for what is no such data set, DataMissing, and OSError.
+    """
+    found = data.load_from(section.name or section.path, root, **section.options())
+    if not isinstance(found, data.Dataset):
+        raise ValueError(
+            f"data: {found.name} is read image by image, and training needs its images in memory:"
+            " a folder, an archive or .npz, without data.stream"
+        )
+    return found
 
 
 def check(asked: Recipe, loaded: data.Dataset, checkpoints: Path, run: Path) -> None:
@@ -60,6 +67,10 @@ def check(asked: Recipe, loaded: data.Dataset, checkpoints: Path, run: Path) -> 
 
 
 def _misfits(asked: Recipe, loaded: data.Dataset) -> Iterator[str]:
+    try:
+        Classification().check(loaded)
+    except ValueError as error:
+        yield str(error)
     family, network = asked.family, asked.network
     count, channels, *image = loaded.train_images.shape
     if channels != family.input_channels:

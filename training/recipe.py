@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 from neumeta.architecture import MAX_WIDTH, Space
 from neumeta.family import FAMILIES, Family
 from neumeta.inr import REPRESENTATIONS
+from training.data import KINDS, KNOWN
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -99,8 +100,9 @@ class DataSection(_Section):
     classes: tuple[str, ...] | None = None
 
     def options(self) -> dict[str, Any]:
-        """The loader's options that were given."""
-        return self.model_dump(exclude={"name", "path"}, exclude_none=True)
+        """The loader's options that were given, as it takes them."""
+        given = self.model_dump(exclude={"name", "path"}, exclude_none=True)
+        return given | {key: list(given[key]) for key in ("mean", "std") if key in given}
 
 
 class OrderSection(_Section):
@@ -326,6 +328,12 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if bool(recipe.data.name) == bool(recipe.data.path):
         given = (recipe.data.name, recipe.data.path)
         yield refused("data", given, "it must have either a name or a path")
+    if recipe.data.name not in ("", *KNOWN):
+        yield refused(
+            "data.name", recipe.data.name, f"one of {', '.join(KNOWN)}; or give data.path"
+        )
+    if recipe.data.kind not in (None, *KINDS):
+        yield refused("data.kind", recipe.data.kind, f"one of {', '.join(KINDS)}")
     for key, values in (("fit.morph", fit.morph), ("evaluate.widths", listed.widths)):
         if not values:
             yield refused(key, values, "it must not be empty")
