@@ -41,7 +41,10 @@ class Network(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, graph: Graph, sizes: Sizes) -> None:
+    def __init__(
+        self, graph: Graph, sizes: Sizes, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """With these tensors as parameters, or (None) with room for them."""
         super().__init__()
         self.program = Program(graph, sizes)
         self.shape = tuple(sum(repeat for _, repeat in dim) for dim in graph.input[1:])
@@ -54,9 +57,9 @@ class Network(nn.Module):
             *parents, last = name.split(".")
             if name in self._buffers or len(parents) > MOST_LEVELS:
                 raise ValueError(f"tensor {name[:80]}: this name cannot be held")
-            _inside(self, parents)._parameters[last] = nn.Parameter(
-                torch.empty(graph.shape(name, sizes))
-            )
+            shape = graph.shape(name, sizes)
+            held = torch.empty(shape) if tensors is None else tensors[name]
+            _inside(self, parents)._parameters[last] = nn.Parameter(held)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("mean", "std"):
@@ -156,16 +159,12 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         check(graph, sizes)
         if into is not None:
             return fill(into, graph, weights).eval()
-        with torch.device("meta"):
-            net = Network(graph, sizes)
+        net = Network(graph, sizes, weights)
         # A network of nothing but activations has no tensors.
-        kind = next((weight.dtype for weight in weights.values()), torch.float32)
-        for name in ("mean", "std"):
-            net._buffers[name] = torch.zeros(getattr(net, name).shape, dtype=kind)
+        net.to(next((weight.dtype for weight in weights.values()), torch.float32))
         net.normalise(_numbers(about, "mean"), _numbers(about, "std"))
     except ValueError as error:
         raise ValueError(f"{path}: not a network this version can run: {error}") from None
-    net.load_state_dict(weights, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -185,6 +184,7 @@ def fill(module: nn.Module, graph: Graph, weights: Mapping[str, Tensor]) -> nn.M
     Raises ValueError naming what the module lacks or has in another shape.
     """
     held = dict(module.named_parameters()) | dict(module.named_buffers())
+    pairs: list[tuple[Tensor, Tensor]] = []
 
     def put(name: str, value: Tensor) -> None:
         if name not in held:
@@ -194,7 +194,7 @@ def fill(module: nn.Module, graph: Graph, weights: Mapping[str, Tensor]) -> nn.M
             raise ValueError(
                 f"tensor {name} is {mine} in {type(module).__name__}, {given} in the file"
             )
-        held[name].copy_(value)
+        pairs.append((held[name], value))
 
     for node in graph.nodes:
         norm = node.attributes.get("norm")
@@ -209,6 +209,9 @@ def fill(module: nn.Module, graph: Graph, weights: Mapping[str, Tensor]) -> nn.M
                 put(node.tensors["bias"], torch.zeros_like(shift))
         for name in rest.values():
             put(name, weights[name])
+    # All of them or none.
+    for mine, given in pairs:
+        mine.copy_(given)
     return module
 
 

@@ -37,7 +37,8 @@ def resnet(kind: torch.dtype = torch.float32) -> Network:
     """A small network of random weights that takes raw pixels."""
     _, graph = traced("resnet")
     net = Network(graph.folded, graph.full)
-    net.load_state_dict(drawn(graph.folded, graph.full))
+    # Small enough for float16.
+    net.load_state_dict({n: 0.4 * t for n, t in drawn(graph.folded, graph.full).items()})
     net.to(kind).eval().normalise([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     return net
 
@@ -223,7 +224,7 @@ CHANGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], object], 
     "std of zero": (set_("std", to=[0]), "std"),
     "a tensor missing": (lambda _, t: t.pop("conv2.bias"), "conv2.bias is missing"),
     "a tensor too many": (lambda _, t: t.update(x=torch.zeros(1)), "tensor x is no part"),
-    "another shape": (set_("channels", 1, to=5), "tensor conv.*.weight .* expected"),
+    "another shape": (set_("channels", 1, to=5), "tensor conv.* expected"),
     "two precisions": (lambda _, t: t.update(x=torch.zeros(1).half()), "one float type"),
     "integers": (
         lambda _, t: t.update({k: v.to(torch.int8) for k, v in t.items()}),
@@ -271,9 +272,10 @@ def test_any_network_is_loaded_without_its_code(name: str, tmp_path: Path) -> No
     plain.load_state_dict(drawn(graph.folded, graph.full))
     channels = len(net.mean)
     plain.normalise([0.1] * channels, [0.4] * channels)
-    assert error(net(x), plain(x)) == 0
+    # Memory may lie at other addresses, for which kernels add up in another order.
+    assert error(net(x), plain(x)) <= 1e-6
     made = pickle.loads(pickle.dumps(net))
-    assert error(made(x), net(x)) == 0
+    assert error(made(x), net(x)) <= 1e-6
 
 
 @pytest.mark.parametrize("name", [*MODULES, *DEEP])
@@ -299,9 +301,14 @@ def test_the_users_own_class_is_filled(name: str, tmp_path: Path) -> None:
 
 def test_a_class_that_is_another_is_refused_by_the_tensor(tmp_path: Path) -> None:
     written(tmp_path / "n", traced("resnet")[1])
-    with pytest.raises(ValueError, match=r"tensor conv1.weight is \(5, 3, 3, 3\) in ResNetCifar"):
-        network.load(tmp_path / "n", into=networks.resnet_cifar((2, 2, 2), 10, (5, 6, 8)))
-    with pytest.raises(ValueError, match="tensor conv1.weight is no part of Squeezed"):
+    other = networks.resnet_cifar((2, 3, 3), 10, (4, 6, 9))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"tensor .* is \(9"):
+        network.load(tmp_path / "n", into=other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(ValueError, match=r"tensor .* is \(5.*\) in ResNetCifar, \(4"):
+        network.load(tmp_path / "n", into=networks.resnet_cifar((2, 3, 3), 10, (5, 6, 8)))
+    with pytest.raises(ValueError, match="bn1 is no batch norm of Squeezed"):
         network.load(tmp_path / "n", into=MODULES["squeezed"][0]())
 
 
@@ -355,20 +362,17 @@ def deep_file(path: Path, depth: list[int]) -> torch.nn.Module:
     return networks.resnet_cifar(depth, 10, (2, 3, 4))
 
 
-@pytest.mark.parametrize("depth", [[2, 2, 2], [1, 3, 2], [4, 1, 3]])
+@pytest.mark.parametrize("depth", [[2, 3, 3], [1, 1, 4], [4, 2, 3]])
 @torch.no_grad()
 def test_other_depths_run_alone_and_in_the_users_class(depth: list[int], tmp_path: Path) -> None:
-    try:
-        own = deep_file(tmp_path / "n", depth)
-    except ValueError:
-        pytest.skip(f"{depth} is below the fewest blocks of a stage")
+    own = deep_file(tmp_path / "n", depth)
     net = network.load(tmp_path / "n")
     network.load(tmp_path / "n", into=own)
     x = torch.rand(2, 3, 8, 8)
     assert error(own((x - 0.5) / 0.5), net(x)) <= 1e-4
 
 
-@pytest.mark.parametrize("depth", [[2, 2], [0, 2, 2], [2, 2, 257], [2, 2, 2, 2], [2, 2, True], "222"])
+@pytest.mark.parametrize("depth", [[2], [0, 3], [2, 257], [2, 3, 1], [2, True], "23"])
 def test_a_depth_that_cannot_be_is_refused(depth: Any, tmp_path: Path) -> None:
     written(tmp_path / "n", traced("plain")[1], depth=depth)
     with pytest.raises(ValueError, match="depth: .* whole numbers of at most 256"):
@@ -420,7 +424,7 @@ def test_a_header_whose_length_looks_like_another_format_is_read(tmp_path: Path)
     path = tmp_path / "net.safetensors"
     raw = pulled(path).read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    for wanted in (0x480, 0x4B50):  # the first bytes of a pickle, of a zip archive
+    for wanted in (0x2080, 0x4B50):  # the first bytes of a pickle, of a zip archive
         header = raw[8 : 8 + length].ljust(wanted)
         path.write_bytes(wanted.to_bytes(8, "little") + header + raw[8 + length :])
         assert network.load(path)(torch.rand(1, 1, 28, 28)).shape == (1, 10)

@@ -72,7 +72,7 @@ def tensor(draw: Any, op: str, role: str, x: tuple[int, ...]) -> tuple[int, ...]
 
 
 @given(st.data(), st.sampled_from(sorted(OPERATIONS)))
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @torch.no_grad()
 def test_what_a_rule_accepts_torch_computes(data: st.DataObject, op: str) -> None:
     draw, operation = data.draw, OPERATIONS[op]

@@ -332,7 +332,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Images]] = {
 
 
 DEEP: dict[str, tuple[Callable[[], nn.Module], Images]] = {
-    "resnet": (lambda: networks.resnet_cifar((2, 2, 2), 10, (4, 6, 8)), (3, 8, 8)),
+    "resnet": (lambda: networks.resnet_cifar((2, 3, 3), 10, (4, 6, 8)), (3, 8, 8)),
     "plain": (lambda: networks.resnet_mnist((2, 3), 10, (5, 7)), (1, 8, 8)),
 }
 """Networks with stages."""
