@@ -26,8 +26,11 @@ import torch
 
 from benchmarks.local import Service
 from neumeta import checkpoint
-from neumeta.architecture import Space
-from neumeta.manifold import Manifold, representation
+from neumeta.manifold import Contract, Manifold, roles
+from neumeta.representation import build
+from neumeta.space import Space
+from training import networks
+from training.trace import trace
 from service.engine import Engine
 from service.request import WeightsRequest
 
@@ -40,15 +43,18 @@ CPU = ("--device", "cpu")
 def manifold(arch: str = "resnet56", seed: int = 0) -> Manifold:
     """Random parameters: what is served is as large as the real network, and cheap to sample."""
     torch.manual_seed(seed)
-    family, classes = ("lenet-mnist", 10) if arch == "lenet" else ("resnet-cifar", 10)
-    space = Space(family, arch, classes, ("*",), (0.25, 1.0))
-    model = representation("grid", space, {}, norm=False)
+    if arch == "lenet":
+        net, image = networks.lenet(), (1, 28, 28)
+    else:
+        blocks = (int(arch.removeprefix("resnet")) - 2) // 6
+        net, image = networks.resnet_cifar((blocks,) * 3, shortcut="conv"), (3, 32, 32)
+    graph, _ = trace(net, torch.zeros(1, *image))
+    space = Space(arch, graph.folded.morphing(["*"], depth=False), (0.25, 1.0))
+    model = build("grid", {}, roles(space))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    channels = space.table.input_channels
-    normalisation = {"mean": [0.5] * channels, "std": [0.25] * channels}
-    labels = [str(label) for label in range(classes)]
-    return Manifold(space, model, "grid", {}, False, 0.0, 1, 64, normalisation, labels)
+    contract = Contract((0.5,) * image[0], (0.25,) * image[0], tuple(map(str, range(10))))
+    return Manifold(space, model, "grid", {}, 0.0, 1, 64, contract)
 
 
 def stall(port: int, path: str, *headers: str) -> socket.socket:
