@@ -234,15 +234,14 @@ class Engine:
         if expected is None or asked.depth is not None or not (space.blocks and space.extents):
             return largest
         sign = 1 if manifold.contract.higher else -1
-        fitting = [
-            (sign * score, -count, architecture)
-            for count, score, architecture in self._measured[space.name].values()
-            if (asked.extrapolate or not architecture.extrapolated) and need(architecture) <= limit
-        ]
-        if not fitting:
-            return largest
-        best, _, better = max(fitting, key=lambda row: row[:2])
-        return better if best > sign * expected else largest
+        rows = self._measured[space.name].values()
+        for _, score, architecture in sorted(rows, key=lambda row: (-sign * row[1], row[0])):
+            if sign * score <= sign * expected:
+                break
+            served = asked.extrapolate or not architecture.extrapolated
+            if served and need(architecture) <= limit:
+                return architecture
+        return largest
 
     def weights(self, job: Job) -> Iterator[bytes]:
         """The file's bytes after its header, each tensor as soon as it is sampled."""
@@ -378,14 +377,16 @@ def growing(space: Space, depth: tuple[int, ...] | None, extrapolate: bool) -> G
 def _measured(manifold: Manifold) -> dict[str, Row]:
     """The evaluation table by architecture key; rows of other tables are left out."""
     space, found = manifold.space, {}
+    most = max(space.most, *space.depth, 0)
+    least = tuple(stage.least for stage in space.graph.stages)
     for row in manifold.about.get("evaluation", []):
         try:
             depth, channels = tuple(row.get("depth", space.depth)), tuple(row["channels"])
-            if max((*depth, 0)) > max(space.most, *space.depth, 0):
-                continue
-            architecture = Architecture(depth, channels, bool(row.get("extrapolated")))
-            cost = space.cost(architecture)["parameters"]
-            found[architecture.key] = (cost, float(row["score"]), architecture)
+            sized = len(channels) == len(space.extents) and min(channels, default=1) >= 1
+            if sized and all(a <= n <= most for a, n in zip(least, depth, strict=True)):
+                architecture = Architecture(depth, channels, bool(row.get("extrapolated")))
+                score, count = float(row["score"]), int(row["parameters"])
+                found[architecture.key] = (count, score, architecture)
         except (KeyError, TypeError, ValueError):
             continue
     return found

@@ -255,8 +255,7 @@ def test_two_manifolds_are_served_side_by_side(tmp_path: Path) -> None:
                 answer = await client.get(f"/weights/{name}?width=0.5")
                 header = 8 + int.from_bytes(answer.content[:8], "little")
                 about = json.loads(answer.content[8:header])["__metadata__"]["neumeta"]
-                family = {"lenet": "lenet-mnist", "resnet20": "resnet-cifar"}[name]
-                assert answer.status_code == 200 and json.loads(about)["family"] == family
+                assert answer.status_code == 200 and json.loads(about)["arch"] == name
             text = (await client.get("/metrics")).text
             for name in names:
                 assert f'neumeta_checkpoint_info{{arch="{name}"' in text
