@@ -23,7 +23,7 @@ from neumeta.manifold import Contract, Manifold, roles
 from neumeta.representation import build
 from neumeta.representation.base import module_key
 from neumeta.space import Space
-from training import networks
+from training import data, networks, statistics
 from training.trace import trace
 
 
@@ -110,16 +110,39 @@ def convert(path: Path) -> Manifold:
         header["scale"],
         contract,
         frozen,
-        about=header["about"],
+        about=about(header["about"]),
     )
+
+
+def about(told: dict[str, Any]) -> dict[str, Any]:
+    """The file's account of itself in the words of 0.2: scores and their metric, not accuracies."""
+
+    def scored(row: dict[str, Any]) -> dict[str, Any]:
+        renamed = {"score" if key == "accuracy" else key: value for key, value in row.items()}
+        return renamed | {"metric": "accuracy"} if "score" in renamed else renamed
+
+    found = dict(told)
+    for key in ("source", "data"):
+        if isinstance(found.get(key), dict):
+            found[key] = scored(found[key])
+    if isinstance(found.get("evaluation"), list):
+        found["evaluation"] = [scored(row) for row in found["evaluation"]]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
+    parser.add_argument(
+        "--data", type=Path, help="folder of the data sets (default $NEUMETA_DATA or data)"
+    )
+    parser.add_argument("--calibration", type=int, default=128, help="images that are carried")
     arguments = parser.parse_args()
     manifold = convert(arguments.old)
+    name = manifold.about.get("data", {}).get("name") or manifold.about["recipe"]["data"]
+    loaded = data.load(name if isinstance(name, str) else name["name"], arguments.data)
+    statistics.calibrate(manifold, loaded, calibration=arguments.calibration)
     digest = checkpoint.write(manifold, arguments.new)
     print(json.dumps({"bytes": arguments.new.stat().st_size, "sha256": digest}))
 
