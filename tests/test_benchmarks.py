@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from neumeta.family import parameters
 
 from benchmarks.published import flops, published
 from benchmarks.scale import RESNET18
 from benchmarks.step import plain_generated
-from neumeta.family import parameters
 from neumeta.sample import sample
 from tests.conftest import lenet
 from training import fit

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from neumeta.architecture import Space
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neumeta.architecture import Space
 from neumeta.coordinates import sites
 from neumeta.manifold import Manifold, representation
 from neumeta.network import Network

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
 from neumeta.family import FAMILIES
-from neumeta.network import Network
-from training import order as channels
+from torch import Tensor
 from training.cliques import Side, cliques
 from training.folded import network_from
+
+from neumeta.network import Network
+from training import order as channels
 from training.order import STRATEGIES, order, total_variation, tv_in, tv_out
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -30,6 +30,7 @@ from tests.conftest import lenet
 from training import networks
 from training.trace import trace
 
+
 @cache
 def space(name: str) -> Space:
     """A small space of every kind: whole network, last block, depth, both. Batch norm is folded."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from neumeta.architecture import Space
+
 from training import data, fit, pipeline, recipe, source
 
 

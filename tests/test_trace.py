@@ -150,7 +150,7 @@ def test_a_trace_leaves_the_module_as_it_was() -> None:
 
 
 class Called(nn.Module):
-    """Convolutions of stride, shortcut and concatenation, called as modules: torch-pruning hooks those."""
+    """Stride, shortcut and concatenation, called as modules: torch-pruning hooks those."""
 
     def __init__(self) -> None:
         super().__init__()
