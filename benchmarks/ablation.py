@@ -4,7 +4,7 @@
 
 The scope of the paper's code in small: the digits (recipe `tiny`), the last hidden width alone morphs,
 32 to 64 channels, and 16 are never seen. The representation over relative positions (`integral`), one
-thing changed at a time: accuracy over widths. The residual MLP: the error of its regression on the
+thing changed at a time: the score over widths. The residual MLP: the error of its regression on the
 smoothed weights alone, since Algorithm 2 did not keep it (docs/LOG.md). Resumable: a seed that has a
 result is not run again. Last line: one JSON object.
 """
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.local import hardware
-from training import data, evaluate, fit, pipeline, plots, recipe, source
+from benchmarks.prepared import prepare
+from neumeta.program import Program
+from training import evaluate, fit, plots, recipe, source
 
 WIDTHS = (1.0, 0.75, 0.5, 0.375, 0.25)
 MLP = {"layers": 5, "hidden": 64, "num_freq": 6, "residual": True, "block_based": True}
@@ -32,10 +34,10 @@ def variants() -> dict[str, recipe.Recipe]:
         fit={"morph": ["conv3"], "width": [0.5, 1.0], "feature_views": 8, "epochs": 30},
         evaluate={"widths": WIDTHS},
     )
-    integral = {"kind": "integral", "options": {"density": 0.5}, "noise": 0.5, "samples": 1}
-    base = tiny.changed(representation=integral)
+    plain = {"corrected": None, "noise": 0.5, "samples": 1}
+    base = tiny.changed(representation={"kind": "integral", "options": {"density": 0.5}, **plain})
     mlp = tiny.changed(
-        representation={"kind": "mlp", "options": MLP, "noise": 0.5},
+        representation={"kind": "mlp", "options": MLP, **plain},
         fit={"regression_steps": 600, "epochs": 0},
     )
     unordered, random = {"strategy": "none"}, {"strategy": "random"}
@@ -60,27 +62,20 @@ def variants() -> dict[str, recipe.Recipe]:
 
 def measure(asked: recipe.Recipe, run: Path, root: Path | None) -> dict[str, Any]:
     """One seed of one variant. K alone changes nothing in training: those share a run."""
-    loaded = data.load(asked.data.name, root)
-    run.mkdir(parents=True, exist_ok=True)
-    net = pipeline.trained_source(asked, loaded, Path(), run)
-    manifold, targets, smoothed = pipeline.prepare(asked, loaded, net)
-    test = (loaded.test_images, loaded.test_labels, loaded)
+    ready = prepare(asked, root, run)
+    graph = ready.graph.folded if asked.folded else ready.graph
+    program = Program(graph, graph.full)
+    smooth = source.score(lambda x: program.run(ready.smoothed, x), ready.data, ready.task)
     report: dict[str, Any] = {
-        "source": source.accuracy(net, *test),
-        "source, smoothed": source.accuracy(smoothed, *test),
-        "total variation": manifold.about["permutation"]["total_variation"],
+        "source": source.score(ready.net, ready.data, ready.task),
+        "source, smoothed": smooth,
+        "total variation": ready.manifold.about["permutation"]["total_variation"],
     }
-    errors: dict[int, float] = {}
     if asked.fit.regression_steps:
-
-        def log(name: str, value: float, step: int) -> None:
-            errors[step] = value
-
-        report["regression error"] = fit.initialise(manifold, targets, asked, log)
-        return report
-    fit.fit(manifold, targets, smoothed, loaded, asked, run, resume=True)
-    rows = evaluate.evaluate(manifold, loaded, asked)
-    return {**report, **{str(row["width"]): row["accuracy"] for row in rows}}
+        error = fit.initialise(ready.manifold, ready.targets, asked, lambda *logged: None)
+        return {**report, "regression error": error}
+    rows = evaluate.evaluate(ready.fit(run), ready.data, asked)
+    return {**report, **{str(row["width"]): row["score"] for row in rows}}
 
 
 def main() -> None:
@@ -119,9 +114,7 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
     trained = {name: row for name, row in table.items() if str(WIDTHS[0]) in row}
     bars = {n: {w: row[w] for w in map(str, WIDTHS)} for n, row in trained.items()}
-    plots.bars(
-        bars, "Digits, LeNet: accuracy by variant, mean and spread of the seeds", asked.figure
-    )
+    plots.bars(bars, "Digits, LeNet: score by variant, mean and spread of the seeds", asked.figure)
     threads = torch.get_num_threads()
     print(json.dumps({"hardware": hardware(), "threads": threads, "table": table}))
 

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.local import hardware
+from benchmarks.prepared import prepare, score
 from benchmarks.published import DEVICE, median
 from neumeta import checkpoint
 from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold
-from neumeta.program import Program
 from neumeta.sample import sample, sample_site, seed_of
 from neumeta.sites import sites
 from neumeta.space import Architecture
-from training import data, fit, pipeline, plots, recipe, source
+from training import data, plots, recipe
 from training.task import TASKS
 
 
@@ -37,14 +37,10 @@ def small_mlp(run: Path, root: Path | None) -> Manifold:
     options = {"layers": 5, "hidden": 64, "num_freq": 6}
     asked = recipe.load("tiny").changed(
         name="tiny-mlp",
-        representation={"kind": "mlp", "options": options, "noise": 0.5},
+        representation={"kind": "mlp", "options": options, "corrected": None, "noise": 0.5},
         fit={"regression_steps": 1500, "optimiser": "adamw", "lr": 5e-4, "reconstruction": 1.0},
     )
-    loaded = data.load(asked.data.name, root)
-    net = pipeline.trained_source(asked, loaded, Path(), run)
-    manifold, targets, smoothed = pipeline.prepare(asked, loaded, net)
-    fit.fit(manifold, targets, smoothed, loaded, asked, run, resume=True)
-    return manifold
+    return prepare(asked, root, run).fit(run)
 
 
 def drawn(manifold: Manifold, architecture: Architecture, samples: int) -> dict[str, Tensor]:
@@ -122,29 +118,17 @@ def error(asked: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def score(
-    manifold: Manifold,
-    architecture: Architecture,
-    weights: dict[str, Tensor],
-    loaded: data.Dataset,
-) -> float:
-    """Of these folded weights, on all test images."""
-    space = manifold.space
-    program = Program(space.graph_of(architecture).folded, space.sizes(architecture))
-    task = TASKS[manifold.contract.task]
-    return source.score(lambda x: program.run(weights, x), loaded, task)
-
-
 def scores(manifold: Manifold, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """By width and K."""
     loaded = data.load("digits" if manifold.space.name == "lenet" else "cifar10", asked.data)
+    task = TASKS[manifold.contract.task]
     rows = []
     for width in (1.0, 0.5, manifold.space.width[0]):
         architecture = manifold.space.architecture(width)
         row: dict[str, Any] = {"width": width}
         for samples in (1, 4, 8, 16, 50):
             weights = dict(sample(manifold, architecture, samples=samples))
-            row[str(samples)] = round(score(manifold, architecture, weights, loaded), 2)
+            row[str(samples)] = round(score(manifold.space, architecture, weights, loaded, task), 2)
         rows.append(row)
     return rows
 

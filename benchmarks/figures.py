@@ -1,6 +1,6 @@
 """The README's pictures, from what training runs and benchmarks left behind.
 
-    python benchmarks/figures.py --runs runs --checkpoints ../checkpoints --out docs/figures
+    python -m benchmarks.figures --runs runs --out docs/figures
 
 Draws what it finds: RUNS/<recipe>/evaluation.json, and the source network of RUNS/cifar10-resnet for
 the weights before and after permutation (`benchmarks.quality --report` draws the comparison). Equal
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from training import cliques, order, plots, recipe, source
-from training.folded import fold
+from neumeta.fold import fold
+from training import networks, order, plots, recipe, source
+from training.trace import trace
 
 TENSOR = "layer3.1.conv1.weight"
 
@@ -29,12 +30,12 @@ def rows_of(path: Path) -> Any:
 
 def permuted(run: Path, asked: recipe.Recipe) -> dict[str, torch.Tensor]:
     """One tensor of the run's source network under 'none' and under the recipe's strategy."""
-    family, depth = asked.family, asked.depth
-    sizes = family.full_sizes(depth, 10)
-    net = source.restore(run / "source.safetensors", family.name, depth, sizes)
-    folded = fold(net)
-    found = cliques.cliques(family, depth)
-    orders = order.order(folded, found, asked.order.strategy, seed=asked.seed)
+    net = networks.BUILT_IN[asked.network.network](10, 3)
+    source.restore(net, run / "source.safetensors")
+    graph, _ = trace(net, torch.zeros(1, 3, 32, 32))
+    folded = fold(graph, source.tensors(net, graph.tensors))
+    found = order.cliques(graph.folded)
+    orders = order.order(folded, found, asked.order.strategy, seed=asked.seed, sizes=graph.full)
     after = order.apply(folded, found, orders)
     return {"as trained": folded[TENSOR], f"after {asked.order.strategy}": after[TENSOR]}
 
@@ -52,7 +53,7 @@ def main() -> None:
         if report is None:
             continue
         path = arguments.out / f"{name}.svg"
-        rows, before = report["evaluation"], report["source_accuracy"]
+        rows, before = report["evaluation"], report["source_score"]
         plots.evaluation(rows, asked, before, path)
         written.append(str(path))
         if name == "cifar10-resnet" and (run / "source.safetensors").exists():

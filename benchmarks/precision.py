@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ablation import variants
-from benchmarks.error import distance, score
+from benchmarks.error import distance
 from benchmarks.local import hardware
+from benchmarks.prepared import prepare, score
 from neumeta import checkpoint, wire
 from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold
 from neumeta.representation.mlp import ResidualMLP
 from neumeta.sample import sample
 from neumeta.sites import sites
-from training import data, fit, pipeline
+from training import data, fit
+from training.task import TASKS
 
 
 def on_the_wire(path: Path, root: Path | None, widths: list[float]) -> list[dict[str, Any]]:
@@ -40,7 +42,8 @@ def on_the_wire(path: Path, root: Path | None, widths: list[float]) -> list[dict
         row: dict[str, Any] = {"width": width}
         for name, (dtype, _, _) in wire.DTYPES.items():
             made = {key: value.to(dtype).float() for key, value in exact.items()}
-            found = score(manifold, architecture, made, loaded)
+            task = TASKS[manifold.contract.task]
+            found = score(manifold.space, architecture, made, loaded, task)
             row[name] = {"score": round(found, 2), "error": distance(made, exact)}
         rows.append(row)
         print(row, flush=True)
@@ -78,11 +81,9 @@ def imitated(manifold: Manifold) -> dict[str, Tensor]:
 def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
     """Error and score of the network that an MLP makes, by the precision of its products."""
     asked = variants()["MLP, no noise"].changed(fit={"regression_steps": steps})
-    loaded = data.load(asked.data.name, root)
-    run.mkdir(parents=True, exist_ok=True)
-    net = pipeline.trained_source(asked, loaded, Path(), run)
-    manifold, targets, _ = pipeline.prepare(asked, loaded, net)
-    fit.initialise(manifold, targets, asked, lambda name, value, step: None)
+    ready = prepare(asked, root, run)
+    manifold = ready.manifold
+    fit.initialise(manifold, ready.targets, asked, lambda name, value, step: None)
     full, made = manifold.space.full, {}
     made["float32"] = dict(sample(manifold, full, samples=1))
     made["tf32, imitated"] = imitated(manifold)
@@ -92,7 +93,7 @@ def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
     morphing = [name for name in made["float32"] if name not in manifold.frozen]
     found: dict[str, Any] = {}
     for name, weights in made.items():
-        reached = score(manifold, full, weights, loaded)
+        reached = score(manifold.space, full, weights, ready.data, ready.task)
         ours, exact = ({key: each[key] for key in morphing} for each in (weights, made["float32"]))
         found[name] = {"score": round(reached, 2), "error": distance(ours, exact)}
         print(name, found[name], flush=True)

@@ -116,7 +116,9 @@ def published(manifold: Manifold, architecture: Architecture, samples: int) -> d
                 raw = raw + (torch.rand_like(raw) * 2 - 1) * noise * moves
             v = torch.cat((raw[:, :3] / raw[:, 3:], raw[:, 3:] / scale), 1)
             assert isinstance(model, ResidualMLP)
-            made = per_pair(mlp, v) * (model.scales[model.order[site.role]] * site.gain)  # type: ignore[index]
+            made = per_pair(mlp, v) * (
+                model.get_buffer("scales")[model.order[site.role]] * site.gain
+            )
             copies.setdefault(site.name, []).append(made)
     return {name: torch.stack(each).mean(0) for name, each in copies.items()}
 

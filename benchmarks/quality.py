@@ -1,4 +1,4 @@
-"""One manifold beside everything it competes with: accuracy over width, depth and both.
+"""One manifold beside everything it competes with: the score over width, depth and both.
 
     python -m benchmarks.quality --run runs/quality --manifold models/resnet20-cifar10.safetensors
 
@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,15 +25,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from neumeta.architecture import Architecture, Space
 from torch import Tensor
 
+from benchmarks.prepared import Prepared, prepare, score
 from neumeta import checkpoint
+from neumeta.fold import fold
 from neumeta.manifold import Manifold
-from neumeta.network import Network
 from neumeta.sample import sample
-from training import cliques, data, fit, order, pipeline, plots, recipe, source, statistics
-from training.folded import fold, network_from, reorder
+from neumeta.space import Architecture, Space
+from neumeta.statistics import measure as moments_of
+from training import fit, networks, order, plots, recipe, source, statistics
 
 WIDTHS = (1.0, 0.75, 0.6, 0.5, 0.35, 0.25)
 CALIBRATION = 2000
@@ -57,12 +58,12 @@ POINTS: dict[str, list[Point]] = {
     ],
 }
 BASELINES: dict[str, dict[str, Any]] = {
-    "slimmable": {"representation": {"options": {"orders": 0}}, "fit": {"distill": "inplace"}},
+    "slimmable": {"representation": {"corrected": None}, "fit": {"distill": "inplace"}},
     "paper": {
         "representation": {
             "kind": "mlp",
             "options": {"layers": 5, "hidden": 128, "num_freq": 16},
-            "norm": False,
+            "corrected": None,
             "noise": 0.5,
         },
         "fit": {
@@ -71,7 +72,7 @@ BASELINES: dict[str, dict[str, Any]] = {
             "weight_decay": 1e-2,
             "clip": 10.0,
             "sandwich": False,
-            "per_stage": 0.0,
+            "per_group": 0.0,
             "distill": "none",
             "reconstruction": 1.0,
             "regularisation": 1e-4,
@@ -86,29 +87,30 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.run: Path = arguments.run
+        self.root: Path | None = arguments.data
         self.asked = recipe.load(arguments.recipe)
         self.epochs = arguments.epochs or round(self.asked.fit.epochs)
-        self.data = data.load(self.asked.data.name, arguments.data)
         root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
-        self.run.mkdir(parents=True, exist_ok=True)
-        checkpoints = arguments.checkpoints or root.parent / "checkpoints"
-        self.source = pipeline.trained_source(self.asked, self.data, checkpoints, self.run)
+        self.checkpoints: Path = arguments.checkpoints or root.parent / "checkpoints"
+        self.ready: Prepared = prepare(self.asked, arguments.data, self.run, self.checkpoints)
+        self.data, self.task, self.source = self.ready.data, self.ready.task, self.ready.net
         if not (self.run / "source.json").exists():
-            held = {"accuracy": round(self.accuracy(self.source), 2)}
+            held = {"score": round(source.score(self.source, self.data, self.task), 2)}
             (self.run / "source.json").write_text(json.dumps(held))
-        # Any size of the family, whatever the manifold was trained on.
-        covered = self.asked.space(len(self.data.classes))
+        # Any size, whatever the manifold was trained on.
+        covered = self.ready.manifold.space
         self.space = replace(covered, width=(0.01, 1.0), blocks=(1, 9))
-        generator = torch.Generator().manual_seed(self.asked.seed)
-        rows = torch.randperm(len(self.data.train_labels), generator=generator)[:CALIBRATION]
-        augmented = data.augment(self.data.train_images[rows], self.data, generator)
-        self.calibration = data.to_float(augmented, self.data)
+        self.calibration = statistics.training_images(self.data, CALIBRATION, self.asked.seed)
 
-    def accuracy(self, net: Network) -> float:
-        return source.accuracy(net, self.data.test_images, self.data.test_labels, self.data)
+    def score(self, architecture: Architecture, weights: dict[str, Tensor]) -> float:
+        """Of folded weights."""
+        return score(self.space, architecture, weights, self.data, self.task)
 
-    def calibrated(self, net: Network) -> float:
-        return self.accuracy(statistics.calibrate(net, self.calibration))
+    def calibrated(self, architecture: Architecture, tensors: Mapping[str, Tensor]) -> float:
+        """Of tensors with batch norm, whose statistics are measured here."""
+        graph, sizes = self.space.graph_of(architecture), self.space.sizes(architecture)
+        moments = moments_of(graph, sizes, tensors, self.calibration)
+        return self.score(architecture, fold(graph, tensors, moments))
 
 
 def relative_cost(space: Space, architecture: Architecture) -> float:
@@ -122,10 +124,13 @@ def individual(bench: Bench, architecture: Architecture, *, distilled: bool) -> 
     folder = bench.run / ("distilled" if distilled else "individual")
     folder.mkdir(exist_ok=True)
     torch.manual_seed(bench.asked.seed)
-    net = Network(space.family, architecture.depth, space.sizes(architecture), norm=True)
+    # One extent in each stage: its channels are the stage's width.
+    classes = len(bench.data.classes)
+    net = networks.resnet_cifar(architecture.depth, classes, architecture.channels)
     source.train(
         net,
         bench.data,
+        bench.task,
         epochs=bench.epochs,
         lr=0.1,
         batch=bench.asked.fit.batch,
@@ -135,59 +140,47 @@ def individual(bench: Bench, architecture: Architecture, *, distilled: bool) -> 
         teacher=bench.source.eval() if distilled else None,
     )
     each = relative_cost(space, architecture) + (TEACHER if distilled else 0.0)
-    passes = bench.epochs * len(bench.data.train_labels) * each
-    return {"accuracy": bench.accuracy(net), "passes": passes}
-
-
-@cache
-def smoothed(bench: Bench) -> dict[str, Tensor]:
-    """The source's tensors with batch norm kept, channels in the recipe's order."""
-    folded = fold(bench.source)
-    found = cliques.cliques(bench.space.table, bench.space.depth)
-    orders = order.order(folded, found, bench.asked.order.strategy, seed=bench.asked.seed)
-    return reorder(bench.source, orders)
+    passes = bench.epochs * len(bench.data) * each
+    return {"score": source.score(net, bench.data, bench.task), "passes": passes}
 
 
 def interpolated(bench: Bench, architecture: Architecture, *, mode: str) -> dict[str, Any]:
     """The smoothed source, resampled along its channels (integral networks; supplement section 3)."""
-    state = dict(smoothed(bench))
-    net = Network(
-        bench.space.family, architecture.depth, bench.space.sizes(architecture), norm=True
-    )
-    for name, wanted in net.state_dict().items():
-        value = state[name]
-        if value.shape == wanted.shape or value.dim() == 0:
-            continue
+    graph, sizes = bench.space.graph_of(architecture), bench.space.sizes(architecture)
+    tensors = {}
+    for name in graph.tensors:
+        value, wanted = bench.ready.smoothed[name], graph.shape(name, sizes)
         rows, columns = (*value.shape, 1)[:2]
         flat = value.reshape(1, rows, columns, -1).movedim(3, 1)
-        size = (*wanted.shape, 1)[:2]
-        made = F.interpolate(flat, size, mode=mode, align_corners=False).movedim(1, 3)
-        state[name] = made.reshape(wanted.shape)
-    net.load_state_dict(state)
-    return {"accuracy": bench.calibrated(net), "passes": 0}
+        made = F.interpolate(flat, (*wanted, 1)[:2], mode=mode, align_corners=False)
+        tensors[name] = made.movedim(1, 3).reshape(wanted)
+    return {"score": bench.calibrated(architecture, tensors), "passes": 0}
 
 
 def pruned(bench: Bench, architecture: Architecture) -> dict[str, Any]:
     """The source without its channels of least L1 norm, over every tensor side that has the axis."""
-    folded = fold(bench.source)
-    found = cliques.cliques(bench.space.table, bench.space.depth)
-    sizes, keep = bench.space.sizes(architecture), {}
-    for axis, sides in found.items():
-        norm = torch.stack(
-            [
-                folded[side.tensor].movedim(side.dimension, 0).flatten(1).abs().sum(1)
-                for side in sides
-                if folded[side.tensor].dim() > 1
-            ]
-        ).sum(0)
-        keep[axis] = norm.topk(sizes[axis]).indices.sort().values
-    net = Network(bench.space.family, architecture.depth, sizes, norm=True)
-    net.load_state_dict(reorder(bench.source, keep))
-    return {"accuracy": bench.calibrated(net), "passes": 0}
+    graph, sizes = bench.ready.graph, bench.space.sizes(architecture)
+    own = source.tensors(bench.source, graph.tensors)
+    folded, orders = fold(graph, own), {}
+    for axis, sides in order.cliques(graph.folded).items():
+        norm = torch.zeros(graph.full[axis])
+        for side in sides:
+            along = folded[side.tensor].movedim(side.dimension, 0)
+            if along.dim() > 1:
+                part = along[side.offset : side.offset + len(norm) * side.repeat]
+                norm += part.reshape(len(norm), -1).abs().sum(1)
+        keep = norm.topk(sizes[axis]).indices.sort().values
+        gone = torch.tensor(sorted(set(range(len(norm))) - set(keep.tolist())), dtype=torch.long)
+        orders[axis] = torch.cat((keep, gone))
+    tensors = {
+        name: value[tuple(slice(count) for count in graph.shape(name, sizes))]
+        for name, value in order.apply(own, order.cliques(graph), orders).items()
+    }
+    return {"score": bench.calibrated(architecture, tensors), "passes": 0}
 
 
 @cache
-def baseline(bench: Bench, name: str) -> tuple[recipe.Recipe, Manifold]:
+def baseline(bench: Bench, name: str) -> Prepared:
     """A whole-network manifold of another kind, trained by the same Algorithm 2."""
     changes = BASELINES[name]
     asked = recipe.load("cifar10-resnet20").changed(
@@ -195,22 +188,26 @@ def baseline(bench: Bench, name: str) -> tuple[recipe.Recipe, Manifold]:
     )
     run = bench.run / name
     run.mkdir(exist_ok=True)
-    manifold, targets, smoothed = pipeline.prepare(asked, bench.data, bench.source)
-    if not fit.fit(manifold, targets, smoothed, bench.data, asked, run, resume=True):
-        raise RuntimeError(f"{name}: stopped early")
-    return asked, manifold
+    # The same source: it is trained once.
+    kept = run / "source.safetensors"
+    if not kept.exists():
+        kept.write_bytes((bench.run / "source.safetensors").read_bytes())
+    ready = prepare(asked, bench.root, run, bench.checkpoints)
+    ready.fit(run)
+    return ready
 
 
 def trained(bench: Bench, architecture: Architecture, *, name: str) -> dict[str, Any]:
     """What a baseline makes of this size; with batch norm, calibrated."""
-    asked, manifold = baseline(bench, name)
-    passes = passes_of(asked, len(bench.data.train_labels), bench.space)
-    if asked.representation.norm:
-        accuracy = bench.calibrated(statistics.network(manifold, architecture))
+    ready = baseline(bench, name)
+    passes = passes_of(ready.asked, len(bench.data), ready.manifold.space)
+    # Its own space has no depth.
+    own = Architecture(ready.manifold.space.depth, architecture.channels)
+    if ready.asked.folded:
+        found = bench.score(architecture, dict(sample(ready.manifold, own)))
     else:
-        weights = dict(sample(manifold, architecture))
-        accuracy = bench.accuracy(network_from(weights, architecture.family, architecture.depth))
-    return {"accuracy": accuracy, "passes": passes}
+        found = bench.calibrated(architecture, statistics.raw(ready.manifold, own))
+    return {"score": found, "passes": passes}
 
 
 def passes_of(asked: recipe.Recipe, images: int, space: Space) -> float:
@@ -224,8 +221,7 @@ def passes_of(asked: recipe.Recipe, images: int, space: Space) -> float:
     for step in range(0, steps, 10):
         generator = torch.Generator().manual_seed(step)
         total += 10 * sum(
-            relative_cost(space, each)
-            for each in fit.choose(asked, asked.space(space.classes), generator)
+            relative_cost(space, each) for each in fit.choose(asked, space, generator)
         )
     return total * asked.fit.batch
 
@@ -234,12 +230,12 @@ def sampled(
     bench: Bench, architecture: Architecture, *, manifold: Manifold, path: Path
 ) -> dict[str, Any]:
     """What a device receives from the manifold's file."""
-    weights = dict(sample(manifold, architecture))
-    net = network_from(weights, architecture.family, architecture.depth)
     if manifold.about["title"] != bench.asked.title:
         raise ValueError(f"{path}: {manifold.about['title']!r} is not what --recipe makes")
-    passes = passes_of(bench.asked, len(bench.data.train_labels), bench.space)
-    return {"accuracy": bench.accuracy(net), "passes": passes, "bytes": path.stat().st_size}
+    weights = dict(sample(manifold, architecture))
+    passes = passes_of(bench.asked, len(bench.data), bench.ready.manifold.space)
+    found = bench.score(architecture, weights)
+    return {"score": found, "passes": passes, "bytes": path.stat().st_size}
 
 
 def main() -> None:
@@ -281,7 +277,7 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
         for group in arguments.points:
             for width, depth in POINTS[group]:
                 architecture = bench.space.architecture(width, depth)
-                key = architecture.key.removeprefix(f"{bench.space.family}/")
+                key = architecture.key
                 path = results / method / f"{key.replace('/', '-')}.json"
                 unasked = arguments.only and key not in arguments.only
                 shallow = depth != list(bench.space.depth) and method not in deep
@@ -293,12 +289,13 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
                     "width": width,
                     "depth": depth,
                     **found,
+                    "metric": bench.task.metric,
                     "epochs": bench.epochs,
                     "seconds": round(time.monotonic() - began),
                 }
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(row))
-                print(f"{method:24} {key:20} {found['accuracy']:.2f} %", flush=True)
+                print(f"{method:24} {key:20} {found['score']:.2f}", flush=True)
 
 
 def report(run: Path, asked: recipe.Recipe, figure: Path) -> None:
@@ -315,7 +312,7 @@ def report(run: Path, asked: recipe.Recipe, figure: Path) -> None:
         row = [
             next(
                 (
-                    f"{each['accuracy']:.2f}"
+                    f"{each['score']:.2f}"
                     for each in rows
                     if (each["width"], each["depth"]) == (width, depth)
                 ),
@@ -325,7 +322,7 @@ def report(run: Path, asked: recipe.Recipe, figure: Path) -> None:
         ]
         if any(row):
             print(f"| {width}, {tuple(depth)} | " + " | ".join(row) + " |")
-    before = json.loads((run / "source.json").read_text())["accuracy"]
+    before = json.loads((run / "source.json").read_text())["score"]
     curves = {
         method: [row for row in rows if row["depth"] == [3, 3, 3] and row["width"] in WIDTHS]
         for method, rows in found.items()

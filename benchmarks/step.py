@@ -14,45 +14,51 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from neumeta.architecture import Architecture, Space
 from torch import Tensor
 
 from benchmarks.local import hardware
-from benchmarks.published import NORMALISATION, network_of, per_pair
-from neumeta.coordinates import coordinates, sites
-from neumeta.manifold import Manifold, representation
-from neumeta.network import Network
-from training import fit, forward, layout, source
+from benchmarks.manifolds import random_manifold, space
+from benchmarks.published import network_of, per_pair
+from neumeta.coordinates import coordinates
+from neumeta.manifold import Manifold
+from neumeta.program import Program, output
+from neumeta.representation.mlp import ResidualMLP
+from neumeta.sites import sites
+from neumeta.space import Architecture
+from training import fit
+from training.layout import SoundConvolutions
+from training.source import mixed
+from training.task import TASKS
 
 
 def steps(rounds: int, width: float) -> dict[str, Any]:
     """A step's parts, with the residual MLP and the learned grid, the plain way and ours."""
-    space = Space("resnet-cifar", "resnet20", 10, ("*",), (0.25, 1.0))
+    over = space("resnet20", norm=True)
     x, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
-    found: dict[str, Any] = {}
     mlp = {"layers": 5, "hidden": 128, "num_freq": 16}
-    ways: tuple[tuple[str, str, dict[str, Any], Any, Any], ...] = (
-        ("mlp, plain", "mlp", mlp, plain_generated, plain_logits),
-        ("mlp, ours", "mlp", mlp, fit.generated, forward.logits),
-        ("grid, plain", "grid", {}, fit.generated, plain_logits),
-        ("grid, ours", "grid", {}, fit.generated, forward.logits),
+    torch_layout, ours = torch.contiguous_format, torch.channels_last
+    ways: tuple[tuple[str, str, dict[str, Any], Any, torch.memory_format], ...] = (
+        ("mlp, plain", "mlp", mlp, plain_generated, torch_layout),
+        ("mlp, ours", "mlp", mlp, fit.generated, ours),
+        ("grid, plain", "grid", {"nodes": 0}, fit.generated, torch_layout),
+        ("grid, ours", "grid", {"nodes": 0}, fit.generated, ours),
     )
-    architecture = space.architecture(width)
-    for name, kind, options, make, run in ways:
-        torch.manual_seed(0)
-        model = representation(kind, space, options, norm=True)
-        names = [str(i) for i in range(10)]
-        manifold = Manifold(space, model, kind, options, True, 0.5, 1, 64, NORMALISATION, names)
-        optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
+    found: dict[str, Any] = {}
+    architecture = over.architecture(width)
+    for name, kind, options, make, layout in ways:
+        deviation = None if kind == "mlp" else 0.05
+        manifold = random_manifold(over, kind, options, noise=0.5, deviation=deviation)
+        parameters = manifold.representation.requires_grad_(True).parameters()
+        optimiser = torch.optim.AdamW(parameters, 1e-3)
         parts, losses = [], []
+        step = partial(training_step, manifold, optimiser, architecture, make, layout, x, labels)
         for number in range(rounds):
-            seconds_of, loss = training_step(
-                manifold, optimiser, architecture, make, run, x, labels, number
-            )
+            seconds_of, loss = step(number)
             parts.append(seconds_of)
             losses.append(round(loss, 5))
         medians = {key: round(statistics.median(p[key] for p in parts), 4) for key in parts[0]}
@@ -61,25 +67,30 @@ def steps(rounds: int, width: float) -> dict[str, Any]:
     return found
 
 
-@layout.SoundConvolutions()
+@SoundConvolutions()
 def training_step(
     manifold: Manifold,
     optimiser: torch.optim.Optimizer,
     architecture: Architecture,
     make: Callable[..., dict[str, Tensor]],
-    run: Callable[..., Tensor],
+    layout: torch.memory_format,
     x: Tensor,
     labels: Tensor,
     number: int,
 ) -> tuple[dict[str, float], float]:
     """The seconds of a step's parts, and its loss."""
-    net = forward.skeleton(manifold, architecture)
+    held = manifold.space
+    program = Program(held.graph_of(architecture), held.sizes(architecture))
     ticks = [time.perf_counter()]
     made = make(manifold, architecture, 0.5, torch.Generator().manual_seed(number))
     leaves = {key: value.detach().requires_grad_() for key, value in made.items()}
     ticks.append(time.perf_counter())
-    weights = forward.parameters_of(manifold, architecture, leaves)
-    loss = source.task_loss(run(net, weights, x), labels, None, 0.0)
+    weights = {
+        key: value.contiguous(memory_format=layout) if value.ndim == 4 else value
+        for key, value in leaves.items()
+    }
+    logits = output(program.run(weights, x.contiguous(memory_format=layout)))
+    loss = mixed(TASKS["classification"], logits, labels, None, 0.0)
     loss.backward()  # type: ignore[no-untyped-call]
     ticks.append(time.perf_counter())
     optimiser.zero_grad()
@@ -92,26 +103,17 @@ def training_step(
     return dict(zip(names, spans, strict=True)), loss.item()
 
 
-def plain_logits(net: Network, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The network as it is: no padding, torch's own layout."""
-    return torch.func.functional_call(net, weights, (x, 0))  # type: ignore[no-any-return]
-
-
 def plain_generated(
     manifold: Manifold, architecture: Architecture, noise: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """What `fit.generated` makes, from every pair's own Fourier features."""
-    found, layers = {}, manifold.space.table.layers(architecture.depth)
-    for blocks in {layer.stage: layer.blocks for layer in layers if layer.blocks > 1}.values():
-        fit.partition(blocks, 0.0, generator)  # the same draws afterwards
-    for layer in layers:
-        for site in sites(manifold.space, architecture, layer, norm=manifold.norm):
-            at = coordinates(site, manifold.scale, noise=noise, generator=generator)
-            mlp = network_of(manifold, site)
-            v = at.vectors().reshape(-1, 6)
-            made = per_pair(mlp, v) * site.gain
-            shape = (site.outputs, site.inputs, *site.spatial)
-            found[site.name] = made.reshape(shape if site.kind == "weight" else (site.outputs,))
+    model, found = manifold.representation, {}
+    assert isinstance(model, ResidualMLP)
+    for name, site in sites(manifold.space, architecture).items():
+        at = coordinates(site, manifold.scale, noise=noise, generator=generator)
+        made = per_pair(network_of(manifold, site), at.vectors().reshape(-1, 6))
+        scale = model.get_buffer("scales")[model.order[site.role]] * site.gain
+        found[name] = (made * scale).reshape(site.shape)
     return found
 
 
