@@ -222,7 +222,9 @@ def frozen_features(
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
         parts: dict[str, list[Tensor]] = {}
         bar = tqdm(
-            torch.split(torch.arange(len(data)), 500), desc=f"frozen part, view {view + 1}", mininterval=2
+            torch.split(torch.arange(len(data)), 500),
+            desc=f"frozen part, view {view + 1}",
+            mininterval=2,
         )
         for rows in bar:
             x, _ = data.batch(rows, generator, augment=bool(view))
