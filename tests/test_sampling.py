@@ -110,7 +110,7 @@ def grid_at(model: Representation, site: Site, v: Vector, scale: int) -> Tensor:
     if isinstance(inner, Anchored):
         # A scalar width: every axis is as far from the source as the network.
         near = max(0.0, 1 - abs(1 - site.rows.count / site.rows.full) / inner.reach)
-        source = between(between(inner.source.grid[key][0].to(v_type()), row), column)
+        source = between(between(inner.source.grid[key][0].double(), row), column)
         inner = inner.inner
     value = between(between(inner.grid[key][0], row), column)  # type: ignore[index, union-attr]
     if near > 0:
@@ -125,10 +125,6 @@ def grid_at(model: Representation, site: Site, v: Vector, scale: int) -> Tensor:
         return (value + by_row) * site.gain
     by_column = correction(model.columns[key], column, site.columns.count, site.columns.full)
     return value * (1 + by_row) * (1 + by_column) * site.gain
-
-
-def v_type() -> torch.dtype:
-    return torch.get_default_dtype()
 
 
 def integral_at(model: IntegralGrid, site: Site, v: Vector, scale: int) -> Tensor:
@@ -195,8 +191,7 @@ def test_near_the_source_its_weights_have_their_share(samples: int, float64: Non
     site = sites(manifold.space, architecture)["conv2.bias"]
     made = sample_site(manifold, site, samples, 3)
     expected = algorithm_3(manifold, site, samples, 3)
-    # The source's share is read in float32: that is all float16 has.
-    torch.testing.assert_close(made.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_a_site_of_a_deep_stage_equals_algorithm_3(float64: None) -> None:
