@@ -251,9 +251,7 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
     )
 
 
-def _measured(
-    path: Path, space: Space, kept: dict[str, Tensor], images: Tensor | None
-) -> None:
+def _measured(path: Path, space: Space, kept: dict[str, Tensor], images: Tensor | None) -> None:
     """Refuse calibration images and statistics that could not be used when they are asked for."""
     if images is not None:
         wanted = tuple(extent(dim, {}) for dim in space.graph.input[1:])
@@ -264,9 +262,7 @@ def _measured(
                 f" {wanted}"
             )
     for key, statistics in kept.items():
-        depth, channels = (
-            tuple(int(n) for n in part.split(".") if n) for part in key.split("/")
-        )
+        depth, channels = (tuple(int(n) for n in part.split(".") if n) for part in key.split("/"))
         architecture = Architecture(depth, channels)
         graph = space.graph_of(architecture)
         sizes = space.sizes(architecture)

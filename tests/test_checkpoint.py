@@ -23,7 +23,6 @@ from neumeta.statistics import Statistics
 from tests.conftest import lenet
 from tests.support.modules import traced
 
-
 MODELS = Path(__file__).parent.parent / "models"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ ALLOWED = {
 TORCHLESS = ("graph", "operations", "notation", "shapes", "space")
 
 
+@cache
 def modules() -> dict[str, Path]:
     found = {}
     for package in ALLOWED:
@@ -27,12 +29,14 @@ def modules() -> dict[str, Path]:
 def imports(path: Path) -> set[str]:
     """Every module that is named in an import of this file, wherever it stands."""
     names: set[str] = set()
+    known = set(modules())
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                names.add(inside if inside in known else node.module)
     return names
 
 

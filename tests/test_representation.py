@@ -75,7 +75,9 @@ def test_a_noisy_copy_is_the_same_alone_and_among_others(kind: str, wrapped: str
         together = model(site, at)
         for k in range(3):
             inputs, outputs = (
-                Along(each.span, each.pairs[k : k + 1], each.index[k : k + 1], each.place[k : k + 1])
+                Along(
+                    each.span, each.pairs[k : k + 1], each.index[k : k + 1], each.place[k : k + 1]
+                )
                 for each in (at.inputs, at.outputs)
             )
             one = Coordinates(at.layer[k : k + 1], inputs, outputs, 64)
@@ -155,9 +157,7 @@ def test_a_correction_is_nothing_at_full_size_and_a_polynomial_elsewhere() -> No
             def phi(count: int, all_of: int, site: Site = site) -> Tensor:
                 less = 1 - count / all_of
                 shallower = max(0.0, -site.deeper)
-                return torch.tensor(
-                    [less, less**2, shallower, shallower**2, max(0.0, site.deeper)]
-                )
+                return torch.tensor([less, less**2, shallower, shallower**2, max(0.0, site.deeper)])
 
             for o in range(site.rows.count):
                 row = model.rows[key][o] @ phi(site.rows.count, site.rows.full)
@@ -209,7 +209,10 @@ def test_a_stepped_grid_repeats_blocks_and_another_one_blends_them() -> None:
         nodes = model.grid["stage1/n/conv1/weight"]
         assert len(nodes) == 2  # one for each block of the source
         blocks = [
-            model(found[f"stage1.{n}.conv1.weight"], coordinates(found[f"stage1.{n}.conv1.weight"], 64))
+            model(
+                found[f"stage1.{n}.conv1.weight"],
+                coordinates(found[f"stage1.{n}.conv1.weight"], 64),
+            )
             for n in range(4)
         ]
         if stepped:

@@ -168,7 +168,8 @@ def test_a_whole_network_equals_algorithm_3(kind: str, samples: int, float64: No
     expected = {
         site.name: algorithm_3(manifold, site, samples, 5)
         for site in sites(manifold.space, architecture).values()
-        if site.rows.count * site.columns.count < 200 or samples < 8  # the loops take milliseconds a weight
+        if site.rows.count * site.columns.count < 200
+        or samples < 8  # the loops take milliseconds a weight
     }
     assert set(expected) <= set(made) and len(expected) > 4
     for name, value in expected.items():
@@ -301,9 +302,7 @@ def any_manifold(name: str) -> Manifold:
     images = torch.randint(0, 256, (16, *shape), dtype=torch.uint8)
     contract = Contract((0.4,) * shape[0], (0.3,) * shape[0])
     kept = {n: v for n, v in module.state_dict().items() if v.is_floating_point()}
-    return Manifold(
-        space, model, "grid", {}, 0.0, 1, 64, contract, kept, Statistics(images)
-    )
+    return Manifold(space, model, "grid", {}, 0.0, 1, 64, contract, kept, Statistics(images))
 
 
 @pytest.mark.parametrize("name", [*MODULES, *DEEP])
