@@ -46,8 +46,8 @@ def vectors(manifold: Manifold, site: Site, samples: int, seed: int) -> Iterator
     deep, wide, tall = site.length > 1, site.columns.count > 1, site.rows.count > 1
     turns: dict[int, list[int]] = {0: [0], 1: [0], 3: [0], 5: [0]}
     for column, count, moves in (
-        (0, 1, deep), (1, 1, deep), (2, site.columns.count, True), (3, 1, wide), (4, site.rows.count, True),
-        (5, 1, tall),
+        (0, 1, deep), (1, 1, deep), (2, site.columns.count, True), (3, 1, wide),
+        (4, site.rows.count, True), (5, 1, tall),
     ):  # fmt: skip
         if noise and moves:
             turns[column] = mirrors(count)
