@@ -19,11 +19,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from neumeta import atomic, sites
+from neumeta.graph import extent
 from neumeta.manifold import Contract, Manifold, roles
 from neumeta.notation import BadGraph, pack, unpack
 from neumeta.representation import build
 from neumeta.shapes import check
-from neumeta.space import MOST_BLOCKS, Space
+from neumeta.space import MOST_BLOCKS, Architecture, Space
 from neumeta.statistics import Statistics
 
 FORMAT = 2
@@ -172,6 +173,7 @@ def _space(path: Path, header: dict[str, Any]) -> Space:
     """The space of a header, each number bounded before anything of that size is made."""
     graph = unpack(header["graph"])
     check(graph, graph.full)
+    check(graph.folded, graph.full)
     low, high = (float(each) for each in header["width"])
     if not 0 < low <= high <= 2:
         raise BadCheckpoint(f"{path}: width: {header['width']} is no range within 0 to 2")
@@ -187,6 +189,10 @@ def _space(path: Path, header: dict[str, Any]) -> Space:
     for name, depth in named.items():
         if len(depth) != len(graph.depth):
             raise BadCheckpoint(f"{path}: named: {name!r} has not {len(graph.depth)} stages")
+    if blocks:
+        # Repeated blocks must follow each other: one more of each, where there is room.
+        more = graph.at(tuple(stage.children + 1 for stage in graph.stages))
+        check(more, more.full)
     return Space(str(header["name"]), graph, (low, high), blocks, int(header["most"]), named)
 
 
@@ -215,7 +221,13 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
             )
     if images is None and any(node.op == "batch_norm" for node in space.graph.nodes):
         raise BadCheckpoint(f"{path}: tensor calibration.images is missing: there is batch norm")
+    _measured(path, space, kept, images)
     about = header["contract"]
+    channels = extent(space.graph.input[1], {})
+    if not len(about["mean"]) == len(about["std"]) == channels or min(about["std"]) <= 0:
+        raise BadCheckpoint(f"{path}: contract: mean and std are not those of {channels} channels")
+    if not 0 <= float(header["noise"]) <= 0.5 or min(header["samples"], header["scale"]) < 1:
+        raise BadCheckpoint(f"{path}: noise, samples or scale: out of range")
     contract = Contract(
         tuple(float(each) for each in about["mean"]),
         tuple(float(each) for each in about["std"]),
@@ -237,3 +249,26 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
         Statistics(images, kept),
         header["about"],
     )
+
+
+def _measured(path: Path, space: Space, kept: dict[str, Tensor], images: Tensor | None) -> None:
+    """Refuse calibration images and statistics that could not be used when they are asked for."""
+    if images is not None:
+        wanted = tuple(extent(dim, {}) for dim in space.graph.input[1:])
+        kinds = (torch.uint8, torch.float16, torch.float32)
+        if tuple(images.shape[1:]) != wanted or len(images) < 2 or images.dtype not in kinds:
+            raise BadCheckpoint(
+                f"{path}: tensor calibration.images is {tuple(images.shape)}, not two or more of"
+                f" {wanted}"
+            )
+    for key, statistics in kept.items():
+        depth, channels = (tuple(int(n) for n in part.split(".") if n) for part in key.split("/"))
+        architecture = Architecture(depth, channels)
+        graph = space.graph_of(architecture)
+        sizes = space.sizes(architecture)
+        norms = (node for node in graph.nodes if node.op == "batch_norm")
+        count = sum(graph.shape(node.tensors["mean"], sizes)[0] for node in norms)
+        if tuple(statistics.shape) != (2, count):
+            raise BadCheckpoint(
+                f"{path}: tensor kept.{key} is {tuple(statistics.shape)}, not {(2, count)}"
+            )

@@ -66,14 +66,14 @@ class Program:
     ) -> Outputs:
         """The network's outputs for `values`: images, or every value that steps from `first` on read.
 
-        `watch` is called with each step's name and the first value it reads, before it runs. A tensor
-        alone, a tuple or a dict comes back as the user's module gave it.
+        `watch` is called with each step's name and the first value it reads, before it runs; not for a
+        step that reads none. A tensor alone, a tuple or a dict comes back as the user's module gave it.
         """
         held = {"input": values} if isinstance(values, Tensor) else dict(values)
         for step in self.steps[first:]:
             inputs = tuple(held[value] for value in step.inputs)
-            if watch is not None:
-                watch(step.name, inputs[0] if inputs else held["input"])
+            if watch is not None and inputs:
+                watch(step.name, inputs[0])
             own = {role: tensors[name] for role, name in step.tensors.items() if name in tensors}
             held[step.name] = COMPUTE[step.op](inputs, own, step.attributes)
             for value in step.done:

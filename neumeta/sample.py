@@ -143,7 +143,7 @@ class _Sampling:
         return {node.tensors["weight"]: weight, node.tensors["bias"]: bias}
 
 
-def normalised(manifold: Manifold, images: Tensor) -> Float[Tensor, "N C H W"]:
+def normalised(manifold: Manifold, images: Tensor) -> Float[Tensor, "N C *S"]:
     """Calibration images as the network reads them."""
     if images.dtype != torch.uint8:
         return images.float()

@@ -319,8 +319,8 @@ def _slice(read: Sequence[Ints], held: Mapping[str, Ints], a: Attributes) -> Int
     return (*x[:dim], -(-length // step), *x[dim + 1 :])
 
 
-ELEMENTWISE: tuple[str, ...] = ("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish")
-ELEMENTWISE += ("hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus", "exp", "neg")
+ELEMENTWISE: tuple[str, ...] = ("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish")
+ELEMENTWISE += ("hardsigmoid", "sigmoid", "tanh", "softplus", "exp", "neg")
 
 RULES: dict[str, Rule] = {
     "conv": _convolution,

@@ -22,18 +22,18 @@ from neumeta.program import Program
 class Statistics:
     """What a manifold knows of batch norms.
 
-    `images` (N, C, H, W) are calibration images, uint8 pixels, or already normalised float16 ones.
+    `images` (N, C, ...) are calibration images, uint8 pixels, or already normalised float16 ones.
     `kept` holds, by `Architecture.key`, the mean of every channel of every batch norm in the order of
     the graph and then the variance of every channel, (2, channels).
     """
 
-    images: UInt8[Tensor, "N C H W"] | Float[Tensor, "N C H W"] | None = None
+    images: UInt8[Tensor, "N C *S"] | Float[Tensor, "N C *S"] | None = None
     kept: Mapping[str, Float[Tensor, "2 channels"]] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def measure(
-    graph: Graph, sizes: Sizes, tensors: Mapping[str, Tensor], x: Float[Tensor, "N C H W"]
+    graph: Graph, sizes: Sizes, tensors: Mapping[str, Tensor], x: Float[Tensor, "N C *S"]
 ) -> dict[str, Moments]:
     """Each batch norm's mean and variance on normalised images, by its node's name.
 

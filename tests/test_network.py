@@ -346,7 +346,7 @@ def test_a_network_may_call_its_parts_what_it_likes(tmp_path: Path) -> None:
 
 
 def deep_file(path: Path, depth: list[int]) -> torch.nn.Module:
-    """A pulled file of a ResNet at another depth, and the user's class of that size."""
+    """A ResNet pulled at another depth, and the user's class of that size."""
     _, graph = traced("resnet")
     space = Space("resnet", graph, (0.25, 1.0), (1, 4))
     torch.manual_seed(0)

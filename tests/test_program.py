@@ -66,3 +66,13 @@ def test_values_are_held_no_longer_than_they_are_read(name: str) -> None:
 )
 def test_the_output_that_is_scored(given: object, place: object) -> None:
     assert output(given) is (given if place is None else given[place])  # type: ignore[arg-type, index]
+
+
+@torch.no_grad()
+def test_a_parameter_that_reads_nothing_is_not_watched() -> None:
+    module, graph = traced("layer scale")
+    seen: list[str] = []
+    x = images_of("layer scale")
+    Program(graph, graph.full).run(module.state_dict(), x, watch=lambda name, _: seen.append(name))
+    assert seen == [node.name for node in graph.nodes if node.op != "parameter"]
+    assert len(seen) < len(graph.nodes)

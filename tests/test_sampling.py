@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import combinations_with_replacement
 
 import pytest
 import torch
-from neumeta.architecture import Architecture, Space
-from neumeta.inr import IntegralGrid, LearnedGrid, ResidualMLP, _Mlp, module_key
 from torch import Tensor
 
-from benchmarks.published import all_sites
-from neumeta.coordinates import Site
-from neumeta.manifold import Manifold, representation
-from neumeta.sample import evenly, sample, sample_site, seed_of
+from neumeta.coordinates import Site, coordinates
+from neumeta.fold import fold
+from neumeta.manifold import Contract, Manifold, roles
+from neumeta.representation import Anchored, Corrected, IntegralGrid, ResidualMLP, build
+from neumeta.representation.base import Representation, module_key
+from neumeta.representation.mlp import _Mlp
+from neumeta.sample import evenly, normalised, sample, sample_site, seed_of
+from neumeta.sites import sites
+from neumeta.space import Architecture, Space
+from neumeta.statistics import Statistics, flatten, measure, unflatten
 from tests.conftest import lenet
+from tests.support.modules import DEEP, MODULES, traced
 
 Vector = tuple[float, float, float, float, float, float]
 """[l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N]"""
@@ -37,11 +43,11 @@ def vectors(manifold: Manifold, site: Site, samples: int, seed: int) -> Iterator
     def mirrors(count: int) -> list[int]:
         return [1 if draw else -1 for draw in torch.randint(0, 2, (count,), generator=generator)]
 
-    deep, wide, tall = site.length > 1, site.inputs > 1, site.outputs > 1
+    deep, wide, tall = site.length > 1, site.columns.count > 1, site.rows.count > 1
     turns: dict[int, list[int]] = {0: [0], 1: [0], 3: [0], 5: [0]}
     for column, count, moves in (
-        (0, 1, deep), (1, 1, deep), (2, site.inputs, True), (3, 1, wide), (4, site.outputs, True),
-        (5, 1, tall),
+        (0, 1, deep), (1, 1, deep), (2, site.columns.count, True), (3, 1, wide),
+        (4, site.rows.count, True), (5, 1, tall),
     ):  # fmt: skip
         if noise and moves:
             turns[column] = mirrors(count)
@@ -55,10 +61,10 @@ def vectors(manifold: Manifold, site: Site, samples: int, seed: int) -> Iterator
         copy = []
         length = site.length + moved(0)
         place = low + (high - low) * (0.5 + moved(1)) if deep else (low + high) / 2
-        across = site.inputs + moved(3)
-        down = site.outputs + moved(5)
-        for o in range(site.outputs):
-            for i in range(site.inputs):
+        across = site.columns.count + moved(3)
+        down = site.rows.count + moved(5)
+        for o in range(site.rows.count):
+            for i in range(site.columns.count):
                 column, row = (i + moved(2, i)) / across, (o + moved(4, o)) / down
                 copy.append((place, column, row, length / scale, across / scale, down / scale))
         yield copy
@@ -94,24 +100,30 @@ def between(values: Tensor, at: float) -> Tensor:
     return values[low] * (1 - (at - low)) + values[high] * (at - low)
 
 
-def grid_at(model: LearnedGrid, site: Site, v: Vector, scale: int) -> Tensor:
+def grid_at(model: Representation, site: Site, v: Vector, scale: int) -> Tensor:
     """The nested grid: values at absolute channels, corrected per channel by polynomials of size."""
     key = module_key(site.role)
     column, row = v[1] * v[4] * scale, v[2] * v[5] * scale
-    value = between(between(model.grid[key][0], row), column)
-    near = 1 - abs(1 - site.outputs / site.full_outputs) / model.reach if model.reach else 0.0
-    if near > 0:  # a scalar width: every axis is as far from the source as the network
-        source = between(between(model.source.get_buffer(key)[0], row), column)
+    assert isinstance(model, Corrected)
+    inner = model.inner
+    near = 0.0
+    if isinstance(inner, Anchored):
+        # A scalar width: every axis is as far from the source as the network.
+        near = max(0.0, 1 - abs(1 - site.rows.count / site.rows.full) / inner.reach)
+        source = between(between(inner.source.grid[key][0].double(), row), column)
+        inner = inner.inner
+    value = between(between(inner.grid[key][0], row), column)  # type: ignore[index, union-attr]
+    if near > 0:
         value = (1 - near) * value + near * source
 
     def correction(modulation: Tensor, at: float, count: int, full: int) -> Tensor:
         phi = [(1 - count / full) ** (k + 1) for k in range(model.orders)]
         return between(modulation, at) @ torch.tensor(phi)
 
-    by_row = correction(model.outputs[key], row, site.outputs, site.full_outputs)
-    if site.kind != "weight":
+    by_row = correction(model.rows[key], row, site.rows.count, site.rows.full)
+    if site.vector:
         return (value + by_row) * site.gain
-    by_column = correction(model.inputs[key], column, site.inputs, site.full_inputs)
+    by_column = correction(model.columns[key], column, site.columns.count, site.columns.full)
     return value * (1 + by_row) * (1 + by_column) * site.gain
 
 
@@ -119,10 +131,11 @@ def integral_at(model: IntegralGrid, site: Site, v: Vector, scale: int) -> Tenso
     """The integral grid: a piecewise linear function of the relative position of each channel."""
     grid = model.grid[module_key(site.role)][0]
     places = []
-    axes = ((v[2] * v[5] * scale, site.outputs, 0), (v[1] * v[4] * scale, site.inputs, 1))
-    for index, count, axis in axes:
+    axes = ((v[2] * v[5] * scale, site.rows, 0), (v[1] * v[4] * scale, site.columns, 1))
+    for index, span, axis in axes:
         points = grid.shape[axis]
-        places.append((index + 0.5) / count * points - 0.5 if site.morphs[axis] else round(index))
+        place = (index + 0.5) / span.count * points - 0.5
+        places.append(place if span.morphs else round(index))
     return between(between(grid, places[0]), places[1]) * site.gain
 
 
@@ -137,13 +150,11 @@ def algorithm_3(manifold: Manifold, site: Site, samples: int, seed: int) -> Tens
         torch.stack([plain(model, site, v, manifold.scale) for v in copy])
         for copy in vectors(manifold, site, samples, seed)
     ]
-    mean = torch.stack(copies).mean(0)
-    shape = (site.outputs, site.inputs, *site.spatial) if site.kind == "weight" else (site.outputs,)
-    return mean.reshape(shape)
+    return torch.stack(copies).mean(0).reshape(site.shape)
 
 
 def small(kind: str) -> tuple[Manifold, Architecture]:
-    manifold = lenet(kind)
+    manifold = lenet(kind, **({"corrected": {}} if kind == "grid" else {}))
     return manifold, manifold.space.architecture(0.25)
 
 
@@ -156,8 +167,9 @@ def test_a_whole_network_equals_algorithm_3(kind: str, samples: int, float64: No
     made = dict(sample(manifold, architecture, samples=samples, seed=5))
     expected = {
         site.name: algorithm_3(manifold, site, samples, 5)
-        for site in all_sites(manifold.space, architecture)
-        if site.outputs * site.inputs < 200 or samples < 8  # the loops take milliseconds a weight
+        for site in sites(manifold.space, architecture).values()
+        if site.rows.count * site.columns.count < 200
+        or samples < 8  # the loops take milliseconds a weight
     }
     assert set(expected) <= set(made) and len(expected) > 4
     for name, value in expected.items():
@@ -168,36 +180,30 @@ def test_a_whole_network_equals_algorithm_3(kind: str, samples: int, float64: No
 @pytest.mark.parametrize("samples", [1, 8])
 def test_near_the_source_its_weights_have_their_share(samples: int, float64: None) -> None:
     """The reference reads the distance off conv2's own width; 0.875 is 0.5 of the reach away."""
-    manifold = lenet("grid", reach=0.25)
+    manifold = lenet("grid", anchored={"reach": 0.25}, corrected={})
     model = manifold.representation
-    assert isinstance(model, LearnedGrid)
+    assert isinstance(model, Corrected) and isinstance(model.inner, Anchored)
     manifold.representation.double()
-    for buffer in model.source.buffers():
-        buffer.normal_()
+    model.inner.source.half()
+    for parameter in model.inner.source.parameters():
+        torch.nn.init.normal_(parameter)
     architecture = manifold.space.architecture(0.875)
     assert architecture.channels == (28, 56, 56)
-    layer = manifold.space.table.layers(())[1]
-    for site in all_sites(manifold.space, architecture):
-        if site.kind == "bias" and site.name.startswith(layer.name):
-            made = sample_site(manifold, site, samples, 3)
-            expected = algorithm_3(manifold, site, samples, 3)
-            torch.testing.assert_close(made, expected, atol=1e-10, rtol=1e-10)
-            break
-    else:
-        raise AssertionError("no site was compared")
+    site = sites(manifold.space, architecture)["conv2.bias"]
+    made = sample_site(manifold, site, samples, 3)
+    expected = algorithm_3(manifold, site, samples, 3)
+    torch.testing.assert_close(made, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_a_site_of_a_deep_stage_equals_algorithm_3(float64: None) -> None:
     """Six coordinates have noise where depth morphs: K = 12 is their cubature."""
-    space = Space("resnet-mnist", "resnet-mnist", 10, ("*",), (0.1, 1.0), (1, 3))
+    space = Space("plain", traced("plain")[1], (0.1, 1.0), (1, 4))
     options = {"layers": 4, "hidden": 12, "num_freq": 3}
     torch.manual_seed(1)
-    model = representation("mlp", space, options, norm=False).double()
-    normalisation = {"mean": [0.3], "std": [0.4]}
-    labels = list("0123456789")
-    manifold = Manifold(space, model, "mlp", options, False, 0.5, 12, 64, normalisation, labels)
+    model = build("mlp", options, roles(space)).double()
+    manifold = Manifold(space, model, "mlp", options, 0.5, 12, 64, Contract((0.3,), (0.4,)))
     architecture = space.architecture(0.1, [3, 2])
-    deep = [site for site in all_sites(manifold.space, architecture) if site.length > 1]
+    deep = [site for site in sites(space, architecture).values() if site.length > 1]
     assert deep
     with torch.no_grad():
         for site in deep[:3]:
@@ -236,3 +242,119 @@ def test_bfloat16_products_are_within_their_rounding() -> None:
         assert value.dtype == torch.float32
         error = (value - exact[name]).square().mean().sqrt()
         assert 0 < error <= 3 * 2**-8 * exact[name].square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dimensions", [4, 6])
+def test_the_cubature_integrates_every_cubic(dimensions: int) -> None:
+    points = evenly(2 * dimensions, dimensions).double()
+    assert points.abs().max() <= 1
+    assert (points[:, : 6 - dimensions] == 0).all()
+    used = range(6 - dimensions, 6)
+    for degree in (1, 2, 3):
+        for term in combinations_with_replacement(used, degree):
+            made = points[:, list(term)].prod(1).mean()
+            # Over [-1, 1]: 0 for an odd power, 1 / (power + 1) for an even one.
+            powers = [term.count(d) for d in set(term)]
+            exact = math.prod(0.0 if k % 2 else 1 / (k + 1) for k in powers)
+            torch.testing.assert_close(float(made), exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("samples", [2, 5, 16, 64])
+def test_even_points_fill_each_axis_one_to_a_cell(samples: int) -> None:
+    points = evenly(samples, 4)
+    assert points.shape == (samples, 6) and points.abs().max() <= 1
+    if samples & (samples - 1) == 0:  # Sobol's first 2^m points are one to each 2^m-th
+        cells = ((points + 1) / 2 * samples).floor().long().sort(0).values
+        assert (cells == torch.arange(samples)[:, None]).all()
+
+
+def test_one_sample_is_noise_free_and_seeds_matter_only_with_noise() -> None:
+    manifold = lenet()
+    a, b = (dict(sample(manifold, manifold.space.full, samples=1, seed=s)) for s in (0, 1))
+    c, d = (dict(sample(manifold, manifold.space.full, samples=4, seed=s)) for s in (0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(c[name], d[name]) for name in c)
+
+
+def test_a_grid_is_nested_in_the_absolute_channel_index() -> None:
+    """Without correction a narrow network is the first channels of a wide one (fan-in apart)."""
+    manifold = lenet("grid")
+    wide, narrow = (
+        dict(sample(manifold, manifold.space.architecture(w), samples=1)) for w in (1.0, 0.5)
+    )
+    gain = 64 / 32
+    torch.testing.assert_close(narrow["conv3.weight"], wide["conv3.weight"][:32, :32] * gain)
+    torch.testing.assert_close(narrow["conv3.bias"], wide["conv3.bias"][:32])
+
+
+# --- batch statistics and frozen parts -------------------------------------------------------------
+
+
+def any_manifold(name: str) -> Manifold:
+    """A grid of random values over a module of the tests, with calibration images."""
+    module, graph = traced(name)
+    space = Space(name, graph, (0.25, 1.0), (1, 5) if graph.stages else None)
+    torch.manual_seed(0)
+    model = build("grid", {}, roles(space))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    shape = (MODULES | DEEP)[name][1]
+    images = torch.randint(0, 256, (16, *shape), dtype=torch.uint8)
+    contract = Contract((0.4,) * shape[0], (0.3,) * shape[0])
+    kept = {n: v for n, v in module.state_dict().items() if v.is_floating_point()}
+    return Manifold(space, model, "grid", {}, 0.0, 1, 64, contract, kept, Statistics(images))
+
+
+@pytest.mark.parametrize("name", [*MODULES, *DEEP])
+@torch.no_grad()
+def test_any_graph_is_sampled_in_the_order_and_shapes_of_the_wire(name: str) -> None:
+    """Folded by the statistics of its own calibration images, whatever the size."""
+    manifold = any_manifold(name)
+    space = manifold.space
+    for width in (0.5, 1.0):
+        architecture = space.architecture(width) if space.groups else space.full
+        graph, sizes = space.graph_of(architecture), space.sizes(architecture)
+        made = list(sample(manifold, architecture))
+        assert [n for n, _ in made] == sorted(graph.folded.tensors)
+        for tensor, value in made:
+            assert tuple(value.shape) == graph.folded.shape(tensor, sizes)
+        found = sites(space, architecture)
+        raw = {
+            n: sample_site(manifold, found[n], 1, 0) if n in found else manifold.frozen[n]
+            for n in graph.tensors
+            if n in found or n in manifold.frozen
+        }
+        images = manifold.statistics.images
+        assert images is not None
+        moments = measure(graph, sizes, raw, normalised(manifold, images))
+        expected = fold(graph, raw, moments)
+        for tensor, value in made:
+            torch.testing.assert_close(value, expected[tensor], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_statistics_that_were_kept_are_taken_for_their_size_alone() -> None:
+    manifold = any_manifold("resnet")
+    space = manifold.space
+    half, other = space.architecture(0.5), space.architecture(0.75)
+    before = {a: dict(sample(manifold, a)) for a in (half, other)}
+    graph, sizes = space.graph_of(half), space.sizes(half)
+    norms = [node for node in graph.nodes if node.op == "batch_norm"]
+    count = sum(graph.shape(node.tensors["mean"], sizes)[0] for node in norms)
+    kept = torch.stack((torch.zeros(count), torch.ones(count)))
+    manifold.statistics = Statistics(manifold.statistics.images, {half.key: kept})
+    after = {a: dict(sample(manifold, a)) for a in (half, other)}
+    assert all(torch.equal(before[other][n], after[other][n]) for n in before[other])
+    assert any(not torch.equal(before[half][n], after[half][n]) for n in before[half])
+    raw = {n: sample_site(manifold, s, 1, 0) for n, s in sites(space, half).items()}
+    expected = fold(graph, raw, unflatten(graph, sizes, kept))
+    for name, value in after[half].items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_noise_free_coordinates_are_made_once() -> None:
+    manifold = lenet()
+    site = sites(manifold.space, manifold.space.full)["conv1.weight"]
+    one, other = (coordinates(site, 64) for _ in range(2))
+    assert one.inputs.pairs.data_ptr() == other.inputs.pairs.data_ptr()
+    assert flatten({"a": (torch.zeros(2), torch.ones(2))}).shape == (2, 2)

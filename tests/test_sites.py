@@ -48,7 +48,7 @@ def test_shapes_of_sites_are_those_of_the_graph(name: str) -> None:
 
 
 def test_a_sum_over_fewer_inputs_has_larger_terms_unless_a_batch_norm_follows() -> None:
-    space = space_of("called" if "called" in MODULES else "flattened")
+    space = space_of("flattened")
     found = sites(space, space.architecture(0.5))
     # 9 channels become 4 of 6 places each; 11 become 6 (5.5, to even).
     assert found["hidden.weight"].gain == pytest.approx(9 / 4)

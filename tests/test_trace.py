@@ -150,7 +150,7 @@ def test_a_trace_leaves_the_module_as_it_was() -> None:
 
 
 class Called(nn.Module):
-    """Stride, shortcut and concatenation, called as modules: torch-pruning hooks those."""
+    """Convolutions, shortcut and concatenation, called as modules: torch-pruning hooks those."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,9 @@ def test_axes_that_meet_are_named_after_their_first_maker() -> None:
         for tensor, _, _, _ in sides:
             found[axis].add(tensor.rpartition(".")[0])
     # A stage's blocks add up in one axis; between a block's two convolutions lies one of its own.
-    assert "layer2.0.conv2" in found["layer2.0.conv2"] and "layer2.1.conv2" in found["layer2.0.conv2"]
+    assert (
+        "layer2.0.conv2" in found["layer2.0.conv2"] and "layer2.1.conv2" in found["layer2.0.conv2"]
+    )
     assert found["layer2.1.conv1"] == {"layer2.1.conv1", "layer2.1.bn1", "layer2.1.conv2"}
 
 

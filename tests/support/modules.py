@@ -383,7 +383,7 @@ def drawn(graph: Graph, sizes: dict[str, int], seed: int = 0) -> dict[str, Tenso
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A module in eval mode, its parameters and batch statistics random: none may be left out."""
+    """A module in eval mode; parameters and batch statistics random: none may be left out of use."""
     torch.manual_seed(seed)
     module = make().eval()
     with torch.no_grad():
