@@ -29,10 +29,10 @@ from neumeta import checkpoint
 from neumeta.manifold import Contract, Manifold, roles
 from neumeta.representation import build
 from neumeta.space import Space
-from training import networks
-from training.trace import trace
 from service.engine import Engine
 from service.request import WeightsRequest
+from training import networks
+from training.trace import trace
 
 Outcome = tuple[str, int, str]
 """What became of a request ('whole', 'truncated', 'refused', 'status'), its status, its sha256."""
@@ -43,9 +43,9 @@ CPU = ("--device", "cpu")
 def manifold(arch: str = "resnet56", seed: int = 0) -> Manifold:
     """Random parameters: what is served is as large as the real network, and cheap to sample."""
     torch.manual_seed(seed)
-    if arch == "lenet":
-        net, image = networks.lenet(), (1, 28, 28)
-    else:
+    net: torch.nn.Module = networks.lenet()
+    image = (1, 28, 28)
+    if arch != "lenet":
         blocks = (int(arch.removeprefix("resnet")) - 2) // 6
         net, image = networks.resnet_cifar((blocks,) * 3, shortcut="conv"), (3, 32, 32)
     graph, _ = trace(net, torch.zeros(1, *image))

@@ -21,6 +21,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from neumeta.architecture import Architecture, Space
+from neumeta.inr import ResidualMLP
 
 from benchmarks.local import hardware
 from benchmarks.published import (
@@ -33,8 +35,6 @@ from benchmarks.published import (
     seconds,
 )
 from neumeta import wire
-from neumeta.architecture import Architecture, Space
-from neumeta.inr import ResidualMLP
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
 

@@ -526,7 +526,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="neumeta-pull", description="Download the weights of one architecture, verified."
     )
     parser.add_argument("--arch", required=True, help="a served architecture, e.g. resnet20")
-    parser.add_argument("--width", help="a factor, one per group separated by commas, or group:factor pairs")
+    parser.add_argument(
+        "--width", help="a factor, one per group separated by commas, or group:factor pairs"
+    )
     parser.add_argument("--depth", help="blocks per stage, separated by commas")
     parser.add_argument("--dtype", choices=list(DTYPES))
     parser.add_argument("--samples", help="K, how many noisy samples are averaged")

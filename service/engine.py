@@ -18,7 +18,7 @@ import torch
 from neumeta import checkpoint, wire
 from neumeta.graph import BATCH, extent
 from neumeta.manifold import Manifold
-from neumeta.representation import ResidualMLP
+from neumeta.representation.mlp import ResidualMLP
 from neumeta.sample import sample
 from neumeta.space import Architecture, BadArchitecture, Space
 from service.device import chosen, identity
