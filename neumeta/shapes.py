@@ -319,7 +319,16 @@ def _slice(read: Sequence[Ints], held: Mapping[str, Ints], a: Attributes) -> Int
     return (*x[:dim], -(-length // step), *x[dim + 1 :])
 
 
-ELEMENTWISE: tuple[str, ...] = ("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish")
+ELEMENTWISE: tuple[str, ...] = (
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "gelu",
+    "silu",
+    "mish",
+    "hardswish",
+)
 ELEMENTWISE += ("hardsigmoid", "sigmoid", "tanh", "softplus", "exp", "neg")
 
 RULES: dict[str, Rule] = {

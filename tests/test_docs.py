@@ -31,7 +31,7 @@ def test_every_shipped_manifold_has_a_card_with_its_own_figures() -> None:
         card = path.with_suffix(".md").read_text()
         rows = checkpoint.read(path).about["evaluation"]
         for row in rows if len(rows) < 20 else rows[:1]:
-            figure = f"{row['accuracy']:.2f}".rstrip("0").rstrip(".")
+            figure = f"{row['score']:.2f}".rstrip("0").rstrip(".")
             assert figure in card, f"{path.stem}: {row['width']} has {figure} %"
 
 

@@ -65,7 +65,9 @@ def grid(space: Space, about: dict[str, Any] | None = None, **contract: Any) -> 
     """A manifold of random weights over a space; its frozen tensors are random too."""
     torch.manual_seed(0)
     channels = extent(space.graph.input[1], {})
-    held = {name: torch.randn(space.graph.shape(name, space.graph.full)) for name in kept(space.graph)}
+    held = {
+        name: torch.randn(space.graph.shape(name, space.graph.full)) for name in kept(space.graph)
+    }
     return Manifold(
         space,
         build("grid", {}, roles(space)),
