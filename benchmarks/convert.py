@@ -23,7 +23,7 @@ from neumeta.manifold import Contract, Manifold, roles
 from neumeta.representation import build
 from neumeta.representation.base import module_key
 from neumeta.space import Space
-from training import networks
+from training import data, networks, statistics
 from training.trace import trace
 
 
@@ -131,8 +131,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
+    parser.add_argument(
+        "--data", type=Path, help="folder of the data sets (default $NEUMETA_DATA or data)"
+    )
+    parser.add_argument("--calibration", type=int, default=128, help="images that are carried")
     arguments = parser.parse_args()
     manifold = convert(arguments.old)
+    name = manifold.about.get("data", {}).get("name") or manifold.about["recipe"]["data"]
+    loaded = data.load(name if isinstance(name, str) else name["name"], arguments.data)
+    statistics.calibrate(manifold, loaded, calibration=arguments.calibration)
     for row in manifold.about["evaluation"]:  # a pulled file now holds its graph
         width = row["width"] if manifold.space.extents else 1.0
         size = manifold.space.architecture(width, row["depth"] or None, extrapolate=True)
