@@ -21,8 +21,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from neumeta.architecture import Architecture
-from neumeta.inr import ResidualMLP
 
 from benchmarks.local import hardware
 from benchmarks.manifolds import random_manifold, space
