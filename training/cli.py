@@ -97,15 +97,8 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _explain(name: str, shape: tuple[int, ...]) -> int:
-<<<<<<< HEAD
     built_in = networks.BUILT_IN.get(name)
     net = modules.resolve(name) if built_in is None else built_in(10, shape[0])
-=======
-    if name in networks.BUILT_IN:
-        net = networks.BUILT_IN[name](10, shape[0])
-    else:
-        net = modules.resolve(name)
->>>>>>> train
     print(explain(net, shape))
     return DONE
 

@@ -222,13 +222,9 @@ def frozen_features(
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
         parts: dict[str, list[Tensor]] = {}
         bar = tqdm(
-<<<<<<< HEAD
             torch.split(torch.arange(len(data)), 500),
             desc=f"frozen part, view {view + 1}",
             mininterval=2,
-=======
-            torch.arange(len(data)).split(500), desc=f"frozen part, view {view + 1}", mininterval=2
->>>>>>> train
         )
         for rows in bar:
             x, _ = data.batch(rows, generator, augment=bool(view))

@@ -349,14 +349,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         given = (recipe.data.name, recipe.data.path)
         yield refused("data", given, "it must have either a name or a path")
     if recipe.data.name not in ("", *KNOWN):
-<<<<<<< HEAD
-        yield refused(
-            "data.name", recipe.data.name, f"one of {', '.join(KNOWN)}; or give data.path"
-        )
-=======
         allowed = f"one of {', '.join(KNOWN)}; or give data.path"
         yield refused("data.name", recipe.data.name, allowed)
->>>>>>> train
     if recipe.data.kind not in (None, *DATA_KINDS):
         yield refused("data.kind", recipe.data.kind, f"one of {', '.join(DATA_KINDS)}")
     for key, values in (("fit.morph", fit.morph), ("evaluate.widths", listed.widths)):
@@ -392,13 +386,9 @@ def _ordered(key: str, ends: tuple[float, float]) -> Iterator[str]:
 
 def _representation_conflicts(recipe: Recipe) -> Iterator[str]:
     held, fit = recipe.representation, recipe.fit
-<<<<<<< HEAD
     parts: dict[str, tuple[Any, Any, str]] = {
         "options": (KINDS[held.kind], held.options, held.kind)
     }
-=======
-    parts = {"options": (KINDS[held.kind], held.options, held.kind)}
->>>>>>> train
     for name, wrapper in WRAPPERS.items():
         if getattr(held, name) is not None:
             parts[name] = (wrapper, getattr(held, name), name)

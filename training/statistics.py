@@ -144,11 +144,7 @@ def pixels(x: Float[Tensor, "N C H W"], data: Data) -> Tensor:
     mean, std = torch.tensor(data.mean).view(around), torch.tensor(data.std).view(around)
     values = (x * std + mean) * 255
     whole = values.round()
-<<<<<<< HEAD
     if bool(((values - whole).abs() < 0.05).all()) and whole.min() >= 0 and whole.max() <= 255:
-=======
-    if bool(((values - whole).abs() < 0.05).all()) and 0 <= whole.min() and whole.max() <= 255:
->>>>>>> train
         return whole.to(torch.uint8)
     return x.half()
 
@@ -157,11 +153,7 @@ def training_images(data: Data, count: int, seed: int) -> Float[Tensor, "N C H W
     """Augmented training images, normalised."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(data), generator=generator)[:count]
-<<<<<<< HEAD
     parts = [data.batch(some, generator)[0] for some in torch.split(rows, 250)]
-=======
-    parts = [data.batch(some, generator)[0] for some in rows.split(250)]
->>>>>>> train
     return torch.cat(parts)
 
 
