@@ -18,12 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from neumeta import checkpoint
+from neumeta import checkpoint, wire
 from neumeta.manifold import Contract, Manifold, roles
 from neumeta.representation import build
 from neumeta.representation.base import module_key
 from neumeta.space import Space
-from training import networks
+from training import data, networks, statistics
 from training.trace import trace
 
 
@@ -49,6 +49,19 @@ def renamed(role: str) -> str:
         return role
     stem, dot, last = layer.rpartition(".")
     return f"{stem}{dot}{NORMS[last]}.{'weight' if kind == 'gamma' else 'bias'}"
+
+
+def account(about: dict[str, Any], space: Space) -> dict[str, Any]:
+    """The file's account of itself in the words of 0.2: scores, and channels by extent."""
+    about["source"]["score"] = about["source"].pop("accuracy")
+    for row in about["evaluation"]:
+        row["score"] = row.pop("accuracy")
+        width = row["width"] if space.extents else 1.0
+        here = space.architecture(width, row["depth"] or None, extrapolate=True)
+        row["channels"] = list(here.channels)
+        cost = space.cost(here)
+        assert cost == {key: row[key] for key in cost}, row
+    return about
 
 
 def convert(path: Path) -> Manifold:
@@ -110,7 +123,7 @@ def convert(path: Path) -> Manifold:
         header["scale"],
         contract,
         frozen,
-        about=header["about"],
+        about=account(header["about"], space),
     )
 
 
@@ -118,8 +131,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
+    parser.add_argument(
+        "--data", type=Path, help="folder of the data sets (default $NEUMETA_DATA or data)"
+    )
+    parser.add_argument("--calibration", type=int, default=128, help="images that are carried")
     arguments = parser.parse_args()
     manifold = convert(arguments.old)
+    name = manifold.about.get("data", {}).get("name") or manifold.about["recipe"]["data"]
+    loaded = data.load(name if isinstance(name, str) else name["name"], arguments.data)
+    statistics.calibrate(manifold, loaded, calibration=arguments.calibration)
+    for row in manifold.about["evaluation"]:  # a pulled file now holds its graph
+        width = row["width"] if manifold.space.extents else 1.0
+        size = manifold.space.architecture(width, row["depth"] or None, extrapolate=True)
+        row["bytes"] = wire.plan(manifold, size, "float32").length
     digest = checkpoint.write(manifold, arguments.new)
     print(json.dumps({"bytes": arguments.new.stat().st_size, "sha256": digest}))
 

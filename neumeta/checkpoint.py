@@ -21,8 +21,8 @@ from torch import Tensor
 from neumeta import atomic, sites
 from neumeta.manifold import Contract, Manifold, roles
 from neumeta.notation import BadGraph, pack, unpack
-from neumeta.program import check
 from neumeta.representation import build
+from neumeta.shapes import check
 from neumeta.space import MOST_BLOCKS, Space
 from neumeta.statistics import Statistics
 

@@ -145,7 +145,8 @@ COMPUTE: dict[str, Run] = {
     "linear": lambda v, h, a: F.linear(v[0], h["weight"], h.get("bias")),
     "batch_norm": _batch_norm,
     "affine": _affine,
-    "group_norm": lambda v, h, a: F.group_norm(
+    # Not torch.nn.functional's, which refuses one image of one value a group: narrow networks have it.
+    "group_norm": lambda v, h, a: torch.group_norm(
         v[0], a["groups"], h.get("weight"), h.get("bias"), a["eps"]
     ),
     "layer_norm": lambda v, h, a: F.layer_norm(

@@ -11,13 +11,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from neumeta.operations import WEIGHTED
 
 BATCH = "batch"
 """The one axis that is no channel: how many images are run at once."""
+MOST_NODES = 20_000
+MOST_PARTS = 1 << 18
+"""Bounds of a graph at any depth: its nodes, and the parts of all its dimensions."""
+DEPTHS = 64
+"""How many graphs of other depths are held."""
 
 Dim = tuple[tuple[str, int], ...]
 """Parts of one dimension, in order: (axis, repeat), or ("", n) for n constant indices."""
@@ -67,18 +72,25 @@ class Node:
 class Stage:
     """A container of `children` consecutive modules, of which `blocks`, from `first` on, are alike.
 
-    Alike blocks may be repeated: a depth is a number of children, `children` in the source.
+    Alike blocks may be repeated: a depth is a number of children, `children` in the source. The
+    children are called by their number from 0 on, behind `prefix` (`block1-0`, `block1-1`, ...).
     """
 
     name: str
     children: int
     first: int
     blocks: int
+    prefix: str = ""
 
     @property
     def least(self) -> int:
         """The fewest children: the ones that are not repeated, and at least one."""
         return max(1, self.children - self.blocks)
+
+    @property
+    def alike(self) -> range:
+        """The children that are alike."""
+        return range(self.first, self.first + self.blocks)
 
     def repeats(self, depth: int) -> int:
         """How many alike blocks a network of this depth has."""
@@ -86,11 +98,23 @@ class Stage:
 
     def child(self, module: str) -> int | None:
         """Which child of the container a module path lies in."""
-        head, dot, tail = module.partition(self.name + ".")
-        if head or not dot:
+        start = f"{self.name}.{self.prefix}"
+        if not module.startswith(start):
             return None
-        index = tail.partition(".")[0]
-        return int(index) if index.isdigit() else None
+        index = module[len(start) :].partition(".")[0]
+        # No other way to write the number: a path must follow from it.
+        plain = index.isascii() and index.isdigit() and str(int(index)) == index
+        return int(index) if plain else None
+
+    def path(self, child: int) -> str:
+        """The path of one child."""
+        return f"{self.name}.{self.prefix}{child}"
+
+    def within(self, path: str, child: str) -> str:
+        """A path inside one child, with the child's number replaced by this text."""
+        start = f"{self.name}.{self.prefix}"
+        rest = path[len(start) :].partition(".")
+        return f"{start}{child}{rest[1]}{rest[2]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +146,17 @@ class Graph:
     def groups(self) -> tuple[str, ...]:
         """The groups of axes that a width has a factor for, in the order of the forward pass."""
         return tuple(dict.fromkeys(axis.group for axis in self.axes.values()))
+
+    @cached_property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """The nodes that read each value; the network itself, "", reads its outputs."""
+        found: dict[str, list[str]] = {}
+        for node in self.nodes:
+            for value in dict.fromkeys(node.inputs):
+                found.setdefault(value, []).append(node.name)
+        for _, value in self.outputs:
+            found.setdefault(value, []).append("")
+        return {value: tuple(names) for value, names in found.items()}
 
     @cached_property
     def owners(self) -> dict[str, Node]:
@@ -160,21 +195,44 @@ class Graph:
 
     def block(self, stage: Stage, child: int) -> tuple[Node, ...]:
         """The nodes of one child of a stage."""
-        return tuple(node for node in self.nodes if stage.child(node.module) == child)
+        children = self._children.get((stage.name, stage.prefix))
+        if children is None:
+            found: dict[int, list[Node]] = {}
+            for node in self.nodes:
+                place = stage.child(node.module)
+                if place is not None:
+                    found.setdefault(place, []).append(node)
+            children = {place: tuple(nodes) for place, nodes in found.items()}
+            self._children[stage.name, stage.prefix] = children
+        return children.get(child, ())
 
-    @cache  # noqa: B019 (graphs live as long as their manifolds)
+    @cached_property
+    def _children(self) -> dict[tuple[str, str], dict[int, tuple[Node, ...]]]:
+        """The nodes of each child, by stage, filled as stages are asked for."""
+        return {}
+
+    @lru_cache(maxsize=DEPTHS)  # noqa: B019 (bounded)
     def at(self, depth: tuple[int, ...]) -> Graph:
         """The graph of another depth: alike blocks of each stage dropped or repeated.
 
-        Raises ValueError if a stage would have fewer children than its `least`.
+        Raises ValueError if a stage would have fewer children than its `least`, or the graph more than
+        MOST_NODES nodes or MOST_PARTS parts of dimensions.
         """
         if depth == self.depth:
             return self
-        graph = self
-        for index, (stage, children) in enumerate(zip(self.stages, depth, strict=True)):
+        nodes, parts = len(self.nodes), sum(_parts(self, node) for node in self.nodes)
+        for stage, children in zip(self.stages, depth, strict=True):
             if children < stage.least:
                 raise ValueError(f"depth: stage {stage.name} has at least {stage.least} blocks")
-            graph = _repeated(graph, index, stage, stage.repeats(children))
+            block, more = self.block(stage, stage.first), children - stage.children
+            nodes += more * len(block)
+            parts += more * sum(_parts(self, node) for node in block)
+        if nodes > MOST_NODES or parts > MOST_PARTS:
+            raise ValueError(f"depth: {list(depth)} makes a graph of {nodes} nodes, {parts} parts")
+        graph = self
+        for index, (stage, children) in enumerate(zip(self.stages, depth, strict=True)):
+            if children != stage.children:
+                graph = _repeated(graph, index, stage, stage.repeats(children))
         return graph
 
     def morphing(self, patterns: Sequence[str], *, depth: bool = True) -> Graph:
@@ -261,13 +319,22 @@ class Graph:
         return {axis: tuple(sides) for axis, sides in found.items()}
 
 
+def _parts(graph: Graph, node: Node) -> int:
+    """How many parts the dimensions have that a node and its tensors state."""
+    shapes = (node.shape, *(graph.tensors[name] for name in node.tensors.values()))
+    return _count(shapes) + sum(map(_count, node.attributes.values()))
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, tuple) or not value:
+        return 0
+    return 1 if isinstance(value[0], str) else sum(map(_count, value))
+
+
 def _in_child(name: str, stage: Stage, change: Callable[[int], int]) -> str:
     """A dotted name with the number of the stage's child in it changed."""
     child = stage.child(name)
-    if child is None:
-        return name
-    rest = name[len(stage.name) + 1 + len(str(child)) :]
-    return f"{stage.name}.{change(child)}{rest}"
+    return name if child is None else stage.within(name, str(change(child)))
 
 
 def renamed(value: Any, rename: Callable[[str], str]) -> Any:
@@ -288,26 +355,50 @@ class _Rewriting:
         self.tensors: dict[str, Shape] = {}
         self.axes: dict[str, Axis] = {}
 
-    def add(self, node: Node, rename: Callable[[str], str]) -> None:
+    def add(self, node: Node, names: _Renaming, value: Callable[[str], str]) -> None:
+        """`value` says what is read now: an axis may be called as the node that first makes it."""
         for name in node.tensors.values():
             shape = self.graph.tensors[name]
-            self.tensors[rename(name)] = renamed(shape, rename)
+            self.tensors[names[name]] = names.of(shape)
             for axis in axes_of(shape):
-                self.axes[rename(axis)] = self.graph.axes[axis]
+                self.axes[names[axis]] = self.graph.axes[axis]
         self.nodes.append(
-            replace(
-                node,
-                name=rename(node.name),
-                inputs=tuple(rename(value) for value in node.inputs),
-                tensors={key: rename(name) for key, name in node.tensors.items()},
-                attributes={
-                    key: rename(value) if key == "norm" else renamed(value, rename)
-                    for key, value in node.attributes.items()
+            Node(
+                names[node.name],
+                node.op,
+                tuple(value(name) for name in node.inputs),
+                {key: names[name] for key, name in node.tensors.items()},
+                {
+                    key: names[held] if key == "norm" else names.of(held)
+                    for key, held in node.attributes.items()
                 },
-                shape=renamed(node.shape, rename),
-                module=rename(node.module),
+                names.of(node.shape),
+                names[node.module],
             )
         )
+
+
+class _Renaming(dict[str, str]):
+    """A function of names, each asked for once; `of` renames the axes of dimensions."""
+
+    def __init__(self, rename: Callable[[str], str]) -> None:
+        super().__init__()
+        self.rename = rename
+        self.dims: dict[Any, Any] = {}
+
+    def __missing__(self, name: str) -> str:
+        self[name] = made = self.rename(name)
+        return made
+
+    def of(self, value: Any) -> Any:
+        """A dimension, or a tuple of them, with every axis renamed; anything else as it is."""
+        if not isinstance(value, tuple):
+            return value
+        made = self.dims.get(value)
+        if made is None:
+            # A network has few different dimensions, and many nodes that span them.
+            made = self.dims[value] = renamed(value, self.__getitem__)
+        return made
 
 
 def axes_of(shape: Shape) -> Iterator[str]:
@@ -322,8 +413,8 @@ def interface(graph: Graph, nodes: tuple[Node, ...]) -> tuple[str, str]:
     """
     own = {node.name for node in nodes}
     read = dict.fromkeys(v for node in nodes for v in node.inputs if v not in own)
-    used = [v for node in graph.nodes if node.name not in own for v in node.inputs]
-    made = dict.fromkeys(v for v in (*used, *(v for _, v in graph.outputs)) if v in own)
+    readers = graph.readers
+    made = [name for name in own if not own.issuperset(readers.get(name, ()))]
     if len(read) != 1 or len(made) != 1:
         raise ValueError(f"a block reads {len(read)} values and gives {len(made)}, not one each")
     return next(iter(read)), next(iter(made))
@@ -340,27 +431,35 @@ def _repeated(graph: Graph, index: int, stage: Stage, repeats: int) -> Graph:
     if repeats:
         after = _in_child(made, stage, lambda _: first + repeats - 1)
 
-    def shifted(name: str) -> str:
-        if name == last:
-            return after
-        return _in_child(name, stage, lambda child: child + more if child >= end else child)
+    moved = _Renaming(
+        lambda name: _in_child(name, stage, lambda at: at + more if at >= end else at)
+    )
 
-    def copied_to(child: int) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        return after if value == last else moved[value]
+
+    def copied_to(child: int) -> tuple[Callable[[str], str], Callable[[str], str]]:
         before = given if child == first else _in_child(made, stage, lambda _: child - 1)
-        return lambda name: before if name == given else _in_child(name, stage, lambda _: child)
+
+        def rename(name: str) -> str:
+            return _in_child(name, stage, lambda _: child)
+
+        return rename, lambda value: before if value == given else rename(value)
 
     new, copied = _Rewriting(graph), False
     for node in graph.nodes:
         if node.name not in run:
-            new.add(node, shifted)
+            new.add(node, moved, read)
             continue
         for copy in range(0 if copied else repeats):
+            rename, value = copied_to(first + copy)
+            names = _Renaming(rename)
             for each in template:
-                new.add(each, copied_to(first + copy))
+                new.add(each, names, value)
         copied = True
     stages = list(graph.stages)
     stages[index] = replace(stage, children=stage.children + more, blocks=repeats)
-    outputs = tuple((key, shifted(value)) for key, value in graph.outputs)
+    outputs = tuple((key, read(value)) for key, value in graph.outputs)
     return Graph(graph.input, new.axes, new.tensors, tuple(new.nodes), outputs, tuple(stages))
 
 

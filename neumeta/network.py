@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from neumeta.graph import Graph, Sizes
-from neumeta.notation import unpack
-from neumeta.program import Outputs, Program, check
+from neumeta.notation import sized
+from neumeta.program import Outputs, Program
+from neumeta.shapes import check
 
-MAX_SIZE = 1 << 20
-"""Channels that an axis may have: beyond it a file's metadata is not believed."""
-MOST_BLOCKS = 256
+MOST_LEVELS = 64
+"""How deep a module may lie in a network."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -41,7 +41,10 @@ class Network(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, graph: Graph, sizes: Sizes) -> None:
+    def __init__(
+        self, graph: Graph, sizes: Sizes, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """With these tensors as parameters, or (None) with room for them."""
         super().__init__()
         self.program = Program(graph, sizes)
         self.shape = tuple(sum(repeat for _, repeat in dim) for dim in graph.input[1:])
@@ -51,7 +54,12 @@ class Network(nn.Module):
         self.register_buffer("std", torch.ones(around))
         self.tensor_names = tuple(graph.tensors)
         for name in graph.tensors:
-            _put(self, name, nn.Parameter(torch.empty(graph.shape(name, sizes))))
+            *parents, last = name.split(".")
+            if name in self._buffers or len(parents) > MOST_LEVELS:
+                raise ValueError(f"tensor {name[:80]}: this name cannot be held")
+            shape = graph.shape(name, sizes)
+            held = torch.empty(shape) if tensors is None else tensors[name]
+            _inside(self, parents)._parameters[last] = nn.Parameter(held)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("mean", "std"):
@@ -68,8 +76,10 @@ class Network(nn.Module):
                 raise ValueError(f"{name}: {list(given)} is not {self.channels} finite numbers")
         if min(std) <= 0:
             raise ValueError(f"std: {list(std)} is not above 0")
-        self.mean = self.mean.new_tensor(mean).view(self.mean.shape)
-        self.std = self.std.new_tensor(std).view(self.mean.shape)
+        shape, held = self.mean.shape, self._buffers
+        # Not by assignment: the network may have a module of its own called `mean`.
+        held["mean"] = self.mean.new_tensor(mean).view(shape)
+        held["std"] = self.std.new_tensor(std).view(shape)
 
     def pixels(self, x: Tensor) -> Tensor:
         """Images in the module's own precision; uint8 ones scaled to [0, 1].
@@ -91,7 +101,7 @@ class Network(nn.Module):
             if x.dim() != len(self.shape) + 1 or x.shape[1] != self.channels:
                 raise ValueError(f"expected {wanted}, got shape {tuple(x.shape)}")
         scaled = x.dtype == torch.uint8
-        x = x.to(next(self.parameters()).dtype)
+        x = x.to(next(self.parameters(), self.mean).dtype)
         return x / 255 if scaled else x
 
     def forward(self, x: Tensor) -> Outputs:
@@ -103,20 +113,26 @@ class Network(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the graph by name, as this module holds it."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name in self.tensor_names:
-            parent, _, last = name.rpartition(".")
-            found[name] = getattr(self.get_submodule(parent), last)
+            *parents, last = name.split(".")
+            parameter = _inside(self, parents)._parameters[last]
+            assert parameter is not None
+            found[name] = parameter
         return found
 
 
-def _put(module: nn.Module, dotted: str, parameter: nn.Parameter) -> None:
-    *parents, last = dotted.split(".")
-    for name in parents:
-        if name not in module._modules:
-            module.add_module(name, nn.Module())
-        module = module.get_submodule(name)
-    module.register_parameter(last, parameter)
+def _inside(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The module at this path, made where it is not there.
+
+    Not by attribute: a network's own names may be those of `Network` and `nn.Module`.
+    """
+    for name in names:
+        found = module._modules.get(name)
+        if found is None:
+            found = module._modules[name] = nn.Module()
+        module = found
+    return module
 
 
 @overload
@@ -138,21 +154,17 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """
     about, weights = _read(Path(path))
     try:
-        graph, sizes = _architecture(about)
+        graph, sizes = sized(about)
         _fitting(weights, {name: graph.shape(name, sizes) for name in graph.tensors})
         check(graph, sizes)
         if into is not None:
             return fill(into, graph, weights).eval()
-        with torch.device("meta"):
-            net = Network(graph, sizes)
-        kind = next(iter(weights.values())).dtype
-        net.mean, net.std = (
-            each.new_zeros(each.shape, device="cpu", dtype=kind) for each in (net.mean, net.std)
-        )
+        net = Network(graph, sizes, weights)
+        # A network of nothing but activations has no tensors.
+        net.to(next((weight.dtype for weight in weights.values()), torch.float32))
         net.normalise(_numbers(about, "mean"), _numbers(about, "std"))
     except ValueError as error:
         raise ValueError(f"{path}: not a network this version can run: {error}") from None
-    net.load_state_dict(weights, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -172,6 +184,7 @@ def fill(module: nn.Module, graph: Graph, weights: Mapping[str, Tensor]) -> nn.M
     Raises ValueError naming what the module lacks or has in another shape.
     """
     held = dict(module.named_parameters()) | dict(module.named_buffers())
+    pairs: list[tuple[Tensor, Tensor]] = []
 
     def put(name: str, value: Tensor) -> None:
         if name not in held:
@@ -181,7 +194,7 @@ def fill(module: nn.Module, graph: Graph, weights: Mapping[str, Tensor]) -> nn.M
             raise ValueError(
                 f"tensor {name} is {mine} in {type(module).__name__}, {given} in the file"
             )
-        held[name].copy_(value)
+        pairs.append((held[name], value))
 
     for node in graph.nodes:
         norm = node.attributes.get("norm")
@@ -196,6 +209,9 @@ def fill(module: nn.Module, graph: Graph, weights: Mapping[str, Tensor]) -> nn.M
                 put(node.tensors["bias"], torch.zeros_like(shift))
         for name in rest.values():
             put(name, weights[name])
+    # All of them or none.
+    for mine, given in pairs:
+        mine.copy_(given)
     return module
 
 
@@ -262,34 +278,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return about, weights
 
 
-def _architecture(about: dict[str, Any]) -> tuple[Graph, dict[str, int]]:
-    """The graph of this size and the sizes of its axes, each checked before anything is allocated."""
-    graph = unpack(about.get("graph"))
-    depth, channels = about.get("depth"), about.get("channels")
-    if (
-        not isinstance(depth, list)
-        or len(depth) != len(graph.stages)
-        or not all(
-            _whole(count, MOST_BLOCKS) and count >= stage.least
-            for count, stage in zip(depth, graph.stages, strict=True)
-        )
-    ):
-        allowed = f"{len(graph.stages)} whole numbers of at most {MOST_BLOCKS}"
-        raise ValueError(f"depth: {str(depth)[:80]} is not {allowed}")
-    extents = dict.fromkeys((axis.group, axis.size) for axis in graph.axes.values())
-    order = sorted(extents, key=lambda extent: graph.groups.index(extent[0]))
-    if (
-        not isinstance(channels, list)
-        or len(channels) != len(order)
-        or not all(_whole(count, MAX_SIZE) for count in channels)
-    ):
-        allowed = f"{len(order)} whole numbers from 1 to {MAX_SIZE}"
-        raise ValueError(f"channels: {str(channels)[:80]} is not {allowed}")
-    here = graph.at(tuple(depth))
-    by_extent = dict(zip(order, channels, strict=True))
-    return here, {name: by_extent[axis.group, axis.size] for name, axis in here.axes.items()}
-
-
 def _fitting(weights: Mapping[str, Tensor], planned: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that are not those of this architecture, before any of it is made."""
     for name, dimensions in planned.items():
@@ -307,7 +295,3 @@ def _numbers(about: dict[str, Any], key: str) -> list[float]:
     if not isinstance(given, list) or not all(type(each) in (int, float) for each in given):
         raise ValueError(f"{key}: {str(given)[:80]} is not a list of numbers")
     return given
-
-
-def _whole(value: object, most: int) -> bool:
-    return type(value) is int and 1 <= value <= most

@@ -11,13 +11,30 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-from neumeta.graph import BATCH, Axis, Dim, Graph, Node, Shape, Stage
+from neumeta.graph import (
+    BATCH,
+    MOST_NODES,
+    MOST_PARTS,
+    Axis,
+    Dim,
+    Graph,
+    Node,
+    Shape,
+    Stage,
+    interface,
+)
 from neumeta.operations import OPERATIONS
 
-MOST_NODES = 20_000
-MOST_TEXT = 32 << 20
+MOST_TEXT = 8 << 20
+MOST_STAGES = 64
+MOST_SIZE = 1 << 20
+"""Channels that an axis of a pulled file may have."""
+MOST_BLOCKS = 256
+"""Children that a stage of a pulled file may have."""
 MOST_COUNT = 1 << 24
 """Bound of any single number of indices."""
 TEXTS = {
@@ -52,7 +69,11 @@ def dump(graph: Graph) -> dict[str, Any]:
             for node in graph.nodes
         ],
         "outputs": [list(output) for output in graph.outputs],
-        "stages": [[s.name, s.children, s.first, s.blocks] for s in graph.stages],
+        "stages": [
+            # A prefix is rare, and left out where there is none.
+            [s.name, s.children, s.first, s.blocks, *([s.prefix] if s.prefix else [])]
+            for s in graph.stages
+        ],
     }
 
 
@@ -77,7 +98,8 @@ def _written(kind: str, value: Any) -> Any:
 
 def pack(graph: Graph) -> str:
     """The graph as a short ASCII text: compressed JSON."""
-    text = json.dumps(dump(graph), sort_keys=True, separators=(",", ":"))
+    # In the graph's own order: groups are listed in that of the forward pass.
+    text = json.dumps(dump(graph), separators=(",", ":"))
     return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
 
 
@@ -114,6 +136,44 @@ def parse(held: Any) -> Graph:
     return graph
 
 
+def sized(about: Mapping[str, Any]) -> tuple[Graph, dict[str, int]]:
+    """The graph of a pulled file at its depth, and the size of every axis of it, from the file's
+    `graph`, `depth` and `channels`. Raises BadGraph before anything of that size is made."""
+    graph = unpack(about.get("graph"))
+    depth, channels = about.get("depth"), about.get("channels")
+    if (
+        not isinstance(depth, list)
+        or len(depth) != len(graph.stages)
+        or not all(
+            type(count) is int and stage.least <= count <= MOST_BLOCKS
+            for count, stage in zip(depth, graph.stages, strict=True)
+        )
+    ):
+        allowed = f"{len(graph.stages)} whole numbers of at most {MOST_BLOCKS}"
+        raise BadGraph(f"depth: {str(depth)[:80]} is not {allowed}")
+    nodes = len(graph.nodes) + sum(
+        len(graph.block(stage, stage.first)) * count
+        for count, stage in zip(depth, graph.stages, strict=True)
+    )
+    if nodes > MOST_NODES:
+        raise BadGraph(f"depth: {str(depth)[:80]} gives more than {MOST_NODES} nodes")
+    extents = dict.fromkeys((axis.group, axis.size) for axis in graph.axes.values())
+    order = sorted(extents, key=lambda extent: graph.groups.index(extent[0]))
+    if (
+        not isinstance(channels, list)
+        or len(channels) != len(order)
+        or not all(type(count) is int and 1 <= count <= MOST_SIZE for count in channels)
+    ):
+        allowed = f"{len(order)} whole numbers from 1 to {MOST_SIZE}"
+        raise BadGraph(f"channels: {str(channels)[:80]} is not {allowed}")
+    try:
+        here = graph.at(tuple(depth))
+    except (ValueError, KeyError) as error:
+        raise BadGraph(f"depth: {depth} cannot be made: {error}") from None
+    by_extent = dict(zip(order, channels, strict=True))
+    return here, {name: by_extent[axis.group, axis.size] for name, axis in here.axes.items()}
+
+
 class _Reader:
     """One pass over the JSON values of a graph."""
 
@@ -133,6 +193,7 @@ class _Reader:
         self.axes: dict[str, Axis] = {}
         self.tensors: dict[str, Shape] = {}
         self.values = {"input"}
+        self.parts = 0
 
     def graph(self) -> Graph:
         for name, entry in _object(self.held["axes"], "axes").items():
@@ -166,27 +227,38 @@ class _Reader:
         return self.with_stages(graph)
 
     def with_stages(self, graph: Graph) -> Graph:
-        stages = []
-        for name, children, first, blocks in self.held["stages"]:
+        stages: list[Stage] = []
+        entries = self.held["stages"]
+        if not isinstance(entries, list) or len(entries) > MOST_STAGES:
+            raise BadGraph(f"stages: not a list of at most {MOST_STAGES}")
+        for name, children, first, blocks, *more in entries:
             stage = Stage(
                 _name(name),
                 _count(children, f"stage {name}"),
                 _whole(first, f"stage {name}"),
                 _count(blocks, f"stage {name}"),
+                *(_name(prefix) for prefix in more[:1]),
             )
+            if len(more) > 1:
+                raise BadGraph(f"stage {name}: more than a prefix follows its blocks")
             if stage.first + stage.blocks > stage.children or stage.children > 4096:
                 raise BadGraph(f"stage {name}: blocks beyond its children")
+            for other in stages:
+                if f"{name}.".startswith(f"{other.name}.") or other.name.startswith(f"{name}."):
+                    raise BadGraph(f"stage {name}: lies in stage {other.name}, or around it")
             stages.append(stage)
-        made = Graph(
-            graph.input, graph.axes, graph.tensors, graph.nodes, graph.outputs, tuple(stages)
-        )
-        for place, stage in enumerate(stages):
+        made = replace(graph, stages=tuple(stages))
+        for stage in stages:
             try:
-                depth = list(made.depth)
-                depth[place] += 1
-                made.at(tuple(depth))
-            except (ValueError, KeyError) as error:
+                ends = [
+                    interface(made, made.block(stage, child))
+                    for child in range(stage.first, stage.first + stage.blocks)
+                ]
+            except ValueError as error:
                 raise BadGraph(f"stage {stage.name}: cannot be repeated: {error}") from None
+            for (_, last), (given, _) in pairwise(ends):
+                if last != given:
+                    raise BadGraph(f"stage {stage.name}: its blocks are no chain")
         return made
 
     def node(self, entry: Any) -> Node:
@@ -256,6 +328,9 @@ class _Reader:
         return tuple(self.dim(dim, where, batch=batch) for dim in value)
 
     def dim(self, value: Any, where: str, *, batch: bool = False) -> Dim:
+        self.parts += len(value) if isinstance(value, list) else 1
+        if self.parts > MOST_PARTS:
+            raise BadGraph(f"{where}: dimensions of more than {MOST_PARTS} parts")
         if type(value) is int:
             return (("", _whole(value, where)),)
         if isinstance(value, str):

@@ -5,24 +5,19 @@ Knows no weights: they are given with each call, so that generated weights run l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from neumeta.compute import COMPUTE
-from neumeta.graph import BATCH, Graph, Shape, Sizes, extent
-from neumeta.notation import BadGraph
+from neumeta.graph import Graph, Sizes
 from neumeta.operations import OPERATIONS
+from neumeta.shapes import numeric
 
 Outputs = Tensor | dict[str, Tensor] | tuple[Tensor, ...]
 Watch = Callable[[str, Tensor], None]
-
-MOST_VALUE = 1 << 30
-"""Bound of the numbers that one value holds for one image, in a graph that is not trusted."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +30,6 @@ class Step:
     tensors: Mapping[str, str]
     attributes: Mapping[str, Any]
     done: tuple[str, ...]
-
-
-def _number(value: Any, kind: str, sizes: Sizes) -> Any:
-    """An attribute's value where the axes have these sizes; -1 stands for the batch."""
-    if kind == "dim":
-        return extent(value, sizes)
-    if kind == "dims":
-        return tuple(-1 if dim == ((BATCH, 1),) else extent(dim, sizes) for dim in value)
-    return value
 
 
 class Program:
@@ -59,7 +45,7 @@ class Program:
         for node in graph.nodes:
             kinds = OPERATIONS[node.op].attributes
             attributes = {
-                key: _number(value, kinds[key], sizes) for key, value in node.attributes.items()
+                key: numeric(value, kinds[key], sizes) for key, value in node.attributes.items()
             }
             done = tuple(
                 value
@@ -116,49 +102,6 @@ class Program:
         if all(key.isdigit() for key in keys):
             return tuple(held[value] for _, value in self.outputs)
         return {key: held[value] for key, value in self.outputs}
-
-
-def check(graph: Graph, sizes: Sizes) -> None:
-    """Run the graph at these sizes without data: every value must have the shape its node states.
-
-    Raises BadGraph naming the node.
-    """
-    batch = 2
-    wanted = {**sizes, BATCH: batch}
-    shapes = {node.name: node.shape for node in graph.nodes}
-    for name, shape in {"input": graph.input, **shapes}.items():
-        if math.prod(extent(dim, wanted) for dim in shape) > MOST_VALUE * batch:
-            raise BadGraph(f"{name}: a value of more than {MOST_VALUE} numbers")
-
-    def meta(shape: Shape) -> Tensor:
-        return torch.empty(tuple(extent(dim, wanted) for dim in shape), device="meta")
-
-    for name, shape in graph.tensors.items():
-        if math.prod(extent(dim, wanted) for dim in shape) > MOST_VALUE:
-            raise BadGraph(f"{name}: a tensor of more than {MOST_VALUE} numbers")
-    tensors = {name: meta(shape) for name, shape in graph.tensors.items()}
-    program = Program(graph, sizes)
-    held = {"input": meta(graph.input)}
-    for step in program.steps:
-        stated = tuple(extent(dim, wanted) for dim in shapes[step.name])
-        own = {role: tensors[name] for role, name in step.tensors.items()}
-        try:
-            made = COMPUTE[step.op](
-                tuple(held[value] for value in step.inputs), own, step.attributes
-            )
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-        ) as e:
-            why = str(e).partition("\n")[0][:120]
-            raise BadGraph(f"{step.name}: {step.op} does not fit what it reads: {why}") from None
-        if tuple(made.shape) != stated:
-            raise BadGraph(f"{step.name}: {step.op} gives {tuple(made.shape)}, not {stated}")
-        held[step.name] = made
 
 
 def output(given: Outputs) -> Tensor:

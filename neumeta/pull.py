@@ -1,6 +1,6 @@
 """`neumeta-pull`: one verified file on a device, or the file that was there before.
 
-Needs httpx, filelock, the axis tables and the wire format; knows neither torch nor the service's code.
+Needs httpx, filelock, the graph and the wire format; knows neither torch nor the service's code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from urllib.parse import quote
 import httpx
 from filelock import FileLock, Timeout
 
-from neumeta.family import FAMILIES, shape
+from neumeta.notation import BadGraph, sized
 
 RETRIED = {408, 429, 500, 502, 503, 504}
 ITEM = {"F32": 4, "F16": 2, "BF16": 2}
@@ -419,6 +419,10 @@ def _json_values(asked: Mapping[str, str]) -> dict[str, Any]:
             found[name] = text == "true"
         else:
             with suppress(ValueError):  # what is no number the service has refused already
+                if ":" in text:
+                    pairs = (part.rpartition(":") for part in text.split(","))
+                    found[name] = {group: float(number) for group, _, number in pairs}
+                    continue
                 values = json.loads(f"[{text}]")
                 found[name] = values if name == "depth" or len(values) > 1 else values[0]
     return found
@@ -454,8 +458,8 @@ def _reason(answer: httpx.Response) -> str:
 
 
 def check_file(path: Path, arch: str = "", dtype: str = "") -> None:
-    """Raise PullError unless this is a whole file of this architecture's family and this dtype (of
-    any, where none is given): the tensors of the family's table, at the sizes the header states, one
+    """Raise PullError unless this is a whole file of this architecture (or of any) and this dtype
+    (or of any): the tensors of the graph in its header, at the depth and channels stated there, one
     after the other."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -464,6 +468,8 @@ def check_file(path: Path, arch: str = "", dtype: str = "") -> None:
             raise PullError("what arrived is no safetensors file")
         try:
             end, wrong = _laid_out(json.loads(file.read(count)), arch, dtype)
+        except BadGraph as error:
+            raise PullError(f"what arrived is no network: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise PullError("what arrived has a broken header") from None
     if wrong:
@@ -475,22 +481,22 @@ def check_file(path: Path, arch: str = "", dtype: str = "") -> None:
 def _laid_out(header: dict[str, Any], arch: str, dtype: str) -> tuple[int, str]:
     """How many bytes of tensors a header lays out, and what is wrong with it, if anything."""
     about = json.loads(header.pop("__metadata__")["neumeta"])
-    family = FAMILIES[about["family"]]
-    depth = tuple(int(blocks) for blocks in about["depth"])
-    arch = arch or next(iter(family.architectures))
-    if arch not in family.architectures:
-        return 0, f"the family is {family.name}"
-    if len(depth) != len(family.architectures[arch]) or max(depth, default=0) > family.max_blocks:
-        return 0, "the depth is impossible"
+    # A named depth, as resnet32 is of resnet20, is a file of that manifold.
+    if arch and arch not in (about["arch"], *about.get("names", ())):
+        return 0, f"it is {ascii(about['arch'])[:60]}"
+    graph, sizes = sized(about)
     offset, dtype = 0, dtype or next(iter(header.values()))["dtype"]
-    for tensor in sorted(family.tensors(depth), key=lambda tensor: tensor.name):
-        entry, wanted = header.pop(tensor.name), list(shape(tensor, about["sizes"]))
+    for name in sorted(graph.tensors):
+        wanted = list(graph.shape(name, sizes))
+        if name not in header:
+            return 0, f"{name} is missing"
+        entry = header.pop(name)
         end = offset + math.prod(wanted) * ITEM[dtype]
         if entry["dtype"] != dtype or entry["shape"] != wanted:
             given = f"{entry['dtype']} {entry['shape']}"[:80]
-            return 0, f"{tensor.name} is {given}, not {dtype} {wanted}"
+            return 0, f"{name} is {given}, not {dtype} {wanted}"
         if entry["data_offsets"] != [offset, end]:
-            return 0, f"{tensor.name} is not where its shape puts it"
+            return 0, f"{name} is not where its shape puts it"
         offset = end
     return offset, f"there is a tensor {ascii(next(iter(header)))[:60]}" if header else ""
 
@@ -520,7 +526,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="neumeta-pull", description="Download the weights of one architecture, verified."
     )
     parser.add_argument("--arch", required=True, help="a served architecture, e.g. resnet20")
-    parser.add_argument("--width", help="a factor, or one per stage separated by commas")
+    parser.add_argument(
+        "--width", help="a factor, one per group separated by commas, or group:factor pairs"
+    )
     parser.add_argument("--depth", help="blocks per stage, separated by commas")
     parser.add_argument("--dtype", choices=list(DTYPES))
     parser.add_argument("--samples", help="K, how many noisy samples are averaged")

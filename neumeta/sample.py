@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
-@cache
+@lru_cache(maxsize=64)
 def evenly(samples: int, dimensions: int) -> Float[Tensor, "K 6"]:
     """K points of [-1, 1]^6 to average over instead of independent ones, in its last `dimensions`.
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 
 from neumeta.coordinates import ONE, Site, Span
-from neumeta.graph import Dim, Graph, Node, Stage, axes_of
+from neumeta.graph import DEPTHS, Dim, Graph, Node, Stage, axes_of
 from neumeta.space import Architecture, Space
 
 STATISTICS = ("mean", "variance")
@@ -41,7 +41,7 @@ def role(graph: Graph, name: str) -> str:
     for stage in graph.stages:
         child = stage.child(name)
         if child is not None and stage.first <= child < stage.first + stage.blocks:
-            return f"{stage.name}.n{name[len(stage.name) + 1 + len(str(child)) :]}"
+            return stage.within(name, "n")
     return name
 
 
@@ -50,7 +50,7 @@ def stage_of(graph: Graph, node: Node) -> Stage | None:
     return _stages(graph)[node.name]
 
 
-@cache
+@lru_cache(maxsize=DEPTHS)
 def _stages(graph: Graph) -> dict[str, Stage | None]:
     found: dict[str, Stage | None] = {}
     now = graph.stages[0] if graph.stages else None
@@ -60,7 +60,7 @@ def _stages(graph: Graph) -> dict[str, Stage | None]:
     return found
 
 
-@cache
+@lru_cache(maxsize=DEPTHS)
 def branch_ends(graph: Graph) -> frozenset[str]:
     """The tensors of the last layer of every residual branch: what a block adds to its input.
 
@@ -86,7 +86,7 @@ def branch_ends(graph: Graph) -> frozenset[str]:
     return frozenset(found)
 
 
-@cache
+@lru_cache(maxsize=DEPTHS)
 def made(graph: Graph) -> tuple[str, ...]:
     """The tensors that a representation makes: all of every node that holds one with an axis; or all
     there are, where depth morphs."""
@@ -109,7 +109,7 @@ def made(graph: Graph) -> tuple[str, ...]:
     )
 
 
-@cache
+@lru_cache(maxsize=DEPTHS)
 def kept(graph: Graph) -> tuple[str, ...]:
     """The tensors that are the source's own, whatever the size."""
     norms = [node for node in graph.nodes if node.op == "batch_norm"]
@@ -117,7 +117,7 @@ def kept(graph: Graph) -> tuple[str, ...]:
     return tuple(name for name in graph.tensors if name not in measured and name not in made(graph))
 
 
-@cache
+@lru_cache(maxsize=DEPTHS)
 def _normed(graph: Graph) -> frozenset[str]:
     """The nodes whose output a batch norm rescales."""
     return frozenset(graph.folds)
@@ -137,7 +137,7 @@ def sites(
     return {site.name: site for site in _sites(space, architecture, cells)}
 
 
-@cache
+@lru_cache(maxsize=256)
 def _even(space: Space, architecture: Architecture) -> dict[str, Site]:
     return {site.name: site for site in _sites(space, architecture, {})}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 from neumeta.graph import Graph
 
@@ -90,34 +90,35 @@ class Space:
         """The source's graph at this depth."""
         return self.graph.at(architecture.depth)
 
-    @cache  # noqa: B019 (spaces live as long as their manifolds)
+    @lru_cache(maxsize=1024)  # noqa: B019 (bounded)
     def sizes(self, architecture: Architecture) -> dict[str, int]:
         """The size of every axis of the network of this architecture."""
         channels = dict(zip(self.extents, architecture.channels, strict=True))
         axes = self.graph_of(architecture).axes
         return {name: channels[axis.group, axis.size] for name, axis in axes.items()}
 
-    @cache  # noqa: B019 (as above)
+    @lru_cache(maxsize=1024)  # noqa: B019 (bounded)
     def cost(self, architecture: Architecture) -> dict[str, int]:
         """Parameters and multiply-accumulates (one image) of the folded network."""
         graph, sizes = self.graph_of(architecture).folded, self.sizes(architecture)
         return {"parameters": graph.parameters(sizes), "macs": graph.macs(sizes)}
 
+    @cached_property
+    def widths(self) -> tuple[float, ...]:
+        """Scalar widths within the trained range, rising, that between them ask for every architecture
+        that any of that range can ask for."""
+        low, high = self.width
+        # The channels of an extent of C change where width passes (c + 1/2) / C.
+        sizes = {size for _, size in self.extents}
+        turns = {(c + 0.5) / size for size in sizes for c in range(2 * size)}
+        edges = sorted({low, high, *(turn for turn in turns if low < turn < high)})
+        middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+        return tuple(dict.fromkeys((low, *middles, high)))
+
     def scaled(self, depth: Sequence[int] | None = None) -> tuple[Architecture, ...]:
         """Every distinct architecture that one scalar width within the trained range can ask for,
         smallest first."""
-        low, high = self.width
-        # The channels of an extent of C change where width passes (c + 1/2) / C.
-        turns = {
-            (c + 0.5) / size
-            for _, size in self.extents
-            for c in range(size)
-            if c + 0.5 > low * size
-        }
-        edges = sorted({low, high, *(turn for turn in turns if low < turn < high)})
-        middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
-        found = (self.architecture(width, depth) for width in (low, *middles, high))
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(self.architecture(width, depth) for width in self.widths))
 
     def architecture(
         self,
@@ -149,7 +150,8 @@ class Space:
             factor = count / size
             if not all(_scaled(factor, size) == count for count, size in own):
                 # Between the last width that is too small for one of them and the first too large.
-                least = max((count - 0.5) / size for count, size in own)
+                # One is the fewest: no width is too small for it.
+                least = max((count - 0.5) / size if count > 1 else 0.0 for count, size in own)
                 factor = (least + min((count + 0.5) / size for count, size in own)) / 2
             if not architecture.extrapolated:
                 factor = min(max(factor, low), high)

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ def about(manifold: Manifold, architecture: Architecture) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "arch": space.name,
+        "names": sorted(name for name, each in space.named.items() if each == architecture.depth),
         "graph": packed(space),
         "depth": list(architecture.depth),
         "channels": list(architecture.channels),
@@ -74,7 +75,7 @@ def about(manifold: Manifold, architecture: Architecture) -> dict[str, Any]:
     }
 
 
-@cache
+@lru_cache(maxsize=32)
 def packed(space: Space) -> str:
     """The folded graph of the source's size, as every pulled file holds it."""
     return pack(space.graph.folded)
@@ -100,17 +101,26 @@ def plan_tensors(
     return Plan(header, names, shapes, dtype, len(header) + offset)
 
 
-def encode(tensor: Tensor, dtype: str) -> bytes:
-    """A tensor's bytes on the wire: row-major, little-endian, rounded to nearest even."""
+def encode(name: str, tensor: Tensor, dtype: str) -> bytes:
+    """A tensor's bytes on the wire: row-major, little-endian, rounded to nearest even.
+
+    Raises ValueError if it holds a number that is not finite, or becomes so when it is rounded.
+    """
     kind = DTYPES[dtype][0]
     array = tensor.detach().to("cpu", kind).contiguous().flatten()
+    if not bool(torch.isfinite(array).all()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name}: sampled weights are not finite")
+        largest, most = float(tensor.detach().abs().max()), torch.finfo(kind).max
+        raise ValueError(f"{name}: a weight of {largest:.4g} is beyond {dtype}'s {most:.4g}")
     return array.view(torch.uint8).numpy().tobytes()
 
 
 def stream(plan: Plan, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]:
     """The header, then each tensor's bytes.
 
-    Raises ValueError if the tensors are not exactly the planned ones, in order, or not finite.
+    Raises ValueError if the tensors are not exactly the planned ones, in order, or not finite in the
+    plan's dtype.
     """
     yield plan.header
     due = iter(zip(plan.names, plan.shapes, strict=True))
@@ -120,9 +130,7 @@ def stream(plan: Plan, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} where {planned} {dimensions} is planned"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name}: sampled weights are not finite")
-        yield encode(tensor, plan.dtype)
+        yield encode(name, tensor, plan.dtype)
     missing = next(due, None)
     if missing is not None:
         raise ValueError(f"{missing[0]}: planned but never sampled")

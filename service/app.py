@@ -220,7 +220,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.post("/plan", responses=PROBLEMS, openapi_extra=BODY)
     async def plan(request: Request) -> JSONResponse:
-        """Size, cost and expected accuracy of a request; nothing is materialized."""
+        """Size, cost and expected score of a request; nothing is materialized."""
         job = engine.job(from_json(await _json(request)))
         told = engine.describe(job)
         told["location"] = settings.root_path + told["location"]
@@ -236,7 +236,7 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/models/{arch}", responses=PROBLEMS)
     @app.head("/models/{arch}", include_in_schema=False)
     async def model(request: Request, arch: str) -> JSONResponse:
-        """One served architecture: ranges, parameters, MACs, accuracy by size."""
+        """One served architecture: ranges, parameters, MACs, score by size."""
         no_query(request.query_params)
         return JSONResponse(engine.model(arch))
 

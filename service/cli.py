@@ -181,7 +181,7 @@ def welcome(engine: Engine, flag: str, address: str) -> str:
     name = sorted(engine.manifolds)[-1]
     space = engine.manifolds[name].space
     body: dict[str, Any] = {"arch": name}
-    if space.stages:
+    if space.extents:
         body["width"] = max(space.width[0], min(0.5, space.width[1]))
     return (
         f"serving {', '.join(sorted(engine.manifolds))} on {engine.device}; try\n\n"

@@ -7,8 +7,7 @@ its length and its identity.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,17 +16,18 @@ from typing import Any
 import torch
 
 from neumeta import checkpoint, wire
-from neumeta.architecture import Architecture, BadArchitecture, Space
-from neumeta.inr import ResidualMLP
+from neumeta.graph import BATCH, extent
 from neumeta.manifold import Manifold
+from neumeta.representation.mlp import ResidualMLP
 from neumeta.sample import sample
+from neumeta.space import Architecture, BadArchitecture, Space
 from service.device import chosen, identity
 from service.problem import Problem, refuse
-from service.request import WeightsRequest
+from service.request import MOST, WeightsRequest
 from service.settings import Settings
 
 Row = tuple[int, float, Architecture]
-"""Parameters, measured accuracy and the architecture that was evaluated."""
+"""Parameters, measured score and the architecture that was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Job:
     def location(self) -> str:
         """The canonical URL of the same bytes."""
         space, parts = self.manifold.space, []
-        if factors := _factors(space, self.architecture):
+        if factors := space.factors(self.architecture):
             one = len(set(factors)) == 1
             parts.append(f"width={','.join(map(repr, factors[:1] if one else factors))}")
         if space.blocks:
@@ -60,7 +60,7 @@ class Job:
         parts += [f"dtype={self.dtype}", f"samples={self.samples}", f"seed={self.seed}"]
         if self.architecture.extrapolated:
             parts.append("extrapolate=true")
-        return f"/weights/{space.arch}?{'&'.join(parts)}"
+        return f"/weights/{space.name}?{'&'.join(parts)}"
 
 
 class Engine:
@@ -87,12 +87,17 @@ class Engine:
         self.manifolds: dict[str, Manifold] = {}
         for path in files:
             manifold = checkpoint.read(path)
-            name = manifold.space.arch
+            name = manifold.space.name
             if name in self.manifolds:
                 raise ValueError(f"{path}: {name!r} is served by an earlier file already")
+            if (count := len(manifold.space.groups)) > MOST:
+                told = f"{path}: width: {count} groups, where a request may list {MOST}"
+                raise checkpoint.BadCheckpoint(told)
             manifold.representation.to(self.device)
-            if precision == "bfloat16" and isinstance(manifold.representation, ResidualMLP):
-                manifold.representation.lower(torch.bfloat16)
+            if precision == "bfloat16":
+                for part in manifold.representation.modules():
+                    if isinstance(part, ResidualMLP):  # wherever wrappers have put it
+                        part.lower(torch.bfloat16)
             self.manifolds[name] = manifold
             self._try(path, manifold)
         self._measured = {name: _measured(found) for name, found in self.manifolds.items()}
@@ -100,16 +105,15 @@ class Engine:
 
     @staticmethod
     def _try(path: Path, manifold: Manifold) -> None:
-        """Sample its largest and its smallest network, so that what cannot be served is not adopted.
+        """Sample its smallest network, so that what cannot be served is not adopted.
 
         Raises BadCheckpoint naming the tensor.
         """
-        space = manifold.space
+        architecture = growing(manifold.space, None, False)(0)
+        plan = wire.plan(manifold, architecture, "float32")
         try:
-            for architecture in dict.fromkeys((space.full, growing(space, None, False)[0])):
-                plan = wire.plan(space, architecture, "float32", manifold.normalisation)
-                for _ in wire.stream(plan, sample(manifold, architecture, samples=1)):
-                    pass
+            for _ in wire.stream(plan, sample(manifold, architecture, samples=1)):
+                pass
         except (ValueError, RuntimeError) as error:
             told = f"{path}: {architecture.key} cannot be sampled: {error}"
             raise checkpoint.BadCheckpoint(told) from None
@@ -180,18 +184,18 @@ class Engine:
         return Job(manifold, architecture, asked.dtype, samples, seed, plan, key)
 
     def _by_depth(self, asked: WeightsRequest) -> WeightsRequest:
-        """A family's other architectures are depths of the manifold that covers them."""
+        """A manifold's named depths are networks of it."""
         if asked.arch in self.manifolds:
             return asked
         for manifold in self.manifolds.values():
             space = manifold.space
-            depth = space.table.architectures.get(asked.arch)
-            if depth is None or space.blocks is None:
+            depth = space.named.get(asked.arch)
+            if depth is None:
                 continue
             if asked.depth is not None:
-                allowed = f"no depth with {asked.arch!r}, which is {list(depth)} of {space.arch!r}"
+                allowed = f"no depth with {asked.arch!r}, which is {list(depth)} of {space.name!r}"
                 raise refuse("depth", asked.depth, allowed)
-            return asked.model_copy(update={"arch": space.arch, "depth": list(depth)})
+            return asked.model_copy(update={"arch": space.name, "depth": list(depth)})
         return asked
 
     def manifold(self, name: str) -> Manifold:
@@ -201,12 +205,11 @@ class Engine:
         return self.manifolds[name]
 
     def _make_plan(self, name: str, architecture: Architecture, dtype: str) -> wire.Plan:
-        manifold = self.manifolds[name]
-        return wire.plan(manifold.space, architecture, dtype, manifold.normalisation)
+        return wire.plan(self.manifolds[name], architecture, dtype)
 
     def _best(self, manifold: Manifold, asked: WeightsRequest) -> Architecture:
         """The largest scalar width within the budget, found by bisection: cost grows with size. Where
-        depth is open too, a measured size that fits and is more accurate: fewer blocks can be
+        depth is open too, a measured size that fits and has a better score: fewer blocks can be
         better than fewer channels.
         """
         space = manifold.space
@@ -215,28 +218,30 @@ class Engine:
 
         def need(architecture: Architecture) -> int:
             if bound == "max_bytes":
-                return self._make_plan(space.arch, architecture, asked.dtype).length
+                return self._make_plan(space.name, architecture, asked.dtype).length
             return space.cost(architecture)["parameters" if bound == "max_params" else "macs"]
 
         depth = None if asked.depth is None else tuple(asked.depth)
         sizes = growing(space, depth, asked.extrapolate)
-        if (least := need(sizes[0])) > limit:
+        if (least := need(sizes(0))) > limit:
             raise BadArchitecture("budget", {bound: limit}, f"{bound} of at least {least}")
-        low, high = 0, len(sizes)
+        low, high = 0, sizes.count
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if need(sizes[middle]) <= limit else (low, middle)
-        largest = sizes[low]
-        expected, _ = self.expected_accuracy(space.arch, largest)
-        if expected is None or asked.depth is not None or not (space.blocks and space.stages):
+            low, high = (middle, high) if need(sizes(middle)) <= limit else (low, middle)
+        largest = sizes(low)
+        expected, _ = self.expected_score(space.name, largest)
+        if expected is None or asked.depth is not None or not (space.blocks and space.extents):
             return largest
-        fitting = [
-            (accuracy, -count, architecture)
-            for count, accuracy, architecture in self._measured[space.arch].values()
-            if (asked.extrapolate or not architecture.extrapolated) and need(architecture) <= limit
-        ]
-        most, _, better = max(fitting, key=lambda row: row[:2], default=(0.0, 0, largest))
-        return better if most > expected else largest
+        sign = 1 if manifold.contract.higher else -1
+        rows = self._measured[space.name].values()
+        for _, score, architecture in sorted(rows, key=lambda row: (-sign * row[1], row[0])):
+            if sign * score <= sign * expected:
+                break
+            served = asked.extrapolate or not architecture.extrapolated
+            if served and need(architecture) <= limit:
+                return architecture
+        return largest
 
     def weights(self, job: Job) -> Iterator[bytes]:
         """The file's bytes after its header, each tensor as soon as it is sampled."""
@@ -246,11 +251,11 @@ class Engine:
         yield from chunks
 
     def describe(self, job: Job) -> dict[str, Any]:
-        """The plan of a job as JSON values: size, cost and expected accuracy."""
+        """The plan of a job as JSON values: size, cost and expected score."""
         space = job.manifold.space
-        accuracy, measured = self.expected_accuracy(space.arch, job.architecture)
+        score, measured = self.expected_score(space.name, job.architecture)
         return {
-            "arch": space.arch,
+            "arch": space.name,
             "architecture": job.architecture.key,
             "channels": list(job.architecture.channels),
             "depth": list(job.architecture.depth),
@@ -260,22 +265,22 @@ class Engine:
             "seed": job.seed,
             **space.cost(job.architecture),
             "bytes": job.plan.length,
-            "accuracy": accuracy,
-            "accuracy_measured": measured,
+            "metric": job.manifold.contract.metric,
+            "score": score,
+            "score_measured": measured,
             "etag": job.etag,
             "location": job.location,
         }
 
-    def expected_accuracy(self, name: str, architecture: Architecture) -> tuple[float | None, bool]:
-        """The accuracy measured at this architecture, or interpolated over the parameters of those
-        measured at its depth (across depths accuracy is no function of the size alone); whether it
+    def expected_score(self, name: str, architecture: Architecture) -> tuple[float | None, bool]:
+        """The score measured at this architecture, or interpolated over the parameters of those
+        measured at its depth (across depths a score is no function of the size alone); whether it
         was measured. None outside the measured range."""
         rows = self._measured[name]
         if architecture.key in rows:
             return rows[architecture.key][1], True
         count = self.manifolds[name].space.cost(architecture)["parameters"]
-        same = architecture.key.rpartition("/")[0] + "/"
-        points = sorted(row[:2] for key, row in rows.items() if key.startswith(same))
+        points = sorted(row[:2] for row in rows.values() if row[2].depth == architecture.depth)
         for (a, low), (b, high) in zip(points, points[1:], strict=False):
             if a <= count <= b:
                 part = (count - a) / (b - a) if b > a else 0.0
@@ -283,22 +288,31 @@ class Engine:
         return None, False
 
     def model(self, name: str) -> dict[str, Any]:
-        """What is served under one name: ranges, cost at full size, accuracy by size."""
+        """What is served under one name: ranges, the input's contract, cost at full size, score by
+        size."""
         manifold = self.manifold(name)
-        space, about = manifold.space, manifold.about
+        space, contract, about = manifold.space, manifold.contract, manifold.about
         return {
             "arch": name,
-            "family": space.family,
             "title": about.get("title", ""),
             "checkpoint": manifold.digest,
-            "width": list(space.width) if space.stages else None,
-            "stages": [space.table.stages[stage] for stage in space.stages],
+            "task": contract.task,
+            "metric": contract.metric,
+            "higher": contract.higher,
+            "width": list(space.width) if space.extents else None,
+            "groups": [
+                {"name": group, "sizes": [size for owner, size in space.extents if owner == group]}
+                for group in space.groups
+            ],
             "depth": list(space.depth),
+            "stages": [stage.name for stage in space.graph.stages] if space.blocks else [],
             "blocks": list(space.blocks) if space.blocks else None,
+            "named": {each: list(depth) for each, depth in space.named.items()},
             "dtypes": list(wire.DTYPES),
             "samples": manifold.samples,
-            "classes": manifold.labels,
-            "normalisation": manifold.normalisation,
+            "input": [extent(dim, {BATCH: 1}) for dim in space.graph.input[1:]],
+            "normalisation": {"mean": list(contract.mean), "std": list(contract.std)},
+            "classes": list(contract.classes),
             "full": {
                 **space.cost(space.full),
                 "bytes": self._plan(name, space.full, "float32").length,
@@ -308,68 +322,71 @@ class Engine:
         }
 
 
-def _factors(space: Space, architecture: Architecture) -> list[float]:
-    """Width factors, one per morphing stage, that round to the architecture's channels.
-
-    The channels of a trained width may be a smaller fraction than that width, and less than is
-    allowed: such a factor is moved to the range's end, which rounds to the same channels.
-    """
-    low, high = space.width
-    pairs = zip(architecture.channels, space.full.channels, strict=True)
-    factors = [count / full for count, full in pairs]
-    return factors if architecture.extrapolated else [min(max(f, low), high) for f in factors]
-
-
 def _architecture(
-    space: Space, width: float | list[float], depth: list[int] | None, extrapolate: bool
+    space: Space,
+    width: float | list[float] | dict[str, float],
+    depth: list[int] | None,
+    extrapolate: bool,
 ) -> Architecture:
     """The canonical architecture; marked as extrapolated only if no trained width gives it."""
     found = space.architecture(width, depth, extrapolate=extrapolate)
     if not found.extrapolated:
         return found
-    inside = Architecture(found.family, found.depth, found.channels)
+    inside = Architecture(found.depth, found.channels)
     try:
-        again = space.architecture(_factors(space, inside) or 1.0, found.depth)
+        again = space.architecture(space.factors(inside), found.depth)
     except BadArchitecture:
         return found
     return inside if again == inside else found
 
 
-@lru_cache(maxsize=64)
-def growing(
-    space: Space, depth: tuple[int, ...] | None, extrapolate: bool
-) -> tuple[Architecture, ...]:
-    """The architectures a budget chooses from, smallest first: every scalar width; or, where depth
-    alone morphs and none is given, every depth, grown by one block at a time, the first stage first.
+@dataclass(frozen=True)
+class Growing:
+    """Architectures from the smallest to the largest, each made when it is asked for: a space may
+    have thousands, and a search looks at a dozen."""
+
+    count: int
+    at: Callable[[int], Architecture]
+
+    def __call__(self, index: int) -> Architecture:
+        return self.at(index)
+
+
+def growing(space: Space, depth: tuple[int, ...] | None, extrapolate: bool) -> Growing:
+    """The architectures a budget chooses from: every scalar width; or, where depth alone morphs and
+    none is given, every depth, grown by one block at a time, the first stage first.
     """
-    if space.blocks and depth is None and not space.stages:
+    if space.blocks and depth is None and not space.extents:
         least, most = space.blocks
-        stages = len(space.depth)
-        found = []
-        for step in range(stages * (most - least) + 1):
-            depth = tuple(least + (step + stages - 1 - s) // stages for s in range(stages))
-            found.append(space.architecture(space.width[1], depth))
-        return tuple(found)
-    low, high = space.width
-    # The channels of a stage of C change where width passes (c + 1/2) / C. With stages that are
-    # powers of two apart, quarters of the finest stage's step lie on and between all such points.
-    finest = 4 * max(space.full.channels, default=1)
-    inside = range(math.ceil(low * finest), math.floor(high * finest) + 1)
-    widths = [low, *(step / finest for step in inside), high]
-    found = [space.architecture(width, depth, extrapolate=extrapolate) for width in widths]
-    return tuple(dict.fromkeys(found))
+        stages = space.graph.stages
+
+        def deeper(step: int) -> Architecture:
+            counts = [
+                max(stage.least, least + (step + len(stages) - 1 - place) // len(stages))
+                for place, stage in enumerate(stages)
+            ]
+            return space.architecture(space.width[1], counts)
+
+        return Growing(len(stages) * (most - least) + 1, deeper)
+    widths = space.widths
+    return Growing(
+        len(widths), lambda step: space.architecture(widths[step], depth, extrapolate=extrapolate)
+    )
 
 
 def _measured(manifold: Manifold) -> dict[str, Row]:
     """The evaluation table by architecture key; rows of other tables are left out."""
     space, found = manifold.space, {}
+    most = max(space.most, *space.depth, 0)
+    least = tuple(stage.least for stage in space.graph.stages)
     for row in manifold.about.get("evaluation", []):
         try:
             depth, channels = tuple(row.get("depth", space.depth)), tuple(row["channels"])
-            beyond = bool(row.get("extrapolated"))
-            architecture = Architecture(space.family, depth, channels, beyond)
-            cost = space.cost(architecture)["parameters"]
-            found[architecture.key] = (cost, float(row["accuracy"]), architecture)
+            sized = len(channels) == len(space.extents) and min(channels, default=1) >= 1
+            if sized and all(a <= n <= most for a, n in zip(least, depth, strict=True)):
+                architecture = Architecture(depth, channels, bool(row.get("extrapolated")))
+                score, count = float(row["score"]), int(row["parameters"])
+                found[architecture.key] = (count, score, architecture)
         except (KeyError, TypeError, ValueError):
             continue
     return found

@@ -66,5 +66,5 @@ class Lifecycle:
     def _describe(self) -> None:
         self.metrics.checkpoint.clear()
         for name, manifold in self.engine.manifolds.items():
-            info = {"sha256": manifold.digest, "family": manifold.space.family}
+            info = {"sha256": manifold.digest, "task": manifold.contract.task}
             self.metrics.checkpoint.labels(name).info(info)

@@ -15,12 +15,16 @@ from service.problem import Problem, field, refuse
 
 Factor = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
 Blocks = Annotated[int, Field(ge=1, le=64, strict=True)]
+Group = Annotated[str, Field(min_length=1, max_length=512)]
 Count = Annotated[int, Field(ge=1, le=1 << 62, strict=True)]
 
+MOST = 64
+"""Groups that a width, or stages that a depth, may list."""
 ALLOWED = {
     "arch": "the name of a served architecture (GET /models lists them)",
-    "width": "a number more than 0 and at most 2, or a list of 1 to 8 of them",
-    "depth": "a list of 1 to 8 whole numbers from 1 to 64",
+    "width": "a number more than 0 and at most 2, a list of 1 to 64 of them, one per group, or an"
+    " object of them by group (in a query 'group:number,group:number')",
+    "depth": "a list of 1 to 64 whole numbers from 1 to 64",
     "dtype": "'float32', 'float16' or 'bfloat16'",
     "samples": "a whole number of at least 1",
     "seed": "a whole number from 0 to 2^53",
@@ -45,8 +49,13 @@ class WeightsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     arch: Annotated[str, Field(min_length=1, max_length=64)]
-    width: Factor | Annotated[list[Factor], Field(min_length=1, max_length=8)] | None = None
-    depth: Annotated[list[Blocks], Field(min_length=1, max_length=8)] | None = None
+    width: (
+        Factor
+        | Annotated[list[Factor], Field(min_length=1, max_length=MOST)]
+        | Annotated[dict[Group, Factor], Field(min_length=1, max_length=MOST)]
+        | None
+    ) = None
+    depth: Annotated[list[Blocks], Field(min_length=1, max_length=MOST)] | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     samples: Annotated[int, Field(ge=1, le=4096, strict=True)] | None = None
     seed: Annotated[int, Field(ge=0, le=1 << 53, strict=True)] = 0
@@ -96,10 +105,14 @@ _WHOLE = re.compile(r"-?\d{1,20}", re.ASCII)
 
 def _parsed(name: str, text: str) -> object:
     """A query value as the JSON value it stands for, or the text itself if it stands for none."""
-    parts = text.split(",")[:64]
+    parts = text.split(",")[: MOST + 1]
     if name == "width" and all(_NUMBER.fullmatch(part) for part in parts):
         numbers = [float(part) for part in parts]
         return numbers[0] if len(numbers) == 1 else numbers
+    if name == "width":
+        named = [part.rpartition(":") for part in parts]
+        by_group = {group: float(number) for group, _, number in named if _NUMBER.fullmatch(number)}
+        return by_group if len(by_group) == len(parts) else text  # a group comes once
     if name == "depth" and all(_WHOLE.fullmatch(part) for part in parts):
         return [int(part) for part in parts]
     if name in ("samples", "seed") and _WHOLE.fullmatch(text):

@@ -34,9 +34,10 @@ _LINKED = re.compile(r"NEUMETA_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_(TC
 def shipped() -> str:
     """The folder of the manifolds that come with this software: beside the code in a checkout, or
     where the installed package put it. Empty if there is none."""
-    beside = Path(__file__).parent.parent / "models"
-    if any(beside.glob("*.safetensors")):
-        return str(beside)
+    root = Path(__file__).parent.parent
+    for beside in (root / "models", root / "share/neumeta/models"):  # the second: pip --target
+        if any(beside.glob("*.safetensors")):
+            return str(beside)
     try:
         files = metadata.files("neumeta-serve") or []
     except metadata.PackageNotFoundError:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import torch
-from fastapi import FastAPI
 
 from neumeta import checkpoint
-from neumeta.architecture import Space
-from neumeta.manifold import Manifold, representation
-from service.app import create_app
-from service.settings import Settings
+from neumeta.graph import Graph
+from neumeta.manifold import Contract, Manifold, roles
+from neumeta.representation import build
+from neumeta.space import Space
+from training import networks
+from training.trace import trace
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 NO_CUDA = "cuda: there is no CUDA device"
 torch.set_num_threads(1)  # two busy test processes on two cores: more threads only wait
@@ -32,19 +37,25 @@ def data_root() -> Path:
     return Path(root)
 
 
+@cache
+def lenet_graph() -> Graph:
+    """LeNet on 28x28 images."""
+    graph, _ = trace(networks.lenet(), torch.zeros(1, 1, 28, 28))
+    return graph
+
+
 def lenet(kind: str = "mlp", seed: int = 0, **more: Any) -> Manifold:
     """A manifold of random parameters over LeNet's widths; `more` are options of its kind."""
     torch.manual_seed(seed)
-    space = Space("lenet-mnist", "lenet", 10, ("*",), (0.25, 1.0))
+    space = Space("lenet", lenet_graph(), (0.25, 1.0))
     options = {"layers": 3, "hidden": 16, "num_freq": 4} if kind == "mlp" else {}
     options |= more
-    model = representation(kind, space, options, norm=False)
+    model = build(kind, options, roles(space))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    normalisation = {"mean": [0.3], "std": [0.4]}
-    return Manifold(
-        space, model, kind, options, False, 0.5, 4, 64, normalisation, list("0123456789")
-    )
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    contract = Contract((0.3,), (0.4,), tuple("0123456789"))
+    return Manifold(space, model, kind, options, 0.5, 4, 64, contract)
 
 
 @pytest.fixture
@@ -58,6 +69,9 @@ def file(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def served(models: Path, **changes: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
     """The application on these manifolds, and a client inside the process."""
+    from service.app import create_app
+    from service.settings import Settings
+
     app = create_app(Settings(models=str(models), device="cpu", **changes))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from neumeta.architecture import BadArchitecture
 from safetensors.torch import save
 
 from neumeta import checkpoint, wire
-from neumeta.architecture import BadArchitecture
 from neumeta.sample import sample
 from tests.conftest import lenet
 

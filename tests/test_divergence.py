@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,50 +11,47 @@ from typing import Any
 import pytest
 import torch
 
-from training import cli, data, divergence, fit, recipe, source
+from training import cli, data, divergence, fit, pipeline, recipe, source
 from training.divergence import Diverged
 
-RECIPE = """title = "tiny"
-data = "digits"
-family = "lenet-mnist"
-arch = "lenet"
-width = [0.25, 1.0]
-source_epochs = {source_epochs}
-source_lr = {source_lr}
-representation = "{representation}"
-options = {options}
-regression_steps = {regression_steps}
-regression_lr = {regression_lr}
-samples = 1
-epochs = {epochs}
-batch = 256
-lr = {lr}
-reconstruction = 0.0
-regularisation = 0.0
-evaluate_widths = [1.0]
-"""
-SMALL = "{ layers = 3, hidden = 16, num_freq = 4 }"
+SMALL = {"layers": 3, "hidden": 16, "num_freq": 4}
+TINY = recipe.load("tiny").changed(
+    network={"train": {"epochs": 1, "lr": 0.05, "batch": 256}},
+    fit={"epochs": 2.0, "batch": 256, "lr": 1e-3, "sandwich": False, "distill": "none",
+         "reconstruction": 0.0},
+    evaluate={"widths": (1.0,)},
+)  # fmt: skip
 
 
-def written(folder: Path, **changes: Any) -> Path:
-    """A recipe's file; `changes` are values of its keys."""
-    values: dict[str, Any] = {
-        "source_epochs": 1, "source_lr": 0.05, "representation": "grid", "options": "{}",
-        "regression_steps": 0, "regression_lr": 1e-3, "epochs": 2.0, "lr": 1e-3,
-    }  # fmt: skip
+def written(folder: Path, asked: recipe.Recipe) -> Path:
+    """The recipe's file."""
     path = folder / "tiny.toml"
-    path.write_text(RECIPE.format(**values | changes))
+    lines = []
+    for name, section in asked.model_dump(mode="json", exclude_none=True).items():
+        held = section if isinstance(section, dict) else {"": section}
+        if isinstance(section, dict):
+            lines.append(f"[{name}]")
+        lines += [f"{key or name} = {toml(value)}" for key, value in held.items()]
+    path.write_text("\n".join(lines))
     return path
+
+
+def toml(value: Any) -> str:
+    """One value as TOML spells it."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(each)}" for key, each in value.items()) + " }"
+    return json.dumps(value)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lr": 1e30}, r"fit, .*step \d+ of \d+.*learning rate \S*e\+.*try a lower lr"),
-        ({"source_lr": 1e9, "source_epochs": 3},
-         r"source, step \d+ of \d+, learning rate \S*e\+0.*a lower source_lr"),
-        ({"representation": "mlp", "options": SMALL, "regression_steps": 20, "regression_lr": 1e30},
-         r"regression step \d+ of 20, learning rate \S*e\+.*a lower regression_lr"),
+        ({"fit": {"lr": 1e30}}, r"fit, .*step \d+ of \d+.*learning rate \S*e\+.*try a lower fit.lr"),
+        ({"network": {"train": {"lr": 1e9, "epochs": 3}}},
+         r"source, step \d+ of \d+, learning rate \S*e\+0.*a lower network.train.lr"),
+        ({"representation": {"kind": "mlp", "options": SMALL},
+          "fit": {"regression_steps": 20, "regression_lr": 1e30}},
+         r"regression step \d+ of 20, learning rate \S*e\+.*a lower fit.regression_lr"),
     ],
     ids=["fit", "source", "regression"],
 )  # fmt: skip
@@ -61,18 +59,18 @@ def test_a_rate_that_is_too_high_is_one_line_and_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
 ) -> None:
     run = tmp_path / "run"
-    assert cli.main([str(written(tmp_path, **changes)), "--run", str(run)]) == 2
+    assert cli.main([str(written(tmp_path, TINY.changed(**changes))), "--folder", str(run)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(said, last), last
     assert not (run / "manifold.safetensors").exists()
-    assert not (run / ("source.safetensors" if "source_lr" in changes else "fit.pt")).exists()
+    assert not (run / ("source.safetensors" if "network" in changes else "fit.pt")).exists()
 
 
 def test_the_last_good_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recipe.load(str(written(tmp_path, epochs=4.0)))
+    asked = TINY.changed(fit={"epochs": 4.0})
     digits = data.load("digits")
-    net = cli.trained_source(asked, digits, Path("none"), tmp_path)
-    manifold, targets, smoothed = cli.prepare(asked, digits, net)
+    net = pipeline.trained_source(asked, digits, Path("none"), tmp_path)
+    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
     real = source.task_loss
 
     def broken(*given: Any) -> torch.Tensor:
@@ -92,10 +90,10 @@ def test_the_last_good_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_weights_that_overflow_in_the_last_step_are_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = recipe.load(str(written(tmp_path, epochs=0.01)))
+    asked = TINY.changed(fit={"epochs": 0.01})
     digits = data.load("digits")
-    net = cli.trained_source(asked, digits, Path("none"), tmp_path)
-    manifold, targets, smoothed = cli.prepare(asked, digits, net)
+    net = pipeline.trained_source(asked, digits, Path("none"), tmp_path)
+    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
     first = next(manifold.representation.parameters()).data
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda _: first.fill_(math.inf))
     with pytest.raises(Diverged, match=r"after step 1 of 1: .*values are not finite"):
@@ -105,26 +103,26 @@ def test_weights_that_overflow_in_the_last_step_are_not_kept(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_source_that_is_not_finite_is_refused_by_tensor(tmp_path: Path, bad: float) -> None:
-    asked = recipe.load(str(written(tmp_path)))
+    asked = TINY
     digits = data.load("digits")
-    net = cli.trained_source(asked, digits, Path("none"), tmp_path)
-    manifold, targets, smoothed = cli.prepare(asked, digits, net)
+    net = pipeline.trained_source(asked, digits, Path("none"), tmp_path)
+    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
     with torch.no_grad():
         smoothed.get_parameter("conv1.bias")[0] = bad
         net.get_parameter("conv2.weight")[0, 0, 0, 0] = bad
     with pytest.raises(Diverged, match="source: conv2.weight: 1 of .* not finite"):
         source.train(net, digits, epochs=1, lr=0.1)
     with pytest.raises(Diverged, match="source: conv2.weight: .* not finite"):
-        cli.prepare(asked, digits, net)
+        pipeline.prepare(asked, digits, net)
     with pytest.raises(Diverged, match="source: conv1.bias: .* not finite"):
         fit.fit(manifold, targets, smoothed, digits, asked, tmp_path)
 
 
 def test_a_broken_state_is_not_resumed(tmp_path: Path) -> None:
-    asked = recipe.load(str(written(tmp_path)))
+    asked = TINY
     digits = data.load("digits")
-    net = cli.trained_source(asked, digits, Path("none"), tmp_path)
-    manifold, targets, smoothed = cli.prepare(asked, digits, net)
+    net = pipeline.trained_source(asked, digits, Path("none"), tmp_path)
+    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
     fit.fit(manifold, targets, smoothed, digits, asked, tmp_path)
     kept = torch.load(tmp_path / "fit.pt", weights_only=True)
     name = next(iter(kept["average"]))

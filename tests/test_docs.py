@@ -35,7 +35,7 @@ def test_every_shipped_manifold_has_a_card_with_its_own_figures() -> None:
             assert figure in card, f"{path.stem}: {row['width']} has {figure} %"
 
 
-def test_a_device_needs_neither_the_service_nor_the_training_libraries() -> None:
+def test_a_device_needs_neither_the_service_nor_the_training_libraries(tmp_path: Path) -> None:
     barred = [
         "fastapi",
         "starlette",
@@ -54,7 +54,7 @@ def test_a_device_needs_neither_the_service_nor_the_training_libraries() -> None
         "import sys\n"
         f"for name in {barred!r}: sys.modules[name] = None\n"
         "import neumeta.network, neumeta.wire, neumeta.pull\n"
-        "arguments = ['--arch', 'x', '--out', 'x', '--url', 'http://127.0.0.1:9']\n"
+        f"arguments = ['--arch', 'x', '--out', {str(tmp_path / 'x')!r}, '--url', 'http://127.0.0.1:9']\n"
         "assert neumeta.pull.main(arguments) == 3\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

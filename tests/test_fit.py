@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from neumeta.architecture import Architecture
+from neumeta.moments import Propagation, kernel, krige, rectified
 from safetensors.torch import load_file
 from torch import Tensor
 
-from neumeta.architecture import Architecture
 from neumeta.manifold import Manifold
-from neumeta.moments import Propagation, kernel, krige, rectified
 from neumeta.sample import sample
 from training import data, fit, pipeline, recipe, source, statistics
 from training.data import Dataset

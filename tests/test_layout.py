@@ -5,17 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from neumeta.architecture import Space
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neumeta.architecture import Space
 from neumeta.coordinates import sites
 from neumeta.manifold import Manifold, representation
 from neumeta.network import Network
@@ -100,15 +99,12 @@ def test_fit_and_source_training_run_no_strided_pixel_backwards(tmp_path: Path) 
         space, representation("grid", space, {}, norm=True), "grid", {}, True, 0.0, 1, 64,
         {"mean": [0.0], "std": [1.0]}, list("0123456789"),
     )  # fmt: skip
-    changes: dict[str, Any] = {
-        "width": (0.25, 1.0),
-        "blocks": None,
-        "options": {},
-        "epochs": 1.0,
-        "batch": 8,
-        "full_weight": 1.0,
-        "distill": "none",
-    }
+    fitted = asked.changed(
+        representation={"kind": "grid", "options": {}},
+        fit={"width": (0.25, 1.0), "blocks": None, "epochs": 1.0, "batch": 8, "full_weight": 1.0,
+             "distill": "none", "widths": ()},
+        evaluate={"blocks": None},
+    )  # fmt: skip
     zeros = {
         site.name: torch.zeros(
             (site.outputs, site.inputs, *site.spatial) if site.kind == "weight" else (site.outputs,)
@@ -117,7 +113,7 @@ def test_fit_and_source_training_run_no_strided_pixel_backwards(tmp_path: Path) 
         for site in sites(space, space.full, layer, norm=True)
     }
     with Backwards() as seen:
-        fit.fit(manifold, zeros, net, few, replace(asked, **changes), tmp_path)
+        fit.fit(manifold, zeros, net, few, fitted, tmp_path)
     assert len(seen.seen) == 3 * 21 and seen.strided_pixels() == 0
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from neumeta.family import FAMILIES
 from torch import Tensor, nn
 
-from neumeta.family import FAMILIES
 from neumeta.network import Network
 from training import networks, weights
 

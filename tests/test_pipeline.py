@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neumeta import checkpoint
+from tests.support.images import classes, encoded, pixels, write
 from training import cli, data, fit, pipeline, recipe
 
 ROOT = Path(__file__).parent.parent
@@ -176,7 +177,7 @@ def test_damaged_state_is_named_with_what_to_do_and_doing_it_helps(
         ),
         ("widths = [1.0]", "widths = [3.0]", [r"evaluate.widths\[0\]: 3.0 is not allowed"]),
         ('"digits"', '"imagenet"', ["imagenet"]),
-        ('"digits"', '"digits"\nflips = true', ["data.flips"]),
+        ('"digits"', '"digits"\nkind = "tar"', ["data.kind: 'tar' is not allowed; one of classes"]),
     ],
 )
 def test_what_cannot_be_run_is_told_before_anything_is_written(
@@ -186,6 +187,50 @@ def test_what_cannot_be_run_is_told_before_anything_is_written(
     assert code == 2 and len(lines) == len(told)
     for line, part in zip(lines, told, strict=True):
         assert re.search(part, line), line
+    assert not (place / "new").exists()
+
+
+FOLDERS = (
+    SMALL.replace('name = "digits"', 'path = "birds"\nchannels = 1')
+    .replace("batch = 256", "batch = 4")
+    .replace("batch = 512", "batch = 4")
+)
+
+
+def test_the_classes_of_a_manifold_are_the_folders_that_the_recipe_names(
+    run: Run, place: Path
+) -> None:
+    write(place / "birds", classes("wren", "finch", "owl", each=4))
+    more = "\nsize = 6\nmean = [0.5]\nstd = [0.25]\nflips = true\npad = 1\n[representation]"
+    text = FOLDERS.replace("\n[representation]", more)
+    assert run("--data", str(place), text=text, folder="new") == (0, [])
+    manifold = checkpoint.read(place / "new" / "manifold.safetensors")
+    assert manifold.labels == ["finch", "owl", "wren"]
+    assert (manifold.space.classes, manifold.space.image) == (3, (6, 6))
+    assert manifold.normalisation == {"mean": [0.5], "std": [0.25]}
+    bound = json.loads((place / "new" / "recipe.json").read_text())["depends"]["source"]
+    assert (bound["data.flips"], bound["data.pad"]) == (True, 1)
+    code, (line,) = run("--data", str(place), "--resume", text=FOLDERS, folder="new")
+    assert code == 2 and str(place / "new") in line
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "told"),
+    [
+        (classes("wren", "owl") | {"train/owl/1.png": b""}, "birds", "owl/1.png"),
+        (classes("owl"), "birds", "two class folders or more are needed"),
+        ({f"{i}.png": encoded(pixels(i)) for i in range(11)}, "birds", "classification needs"),
+        (classes("wren", "owl"), 'birds"\nstream = true #', "in memory"),
+        ({}, "birds", "data set 'birds' is not under"),
+    ],
+)
+def test_images_that_cannot_be_trained_on_are_one_line_before_anything_is_written(
+    run: Run, place: Path, files: dict[str, bytes], path: str, told: str
+) -> None:
+    write(place / "birds", files) if files else None
+    text = FOLDERS.replace('"birds"', f'"{path}"')
+    code, (line,) = run("--data", str(place), text=text, folder="new")
+    assert code == 2 and told in line
     assert not (place / "new").exists()
 
 

@@ -7,6 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +31,7 @@ ETAG = '"tag"'
 def body_of(dtype: str = "float32", width: float = 0.5) -> bytes:
     manifold = lenet()
     architecture = manifold.space.architecture(width)
-    plan = wire.plan(manifold.space, architecture, dtype, manifold.normalisation)
+    plan = wire.plan(manifold, architecture, dtype)
     return b"".join(wire.stream(plan, sample(manifold, architecture, samples=1)))
 
 
@@ -261,6 +264,22 @@ def about(**changes: Any) -> Callable[[dict[str, Any]], object]:
     return change
 
 
+def graph_of(header: dict[str, Any]) -> str:
+    return str(json.loads(header["__metadata__"]["neumeta"])["graph"])
+
+
+def regraphed(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    """A change of the graph that a file's metadata holds."""
+
+    def changed(header: dict[str, Any]) -> None:
+        held = json.loads(zlib.decompress(base64.b85decode(graph_of(header))))
+        change(held)
+        packed = base64.b85encode(zlib.compress(json.dumps(held).encode())).decode()
+        about(graph=packed)(header)
+
+    return changed
+
+
 BAD = {
     "empty": b"",
     "seven bytes": b"1234567",
@@ -273,8 +292,14 @@ BAD = {
     "deep header": (50_000).to_bytes(8, "little") + b"[" * 50_000,
     "no metadata": rewritten(lambda header: header.pop("__metadata__")),
     "no network": rewritten(lambda header: header.update(__metadata__={"format": "pt"})),
-    "unknown family": rewritten(about(family="vgg")),
-    "another family": rewritten(about(family="resnet-cifar", depth=[3, 3, 3])),
+    "another arch": rewritten(about(arch="resnet20", names=["resnet32"])),
+    "no graph": rewritten(about(graph=None)),
+    "damaged graph": rewritten(lambda header: about(graph=graph_of(header)[:-9])(header)),
+    "unknown operation": rewritten(regraphed(lambda held: held["nodes"][0].__setitem__(1, "exec"))),
+    "another graph": rewritten(regraphed(lambda held: held["tensors"]["conv1.weight"].append(7))),
+    "a huge axis": rewritten(about(channels=[1 << 40, 32, 32])),
+    "no channels": rewritten(about(channels=[])),
+    "other channels": rewritten(about(channels=[16, 32, 31])),
     "endless depth": rewritten(about(depth=[10**9])),
     "a tensor less": rewritten(lambda header: header.pop("conv2.bias")),
     "a tensor more": rewritten(lambda header: header.update(extra=entry(header))),
@@ -282,7 +307,6 @@ BAD = {
     "another dtype": rewritten(lambda header: entry(header).update(dtype="F64")),
     "asked for other dtype": body_of("float16"),
     "overlap": rewritten(lambda header: entry(header).update(data_offsets=[0, 18432])),
-    "sizes beside the shapes": rewritten(about(sizes={"image": 1, "classes": 10})),
 }
 
 
@@ -358,6 +382,28 @@ def test_a_bad_url_is_one_line(
     error = capsys.readouterr().err
     assert code in (2, 3) and len(error.strip().splitlines()) == 1
     assert error.startswith("neumeta-pull: ") and files(tmp_path) == []
+
+
+def test_a_named_depth_is_a_file_of_its_manifold(tmp_path: Path) -> None:
+    """resnet32 is resnet20 at another depth: the file says both names, and no third one."""
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(rewritten(about(arch="resnet20", names=["resnet32"])))
+    for name in ("resnet20", "resnet32", ""):
+        client.check_file(path, name)
+    with pytest.raises(client.PullError, match="it is 'resnet20'"):
+        client.check_file(path, "resnet44")
+
+
+def test_widths_by_group_are_an_object_where_a_body_is_sent() -> None:
+    asked = {"width": "a:0.5,b.c:1", "depth": "3", "seed": "1"}
+    told = {"width": {"a": 0.5, "b.c": 1.0}, "depth": [3], "seed": 1}
+    assert client._json_values(asked) == told
+    assert client._json_values({"width": "0.5,1"}) == {"width": [0.5, 1]}
+
+
+def test_the_client_imports_no_torch() -> None:
+    code = "import sys, neumeta.pull; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_where_nothing_can_be_written_is_one_line(

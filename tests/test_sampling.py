@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from neumeta.architecture import Architecture, Space
+from neumeta.inr import IntegralGrid, LearnedGrid, ResidualMLP, _Mlp, module_key
 from torch import Tensor
 
 from benchmarks.published import all_sites
-from neumeta.architecture import Architecture, Space
 from neumeta.coordinates import Site
-from neumeta.inr import IntegralGrid, LearnedGrid, ResidualMLP, _Mlp, module_key
 from neumeta.manifold import Manifold, representation
 from neumeta.sample import evenly, sample, sample_site, seed_of
 from tests.conftest import lenet

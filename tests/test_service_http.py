@@ -20,20 +20,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 from safetensors.torch import save
 
-from neumeta import checkpoint
+from neumeta import checkpoint, wire
 from neumeta.sample import sample
 from service.cli import serve, settings_from
 from service.request import ALLOWED
 from service.settings import Settings, linked
 from tests.conftest import lenet, served
-from tests.test_service_engine import DEPTH, WHOLE, grid
+from tests.test_service_engine import grid, space
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
-    for manifold in (lenet(), grid(WHOLE), grid(DEPTH)):
-        checkpoint.write(manifold, path / f"{manifold.space.arch}.safetensors")
+    for manifold in (lenet(), grid(space("resnet20")), grid(space("resnet-mnist"))):
+        checkpoint.write(manifold, path / f"{manifold.space.name}.safetensors")
     return path
 
 
@@ -42,11 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("lenet", {"width": [0.3, 0.9, 0.5]}),
         ("resnet20", {"width": 0.4}),
-        ("resnet20", {"width": 0.5, "dtype": "bfloat16", "depth": [3, 3, 3]}),
+        ("resnet20", {"width": 0.5, "dtype": "bfloat16"}),
         ("resnet-mnist", {"depth": [3, 1]}),
     ],
 )
-def test_every_family_gives_the_librarys_bytes(
+def test_every_kind_of_space_gives_the_librarys_bytes(
     folder: Path, arch: str, asked: dict[str, Any]
 ) -> None:
     async def check() -> None:
@@ -54,8 +54,8 @@ def test_every_family_gives_the_librarys_bytes(
             answer = await client.post("/weights", json={"arch": arch, **asked})
             again = await client.get(answer.headers["content-location"])
             manifold = app.state.engine.manifolds[arch]
-        space = manifold.space
-        architecture = space.architecture(asked.get("width", space.width[1]), asked.get("depth"))
+        here = manifold.space
+        architecture = here.architecture(asked.get("width", here.width[1]), asked.get("depth"))
         assert answer.headers["x-neumeta-architecture"] == architecture.key
         dtype = getattr(torch, asked.get("dtype", "float32"))
         tensors = {
@@ -441,3 +441,15 @@ def test_every_flag_has_an_environment_twin(monkeypatch: pytest.MonkeyPatch) -> 
     assert settings_from(["--samplers", "5"]).samplers == 5
     for name, entry in Settings.model_fields.items():
         assert entry.description, name
+
+
+def test_a_weight_beyond_the_dtype_is_never_sent_as_an_infinity() -> None:
+    big = torch.tensor([1.0, 70000.0])
+    for dtype in ("float32", "bfloat16"):
+        assert wire.encode("conv1.weight", big, dtype)
+    with pytest.raises(ValueError, match="conv1.weight: a weight of 7e.04 is beyond float16's"):
+        wire.encode("conv1.weight", big, "float16")
+    with pytest.raises(ValueError, match="beyond bfloat16's"):
+        wire.encode("conv1.weight", torch.tensor([3.4e38]), "bfloat16")
+    with pytest.raises(ValueError, match="conv1.bias: sampled weights are not finite"):
+        wire.encode("conv1.bias", torch.tensor([float("nan")]), "float16")

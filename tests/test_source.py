@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from neumeta.family import FAMILIES
-from neumeta.network import Network
-from training import data, source, state
+from torch import Tensor
 from training.folded import fold, network_from
 from training.imported import import_resnet_cifar
+
+from neumeta.network import Network
+from training import data, source, state
 
 FILES = {
     "resnet20-12fca82f.th": 3,

@@ -8,25 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-
 from neumeta.architecture import Space
-from training import cli, data, fit, recipe, source
+
+from training import data, fit, pipeline, recipe, source
 
 
 def tiny(**changes: Any) -> recipe.Recipe:
     """A run of a few steps on the digits; the one place that knows how a recipe is built."""
     few: dict[str, Any] = {
-        "source_epochs": 0, "epochs": 1.0, "batch": 256, "sandwich": False, "distill": "none",
+        "epochs": 1.0, "batch": 256, "sandwich": False, "distill": "none",
         "reconstruction": 0.0, "regularisation": 0.0,
     }  # fmt: skip
-    return replace(recipe.load("tiny"), **few | changes)
+    return recipe.load("tiny").changed(network={"train": {"epochs": 0}}, fit=few | changes)
 
 
 def fitted(folder: Path, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """The manifold after a fit, and the state that the fit left."""
     asked, digits = tiny(**changes), data.load("digits")
-    net = cli.trained_source(asked, digits, Path("none"), folder)
-    manifold, targets, smoothed = cli.prepare(asked, digits, net)
+    net = pipeline.trained_source(asked, digits, Path("none"), folder)
+    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
     assert fit.fit(manifold, targets, smoothed, digits, asked, folder)
     return manifold, torch.load(folder / "fit.pt", weights_only=True)
 
@@ -132,7 +132,7 @@ def test_cells_of_a_stage_cover_it_whatever_the_noise() -> None:
 
 
 def test_the_share_of_widths_by_stage_is_per_stage() -> None:
-    space: Space = tiny().space
+    space: Space = tiny().space(10)
     generator = torch.Generator().manual_seed(0)
     even = {space.architecture(w / 1000).channels for w in range(250, 1001)}
     for share, least, most in ((0.0, 0, 0), (0.5, 150, 250), (1.0, 380, 400)):
@@ -145,7 +145,7 @@ def test_the_share_of_widths_by_stage_is_per_stage() -> None:
 
 def test_frozen_features_are_what_the_first_segments_make(tmp_path: Path) -> None:
     digits = data.load("digits")
-    net = cli.trained_source(tiny(), digits, Path("none"), tmp_path)
+    net = pipeline.trained_source(tiny(), digits, Path("none"), tmp_path)
     net.normalise([0.2], [0.5])
     net.eval()
     digits = replace(digits, train_images=digits.train_images[:64], flips=True, pad=1)

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from neumeta import atomic
-from training import pipeline, recipe
+from training import modules, networks, pipeline, recipe
+from training.explain import explain
+from training.task import TASKS
 
 DONE, BAD_INPUT, STOPPED, INTERRUPTED = 0, 2, 3, 130
 
@@ -47,7 +49,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neumeta-train", description=__doc__, allow_abbrev=False)
-    parser.add_argument("recipe", help="a built-in recipe's name, or a .toml file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("recipe", nargs="?", help="a built-in recipe's name, or a .toml file")
+    what.add_argument(
+        "--explain",
+        metavar="NETWORK",
+        help="print what can be morphed in a network ('mynet.py:build', 'torchvision.models:resnet18'"
+        " or a built-in one), and train nothing",
+    )
+    parser.add_argument(
+        "--shape", type=_shape, default=(3, 32, 32), help="of its images: channels,height,width"
+    )
     parser.add_argument(
         "--folder",
         "--run",
@@ -77,6 +89,20 @@ def _minutes(text: str) -> float:
     return value
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split(","))
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not three numbers from 1 on, like 3,32,32")
+    return sizes
+
+
+def _explain(name: str, shape: tuple[int, ...]) -> int:
+    built_in = networks.BUILT_IN.get(name)
+    net = modules.resolve(name) if built_in is None else built_in(10, shape[0])
+    print(explain(net, shape))
+    return DONE
+
+
 def _say(message: str, code: int) -> int:
     # In one write, so that the lines of several processes do not mix.
     print("".join(f"neumeta-train: {line}\n" for line in message.splitlines()),
@@ -91,6 +117,8 @@ def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.explain:
+        return _explain(arguments.explain, arguments.shape)
     began = time.monotonic()
     asked = recipe.load(arguments.recipe)
     folder: Path = arguments.folder or Path("runs") / asked.name
@@ -104,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> int:
     root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
     made = pipeline.run(
         asked,
-        pipeline.dataset(asked.data, arguments.data),
+        pipeline.dataset(asked, arguments.data),
         arguments.checkpoints or root.parent / "checkpoints",
         folder,
         out,
@@ -113,13 +141,14 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if made is None:  # the first process tells it
         return DONE
+    unit = TASKS[asked.task].unit
     for row in made.rows:
         print(
             f"width {row['width']:<5g} depth {row['depth']!s:<12}"
-            f" {row['parameters']:>8} parameters  {row['accuracy']:.2f} %"
+            f" {row['parameters']:>8} parameters  {row['metric']} {row['score']:.2f} {unit}"
         )
     print(
-        f"source {made.source:.2f} %; {out} {out.stat().st_size} bytes;"
+        f"source {made.source:.2f} {unit}; {out} {out.stat().st_size} bytes;"
         f" {time.monotonic() - began:.0f} s"
     )
     return DONE

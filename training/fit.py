@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,22 +19,23 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from neumeta.architecture import Architecture, Space
-from neumeta.coordinates import coordinates, sites
-from neumeta.inr import Grid
-from neumeta.manifold import Manifold, roles
-from neumeta.network import Network
+from neumeta.coordinates import coordinates
+from neumeta.manifold import Manifold
+from neumeta.program import Program
+from neumeta.representation import Anchored, Corrected, ResidualMLP
 from neumeta.sample import seed_of
+from neumeta.sites import made, sites
+from neumeta.space import Architecture, Space
 from training import state as states
-from training.data import Dataset, augment, to_float
+from training.data import Data, Dataset
 from training.divergence import check_step, check_tensors, gradient_norm
-from training.forward import logits, parameters_of, skeleton
 from training.layout import SoundConvolutions
 from training.recipe import Recipe
-from training.source import one_cycle, task_loss
+from training.source import epoch_plan, mixed, one_cycle
+from training.task import Task
 
-Targets = Mapping[str, Tensor]
-"""The smoothed source tensors by site name: weight and bias, or weight, gamma and beta."""
+Tensors = Mapping[str, Tensor]
+"""Tensors of the graph by name: those of the smoothed source, or generated ones."""
 
 
 def partition(blocks: int, noise: float, generator: torch.Generator) -> list[tuple[float, float]]:
@@ -54,47 +56,50 @@ def generated(
     generator: torch.Generator,
     depth_noise: float = 0.0,
 ) -> dict[str, Tensor]:
-    """The differentiable tensors of the network at this architecture, by site name."""
-    layers = manifold.space.table.layers(architecture.depth)
-    repeated = {layer.stage: layer.blocks for layer in layers if layer.blocks > 1}
-    cells = {stage: partition(n, depth_noise, generator) for stage, n in repeated.items()}
-    found: dict[str, Tensor] = {}
-    for layer in layers:
-        if not manifold.space.morphing(layer):
-            for kind in ("weight", "bias"):
-                name = f"{layer.name}.{kind}"
-                found[name] = manifold.frozen[name].to(manifold.device)
-            continue
-        cell = cells[layer.stage][layer.block] if depth_noise and layer.blocks > 1 else None
-        for site in sites(manifold.space, architecture, layer, norm=manifold.norm, cell=cell):
-            at = coordinates(site, manifold.scale, noise=noise, generator=generator)
-            made = manifold.representation(site, at.to(manifold.device))
-            weight = (site.outputs, site.inputs, *site.spatial)
-            found[site.name] = made.reshape(weight if site.kind == "weight" else (site.outputs,))
+    """The differentiable tensors of the network at this architecture, by name, and the frozen ones.
+
+    Batch norms get no statistics: a program then takes those of the batch.
+    """
+    cells: dict[str, dict[int, tuple[float, float]]] = {}
+    if depth_noise:
+        for stage in manifold.space.graph_of(architecture).stages:
+            if stage.blocks > 1:
+                drawn = partition(stage.blocks, depth_noise, generator)
+                cells[stage.name] = dict(enumerate(drawn))
+    found = {name: value.to(manifold.device) for name, value in manifold.frozen.items()}
+    for name, site in sites(manifold.space, architecture, cells or None).items():
+        at = coordinates(site, manifold.scale, noise=noise, generator=generator)
+        weights: Tensor = manifold.representation(site, at.to(manifold.device))
+        if site.gain != 1:
+            weights = weights * site.gain
+        found[name] = weights.reshape(site.shape)
     return found
 
 
 def initialise(
-    manifold: Manifold, targets: Targets, recipe: Recipe, log: Callable[[str, float, int], None]
+    manifold: Manifold, targets: Tensors, recipe: Recipe, log: Callable[[str, float, int], None]
 ) -> float:
-    """Regress the representation on the smoothed weights, before any image is seen.
+    """Let the representation take the smoothed weights as they are, or regress it on them, before any
+    image is seen.
 
-    A grid takes the values as they are. Returns the relative error: the mean over tensors of
-    ||w - target||^2 / ||target||^2. Raises Diverged.
+    Returns the relative error: the mean over tensors of ||w - target||^2 / ||target||^2. Raises
+    Diverged.
     """
     space, model = manifold.space, manifold.representation
-    if isinstance(model, Grid):
-        for layer in space.table.layers(space.depth):
-            if space.morphing(layer):
-                for site in sites(space, space.full, layer, norm=manifold.norm):
-                    model.fill(site, targets[site.name])
-        return 0.0
-    scales = model.get_buffer("scales")
-    for index, (role, site) in enumerate(roles(space, norm=manifold.norm).items()):
-        names = [name for name in targets if name == site.name or _role(space, name) == role]
-        values = torch.cat([targets[name].flatten() for name in names])
-        scales[index] = values.square().mean().sqrt().clamp(min=1e-3)
-    optimiser = torch.optim.Adam(model.parameters(), recipe.fit.regression_lr)
+    own = sites(space, space.full)
+    filled = [model.fill(site, targets[name]) for name, site in own.items()]
+    exact = torch.Generator()
+    if all(filled):
+        with torch.no_grad():
+            return float(_error(generated(manifold, space.full, 0.0, exact), targets))
+    for each in model.modules():
+        if isinstance(each, ResidualMLP):
+            scales = each.get_buffer("scales")
+            for role, index in each.order.items():
+                values = [targets[name].flatten() for name, s in own.items() if s.role == role]
+                scales[index] = torch.cat(values).square().mean().sqrt().clamp(min=1e-3)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(trained, recipe.fit.regression_lr)
     error = math.inf
     bar = tqdm(range(recipe.fit.regression_steps), desc="regression", mininterval=2)
     for step in bar:
@@ -102,10 +107,10 @@ def initialise(
             rate = recipe.fit.regression_lr * one_cycle(step, recipe.fit.regression_steps, 0.05)
             group["lr"] = rate
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"regression/{step}"))
-        made = generated(
+        weights = generated(
             manifold, space.full, 0.0 if step % 2 else recipe.representation.noise, generator
         )
-        loss = reconstruction(made, targets)
+        loss = reconstruction(weights, targets)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         where = f"regression step {step + 1} of {recipe.fit.regression_steps}"
@@ -119,20 +124,33 @@ def initialise(
     return error
 
 
-def _role(space: Space, name: str) -> str:
-    layer, kind = name.rsplit(".", 1)
-    by_name = {entry.name: entry.role for entry in space.table.layers(space.depth)}
-    return f"{by_name[layer] if space.blocks else layer}.{kind}"
-
-
-def reconstruction(made: Targets, targets: Targets) -> Tensor:
+def reconstruction(weights: Tensors, targets: Tensors) -> Tensor:
     """L_recon: the mean over tensors of ||w - w_source||^2 / ||w_source||^2, at the source's size."""
+    return _error({n: w for n, w in weights.items() if w.requires_grad}, targets)
+
+
+def _error(weights: Tensors, targets: Tensors) -> Tensor:
     errors = [
-        (made[name] - target).square().sum() / target.square().sum().clamp(min=1e-6)
+        (weights[name] - target).square().sum() / target.square().sum().clamp(min=1e-6)
         for name, target in targets.items()
-        if made[name].requires_grad
+        if name in weights
     ]
     return torch.stack(errors).mean()
+
+
+@contextmanager
+def whole_growth(model: nn.Module) -> Iterator[None]:
+    """While it is entered, a deeper network counts as fully far from the source: what is anchored then
+    trains the inner representation in deep networks too. What is sampled afterwards is as before."""
+    anchored = [each for each in model.modules() if isinstance(each, Anchored)]
+    kept = [each.growth for each in anchored]
+    for each in anchored:
+        each.growth = 1.0
+    try:
+        yield
+    finally:
+        for each, growth in zip(anchored, kept, strict=True):
+            each.growth = growth
 
 
 def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Architecture, ...]:
@@ -153,8 +171,8 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     if recipe.fit.widths:
         index = int(torch.randint(len(recipe.fit.widths), (), generator=generator))
         width: float | list[float] = recipe.fit.widths[index]
-    elif uniform() < recipe.fit.per_stage:
-        width = [low + (high - low) * uniform() for _ in space.stages]
+    elif uniform() < recipe.fit.per_group:
+        width = [low + (high - low) * uniform() for _ in space.groups]
     else:
         width = low + (high - low) * uniform()
     drawn = space.architecture(width, depth)
@@ -180,54 +198,53 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     return (ends[0], ends[1], drawn)
 
 
-def frozen_segments(space: Space, net: Network) -> int:
-    """How many leading segments of the network hold no morphing layer."""
-    count = 0
-    for prefix, _ in net.segments():
-        layers = [
-            entry
-            for entry in space.table.layers(net.depth)
-            if f"{entry.name}.".startswith(f"{prefix}.")
-        ]
-        if any(space.morphing(entry) for entry in layers):
+def frozen_steps(space: Space) -> int:
+    """How many leading operations of the network hold no tensor that the representation makes."""
+    morphing = set(made(space.graph))
+    for count, node in enumerate(space.graph.nodes):
+        if morphing & set(node.tensors.values()):
             return count
-        count += 1
-    return count
+    return len(space.graph.nodes)  # pragma: no cover (something morphs)
 
 
 @torch.no_grad()
 def frozen_features(
-    source: Network, first: int, data: Dataset, recipe: Recipe
-) -> tuple[Tensor, ...]:
-    """What the morphing part sees: (N, C, H, W) float16 for each of `feature_views` passes.
+    space: Space, source: Tensors, first: int, data: Dataset, recipe: Recipe, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """What the operations from `first` on read, by name, for each of `feature_views` passes over the
+    training images: (N, ...) float16.
 
     The first pass is unaugmented, so that one view is the plain training set.
     """
+    program = Program(space.graph, space.graph.full)
     views = []
     for view in range(recipe.fit.feature_views):
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
-        parts = []
-        for at in tqdm(
-            range(0, len(data.train_images), 500),
+        parts: dict[str, list[Tensor]] = {}
+        bar = tqdm(
+            torch.split(torch.arange(len(data)), 500),
             desc=f"frozen part, view {view + 1}",
             mininterval=2,
-        ):
-            images = data.train_images[at : at + 500]
-            x = to_float(augment(images, data, generator) if view else images, data)
-            x = (x.to(source.mean.device) - source.mean) / source.std
-            for _, segment in source.segments()[:first]:
-                x = segment(x)
-            parts.append(x.half().cpu())
-        views.append(torch.cat(parts))
-    return tuple(views)
+        )
+        for rows in bar:
+            x, _ = data.batch(rows, generator, augment=bool(view))
+            for name, value in program.leading(source, x.to(device), first).items():
+                parts.setdefault(name, []).append(value.half().cpu())
+        views.append({name: torch.cat(each) for name, each in parts.items()})
+    return views
+
+
+def _laid_out(value: Tensor) -> Tensor:
+    # Channels-last convolutions are faster on CPUs.
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
 
 @SoundConvolutions()
 def fit(
     manifold: Manifold,
-    targets: Targets,
-    source: Network,
-    data: Dataset,
+    source: Tensors,
+    data: Data,
+    task: Task,
     recipe: Recipe,
     run: Path,
     *,
@@ -237,19 +254,36 @@ def fit(
 ) -> bool:
     """Train `manifold.representation` in place by Algorithm 2; it ends with its moving average.
 
-    State goes to `run/fit.pt` every `save_every` steps and at the end of the time allowed. Returns
-    whether all steps were done. With several processes (torch.distributed initialised) each takes
-    its share of every batch and gradients are averaged.
+    `source` are all tensors of the smoothed source network. State goes to `run/fit.pt` every
+    `save_every` steps and at the end of the time allowed. Returns whether all steps were done. With
+    several processes (torch.distributed initialised) each takes its share of every batch and gradients
+    are averaged; the first one's clock decides when the time is up.
 
     Raises Diverged, with the last good state left on disk, at the first loss, gradient or weight
     that is not finite, and before the first step if the source has such a weight.
     """
-    check_tensors("source", {**source.state_dict(), **targets})
+    check_tensors("source", source)
+    with whole_growth(manifold.representation):
+        done = _fit(manifold, source, data, task, recipe, run, resume, max_minutes, save_every)
+    return done
+
+
+def _fit(
+    manifold: Manifold,
+    source: Tensors,
+    data: Data,
+    task: Task,
+    recipe: Recipe,
+    run: Path,
+    resume: bool,
+    max_minutes: float,
+    save_every: int,
+) -> bool:
     model, space, device = manifold.representation, manifold.space, manifold.device
-    source = source.to(device)
-    targets = {name: target.to(device) for name, target in targets.items()}
+    source = {name: value.to(device) for name, value in source.items()}
+    targets = {name: source[name] for name in made(space.graph)}
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    per_epoch = len(data.train_labels) // recipe.fit.batch
+    per_epoch = max(1, len(data) // recipe.fit.batch)
     steps = max(1, round(recipe.fit.epochs * per_epoch))
     optimiser = _optimiser(model, recipe)
     average = {name: value.clone() for name, value in model.state_dict().items()}
@@ -266,16 +300,37 @@ def fit(
             model.load_state_dict(kept["model"])
             optimiser.load_state_dict(kept["optimiser"])
             average, start = kept["average"], kept["step"]
-    elif recipe.fit.regression_steps or isinstance(model, Grid):
+    else:
         error = initialise(manifold, targets, recipe, log)
         average = {name: value.clone() for name, value in model.state_dict().items()}
-        tqdm.write(f"regression on the smoothed weights: relative error {error:.4f}")
+        if math.isfinite(error):
+            tqdm.write(f"the smoothed weights: relative error {error:.4f}")
 
-    first = frozen_segments(space, source) if recipe.fit.feature_views else 0
-    views = frozen_features(source, first, data, recipe) if recipe.fit.feature_views else ()
-    nets: dict[str, Network] = {}
+    first, views = 0, list[dict[str, Tensor]]()
+    if recipe.fit.feature_views:
+        assert isinstance(data, Dataset)
+        first = frozen_steps(space)
+        views = frozen_features(space, source, first, data, recipe, device)
+    programs: dict[str, Program] = {}
+    full = Program(space.graph, space.graph.full)
     deadline = time.monotonic() + 60 * max_minutes
     began = time.monotonic()
+
+    def batches() -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """What the operations from `first` on read, and the images and targets of the data."""
+        rows = epoch_plan(recipe.seed, "fit", len(data), recipe.fit.batch, start, steps)
+        if views:
+            assert isinstance(data, Dataset)
+            for step, (some, _) in enumerate(rows, start):
+                view = views[step // per_epoch % len(views)]
+                _, y = data.batch(some, torch.Generator(), augment=False)
+                x = torch.zeros(len(some), 1)  # classification does not read it
+                yield {name: value[some].float() for name, value in view.items()}, x, y
+            return
+        if not isinstance(data, Dataset):  # each process reads its own images alone
+            rows = ((some[rank::world], seed + rank) for some, seed in rows)
+        for x, y in data.batches(rows, recipe.fit.augment):
+            yield {"input": x}, x, y
 
     def save(step: int) -> None:
         check_tensors(f"fit, after step {step} of {steps}", model.state_dict())
@@ -291,26 +346,20 @@ def fit(
             )
 
     bar = tqdm(
-        range(start, steps),
+        batches(),
         desc=recipe.name,
         initial=start,
         total=steps,
         mininterval=5,
         disable=rank > 0,
     )
-    for step in bar:
+    for step, (values, x, y) in enumerate(bar, start):
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"step/{step}"))
-        epoch, place = divmod(step, per_epoch)
-        shuffle = torch.Generator().manual_seed(seed_of(recipe.seed, f"epoch/{epoch}"))
-        order = torch.randperm(len(data.train_labels), generator=shuffle)
-        rows = order[place * recipe.fit.batch : (place + 1) * recipe.fit.batch]
-        if views:
-            x = views[epoch % len(views)][rows].float()
-        else:
-            images = data.train_images[rows]
-            x = to_float(augment(images, data, generator) if recipe.fit.augment else images, data)
-        labels = data.train_labels[rows]
-        x, labels = x[rank::world].to(device), labels[rank::world].to(device)
+        if isinstance(data, Dataset):
+            values = {name: value[rank::world] for name, value in values.items()}
+            x, y = x[rank::world], y[rank::world]
+        values = {name: _laid_out(value.to(device)) for name, value in values.items()}
+        labels = task.targets(x.to(device), y.to(device), data)
         rate = recipe.fit.lr * one_cycle(step, steps, recipe.fit.warm)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["factor"]
@@ -318,37 +367,38 @@ def fit(
         teacher = None
         if recipe.fit.distill == "source":
             with torch.no_grad():
-                teacher = source(x, first)
+                teacher = task.read(full.run(source, values, first=first))
         total = torch.zeros((), device=device)
         for architecture in choose(recipe, space, generator):
-            if architecture.key not in nets:
-                nets[architecture.key] = skeleton(manifold, architecture)
-            made = generated(
+            if architecture.key not in programs:
+                programs[architecture.key] = Program(
+                    space.graph_of(architecture), space.sizes(architecture)
+                )
+            weights = generated(
                 manifold,
                 architecture,
                 recipe.representation.noise,
                 generator,
                 recipe.fit.depth_noise,
             )
-            net = nets[architecture.key]
-            weights = parameters_of(manifold, architecture, made)
-            predicted = logits(net, weights, x, first)
-            is_full = (
-                architecture.channels == space.full.channels and architecture.depth == space.depth
-            )
-            loss = task_loss(predicted, labels, teacher, recipe.fit.distill_weight)
+            laid_out = {name: _laid_out(value) for name, value in weights.items()}
+            predicted = task.read(programs[architecture.key].run(laid_out, values, first=first))
+            is_full = architecture == space.full
+            loss = mixed(task, predicted, labels, teacher, recipe.fit.distill_weight)
             total += loss.detach()
             if is_full:
                 loss = recipe.fit.full_weight * loss
             if recipe.fit.reconstruction and is_full:
-                loss = loss + recipe.fit.reconstruction * reconstruction(made, targets)
+                loss = loss + recipe.fit.reconstruction * reconstruction(weights, targets)
             if recipe.fit.regularisation:
-                norms = [value.norm() for value in made.values() if value.requires_grad]
+                norms = [value.norm() for value in weights.values() if value.requires_grad]
                 loss = loss + recipe.fit.regularisation * torch.stack(norms).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             if recipe.fit.distill == "inplace" and teacher is None:
-                teacher = predicted.detach()
-        _finish(model, optimiser, recipe, world, total, f"fit, step {step + 1} of {steps}", rate)
+                teacher = _detached(predicted)
+        late = time.monotonic() > deadline
+        where = f"fit, step {step + 1} of {steps}"
+        late = _finish(model, optimiser, recipe, world, total, where, rate, late and rank == 0)
         decay = min(recipe.fit.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, value in model.state_dict().items():
@@ -360,7 +410,7 @@ def fit(
             log("fit/seconds_per_step", (time.monotonic() - began) / (step - start + 1), step)
         if (step + 1) % save_every == 0:
             save(step + 1)
-        if time.monotonic() > deadline and step + 1 < steps:
+        if late and step + 1 < steps:
             save(step + 1)
             return False
     save(steps)
@@ -371,14 +421,27 @@ def fit(
     return True
 
 
+def _detached(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(outputs, tuple):
+        return tuple(each.detach() for each in outputs)
+    return outputs.detach()
+
+
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     # Vectors (biases, gamma, beta) and the corrections by size are not decayed.
+    corrections = {
+        id(parameter)
+        for each in model.modules()
+        if isinstance(each, Corrected)
+        for held in (each.rows, each.columns)
+        for parameter in held.values()
+    }
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        correction = name.startswith(("outputs.", "inputs."))
-        matrix = parameter.squeeze().dim() > 1 and not correction
-        (matrices if matrix else vectors).append(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.squeeze().dim() > 1 and id(parameter) not in corrections
+            (matrices if matrix else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": recipe.fit.weight_decay, "factor": 1.0},
         {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
@@ -396,17 +459,24 @@ def _finish(
     loss: Tensor,
     where: str,
     rate: float,
-) -> None:
-    """Average gradients over processes, clip them by value and step; raises Diverged instead."""
+    late: bool = False,
+) -> bool:
+    """Average gradients over processes, clip them by value and step; raises Diverged instead.
+
+    Returns whether any process was `late`.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if world > 1:
         for gradient in gradients:
             dist.all_reduce(gradient)
             gradient /= world
-        loss = loss.clone()
-        dist.all_reduce(loss)  # so that all processes stop, or none
+        # So that all processes stop, or none.
+        shared = torch.stack((loss, loss.new_tensor(float(late))))
+        dist.all_reduce(shared)
+        loss, late = shared[0], bool(shared[1] > 0)
     attempt = "a lower fit.lr, a longer warm-up (fit.warm) or a tighter fit.clip"
     check_step(where, rate, loss, gradient_norm(model.parameters()), attempt)
     if recipe.fit.clip:
         nn.utils.clip_grad_value_(model.parameters(), recipe.fit.clip)
     optimiser.step()
+    return late

@@ -6,7 +6,7 @@ images (N, C, H, W), already normalised. Knows nothing of manifolds, tracing or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -343,3 +343,17 @@ class VAE(nn.Module):
 def vae(latent: int = 10, channels: int = 1, width: int = 32, hidden: int = 256) -> VAE:
     """The VAE of Burgess et al. (2018) for 32x32 images, as YannDubs/disentangling-vae publishes it."""
     return VAE(latent, channels, width, hidden)
+
+
+def _resnet(blocks: int) -> Callable[[int, int], nn.Module]:
+    return lambda classes, channels: resnet_cifar((blocks,) * 3, classes, channels=channels)
+
+
+BUILT_IN: dict[str, Callable[[int, int], nn.Module]] = {
+    "lenet": lambda classes, channels: lenet(classes, channels=channels),
+    "resnet-mnist": lambda classes, channels: resnet_mnist(classes=classes, channels=channels),
+    **{f"resnet{6 * blocks + 2}": _resnet(blocks) for blocks in (3, 5, 7, 9)},
+    "unet": lambda classes, channels: unet(classes, channels=channels),
+    "vae": lambda classes, channels: vae(channels=channels),
+}
+"""The networks that a recipe knows by name, from the numbers of classes and of image channels."""

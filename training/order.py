@@ -4,13 +4,14 @@ Total variation is axis-aligned (Neural Metamorphosis, supplement, section 2): a
 axis leaves the variation along every other axis as it is. The objective of Algorithm 1 therefore
 splits into one shortest Hamiltonian path per clique, over distances summed over all its sides.
 
-Knows tensors and cliques, not families, networks or INRs.
+Knows tensors and cliques, not networks or representations.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +19,25 @@ from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.cliques import Side
+from neumeta.graph import Graph
 
 Matrix = NDArray[np.float64]
 Path = NDArray[np.int64]
 Weight = Float[Tensor, "..."]
 Orders = dict[str, Int64[Tensor, " axis"]]
+
+
+
+class Side(NamedTuple):
+    """Dimension `dimension` of a tensor, along which channel c of an axis is the `repeat` indices from
+    `offset` + c * `repeat` on: a flattened C x H x W repeats H * W times, a concatenation has an
+    offset."""
+
+    tensor: str
+    dimension: int
+    offset: int = 0
+    repeat: int = 1
+
 
 EXACT = 16
 """Cliques up to this size are solved by dynamic programming: 2^16 subsets x 16 ends, in 0.2 s."""
@@ -40,6 +54,13 @@ REACH = 10
 KICKS = 3
 """Longer paths: kicks per node, and `FEWEST` at least."""
 FEWEST = 1000
+
+
+def cliques(graph: Graph) -> dict[str, tuple[Side, ...]]:
+    """Every axis of a graph, with the sides that must be permuted together."""
+    return {
+        axis: tuple(Side(*side) for side in sides) for axis, sides in graph.cliques().items()
+    }
 
 
 def tv_out(weight: Float[Tensor, "O ..."]) -> float:
@@ -282,10 +303,11 @@ class _Tour:
         return far[a][b] + far[c][d] + far[e][f] - far[a][d] - far[e][b] - far[c][f]
 
     def descend(self, nodes: Iterable[int], longest: int) -> float:
-        """What is gained by improving the surroundings of `nodes` until no move is left.
+        """What is gained by improving the surroundings of `nodes` until they have no move left.
 
         Moves: 2-opt (turn a stretch) and Or-opt (move a stretch of up to `longest` nodes, either
-        way round). Nodes that got another neighbour are looked at again; others need it not.
+        way round). Only nodes that got another neighbour are looked at again: what a turned stretch
+        opens for the others is rare, and is left to the next kick or call.
         """
         waiting, gained = dict.fromkeys(nodes), 0.0
         while waiting:
@@ -372,8 +394,10 @@ def order(
     strategy: str,
     seed: int = 0,
     axes: Collection[str] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Orders:
     """A permutation for each of `axes` (every clique if None): new channel i is old `[axis][i]`.
+    `sizes` are their numbers of channels (None: as many as every side has room for).
 
     Deterministic: the generator depends on `seed` and the axis alone, so the order of an axis is
     the same whichever others are permuted beside it.
@@ -391,7 +415,8 @@ def order(
     for axis, sides in cliques.items():
         if axes is None or axis in axes:
             rng = np.random.default_rng([seed, zlib.crc32(axis.encode())])
-            channels = min(_room(weights, side) for side in sides)
+            room = min(_room(weights, side) for side in sides)
+            channels = sizes[axis] if sizes else room
             writer = next((k for k, side in enumerate(sides) if side.dimension == 0), 0)
             layer = distances(weights, [sides[writer]], channels)
             others = [*sides[:writer], *sides[writer + 1 :]]

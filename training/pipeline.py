@@ -1,29 +1,34 @@
 """The stages of a run, in order, each stage's result kept in the run's folder.
 
-source -> channel order -> representation fit -> statistics -> evaluation -> checkpoint. Knows no flags
-and prints nothing.
+source -> graph -> channel order -> representation fit -> statistics -> evaluation -> checkpoint. Knows
+no flags and prints nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from neumeta import atomic, checkpoint
-from neumeta.manifold import Manifold, representation
-from neumeta.network import Network
-from training import cliques, data, evaluate, fit, order, plots, source, statistics
+from neumeta.fold import fold
+from neumeta.graph import Graph
+from neumeta.manifold import Contract, Manifold, roles
+from neumeta.representation import build
+from neumeta.sites import kept
+from neumeta.space import Space
+from training import data, evaluate, fit, modules, networks, order, plots, source, statistics
 from training.divergence import check_tensors
-from training.folded import fold, network_from, reorder
-from training.imported import import_resnet_cifar
-from training.recipe import BadRecipe, DataSection, Recipe, refused
+from training.recipe import BadRecipe, Recipe, refused
+from training.task import TASKS
+from training.trace import trace
 
 STATE = ("source.pt", "source.safetensors", "fit.pt")
 """What stages leave in a run's folder to go on with."""
@@ -35,86 +40,173 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run made: `source` is the source network's accuracy, `rows` the table."""
+    """What a finished run made: `source` is the source network's score, `rows` the table."""
 
     source: float
     rows: list[dict[str, Any]]
     digest: str
+    manifold: Manifold
 
 
-def dataset(section: DataSection, root: Path | None) -> data.Dataset:
-    """The images of a recipe's [data], under `root` or $NEUMETA_DATA."""
-    for key in ("path", *section.options()):
-        if getattr(section, key):
-            raise ValueError(f"data.{key}: this version knows data sets by data.name alone")
-    return data.load(section.name, root)
+@dataclass(frozen=True)
+class Traced:
+    """The source network before it is trained: the module, and the graph of all that it does."""
+
+    module: nn.Module
+    graph: Graph
 
 
-def check(asked: Recipe, loaded: data.Dataset, checkpoints: Path, run: Path) -> None:
-    """Raises BadRecipe with everything in the recipe that does not fit the data or this machine."""
-    problems = list(_misfits(asked, loaded))
+def dataset(asked: Recipe, root: Path | None) -> data.Data:
+    """The images of a recipe's [data]: a path is looked for beside the recipe, and then, as a name is,
+    under `root` or $NEUMETA_DATA.
+
+    Raises DataMissing or ValueError with the option, file or folder that is wrong.
+    """
+    section = asked.data
+    name = section.name or section.path
+    if section.path:
+        path, colon, function = section.path.rpartition(":")
+        beside = Path(asked.file).parent / (path if colon else section.path)
+        if beside.exists():
+            name = f"{beside}:{function}" if colon else str(beside)
+    return data.load_from(name, root, **section.options())
+
+
+def network(asked: Recipe, loaded: data.Data) -> nn.Module:
+    """The untrained source network of a recipe, as its own code makes it. Raises BadRecipe."""
+    name, channels = asked.network.network, loaded.shape[0]
+    torch.manual_seed(asked.seed)
+    if name in networks.BUILT_IN:
+        return networks.BUILT_IN[name](len(loaded.classes), channels)
+    path, _, function = name.rpartition(":")
+    beside = Path(asked.file).parent / path
+    try:
+        return modules.resolve(
+            f"{beside}:{function}" if path.endswith(".py") else name, asked.network.arguments
+        )
+    except ValueError as error:
+        raise BadRecipe(asked.file, [f"network.network: {error}"]) from None
+
+
+def traced(asked: Recipe, loaded: data.Data, module: nn.Module) -> Traced:
+    """The graph of the source network on images of this data.
+
+    Raises BadRecipe if it cannot be traced or does not do the recipe's task on this data.
+    """
+    task, name = TASKS[asked.task], asked.network.network
+    example = torch.zeros(1, *loaded.shape)
+    try:
+        graph, _ = trace(module, example, groups=asked.network.groups)
+    except ValueError as error:
+        raise BadRecipe(asked.file, [f"network.network: {name!r}: {error}"]) from None
+    training = module.training
+    with torch.no_grad():
+        outputs = module.eval()(example)
+    module.train(training)
+    try:
+        outputs = task.read(outputs)
+    except ValueError as error:
+        raise BadRecipe(asked.file, [f"task: {asked.task!r}: {error}"]) from None
+    count = len(loaded.classes)
+    wanted: tuple[int, ...] = loaded.shape
+    if asked.task == "classification":
+        wanted = (count,)
+    elif asked.task == "segmentation":
+        wanted = (count, *loaded.shape[1:])
+    found = tuple((outputs[0] if isinstance(outputs, tuple) else outputs).shape[1:])
+    if found != wanted:
+        allowed = (
+            f"for {asked.task} on {loaded.name!r} its output is {wanted} for each image, not {found}"
+        )
+        raise BadRecipe(asked.file, [refused("network.network", name, allowed)])
+    return Traced(module, graph)
+
+
+def space(asked: Recipe, graph: Graph) -> Space:
+    """The architectures that the recipe's manifold covers. Raises BadRecipe."""
+    fit_, deep, problems = asked.fit, asked.fit.blocks is not None, list[str]()
+    try:
+        made = graph.folded if asked.folded else graph
+        # Width that does not morph keeps its axes' sizes.
+        made = made.morphing(fit_.morph if asked.wide else (), depth=deep)
+    except ValueError as error:
+        raise BadRecipe(asked.file, [f"fit.morph: {error}"]) from None
+    if asked.wide and not made.axes:
+        problems.append(refused("fit.width", fit_.width, "nothing in this network can be resized"))
+    if fit_.blocks and not made.stages:
+        allowed = "this network has no stages: no container of blocks that are alike"
+        problems.append(refused("fit.blocks", fit_.blocks, allowed))
+    for stage in made.stages:
+        if fit_.blocks and fit_.blocks[0] < stage.least:
+            allowed = f"stage {stage.name} has at least {stage.least} blocks"
+            problems.append(refused("fit.blocks", fit_.blocks, allowed))
+    for name, depth in asked.network.named.items():
+        if len(depth) != len(made.stages) or not all(
+            stage.least <= n <= fit_.most_blocks
+            for n, stage in zip(depth, made.stages, strict=True)
+        ):
+            allowed = f"one number for each of {', '.join(stage.name for stage in made.stages)}"
+            problems.append(refused(f"network.named.{name}", depth, allowed))
     if problems:
         raise BadRecipe(asked.file, problems)
+    return Space(
+        asked.served, made, fit_.width, fit_.blocks, fit_.most_blocks, dict(asked.network.named)
+    )
+
+
+def check(
+    asked: Recipe, loaded: data.Data, checkpoints: Path, run: Path, module: nn.Module | None = None
+) -> Traced:
+    """Everything in the recipe that does not fit the data, the network or this machine: BadRecipe."""
+    problems = list(_misfits(asked, loaded))
+    try:
+        TASKS[asked.task].check(loaded)
+    except ValueError as error:
+        problems.append(str(error))
+    found = None
+    try:
+        # A network that is given stays as it is: a copy is trained.
+        own = network(asked, loaded) if module is None else copy.deepcopy(module)
+        found = traced(asked, loaded, own)
+        space(asked, found.graph)
+    except BadRecipe as error:
+        told = str(error).splitlines()
+        problems += [line.removeprefix(f"{asked.file}: ") for line in told]
+    if problems or found is None:
+        raise BadRecipe(asked.file, problems)
     if asked.network.weights and not (run / "source.safetensors").exists():
-        _weights(asked, checkpoints)
+        source.weights_file(asked, checkpoints)
+    return found
 
 
-def _misfits(asked: Recipe, loaded: data.Dataset) -> Iterator[str]:
-    family, network = asked.family, asked.network
-    count, channels, *image = loaded.train_images.shape
-    if channels != family.input_channels:
-        yield refused(
-            "network.network",
-            network.network,
-            f"it takes images of {family.input_channels} channels, and those of"
-            f" {loaded.name!r} have {channels}",
-        )
-    least = max(layer.resolution for layer in family.layers(asked.depth))
-    if min(image) < least:
-        yield refused(
-            "network.network",
-            network.network,
-            f"it takes images of {least}x{least} pixels or more, and those of {loaded.name!r}"
-            f" have {image[0]}x{image[1]}",
-        )
+def _misfits(asked: Recipe, loaded: data.Data) -> Iterator[str]:
+    count = len(loaded)
     allowed = f"at most {count}, the training images of {loaded.name!r}"
     if asked.fit.batch > count:
         yield refused("fit.batch", asked.fit.batch, allowed)
-    if network.train and network.train.batch > count:
-        yield refused("network.train.batch", network.train.batch, allowed)
+    if asked.network.train and asked.network.train.batch > count:
+        yield refused("network.train.batch", asked.network.train.batch, allowed)
     if asked.fit.batch < _world():
         allowed = f"at least one image for each of {_world()} processes"
         yield refused("fit.batch", asked.fit.batch, allowed)
 
 
-def _weights(asked: Recipe, checkpoints: Path) -> Path:
-    """The file of the recipe's public checkpoint: beside the recipe, or under `checkpoints`."""
-    places = [Path(asked.file).parent, checkpoints]
-    for folder in places:
-        if (folder / asked.network.weights).is_file():
-            return folder / asked.network.weights
-    where = " nor in ".join(str(folder) for folder in places)
-    allowed = f"it is neither in {where}: see --checkpoints"
-    if asked.family.name == "resnet-cifar":
-        allowed += "; published at https://github.com/akamaster/pytorch_resnet_cifar10"
-    raise BadRecipe(asked.file, [refused("network.weights", asked.network.weights, allowed)])
-
-
-def depends(asked: Recipe, loaded: data.Dataset) -> dict[str, dict[str, Any]]:
+def depends(asked: Recipe, loaded: data.Data) -> dict[str, dict[str, Any]]:
     """What the result of each stage that keeps state depends on, by stage and dotted key."""
     whole = asked.as_dict()
-    held = whole["representation"]
+    held, built = whole["representation"], whole["network"]
     del held["samples"]  # of evaluation and use, not of the fit
+    del built["name"], built["named"]  # of use, likewise
     images = {
         "sha256": loaded.digest(),
         "classes": list(loaded.classes),
-        "mean": loaded.mean,
-        "std": loaded.std,
-        "flips": loaded.flips,
-        "pad": loaded.pad,
+        "mean": list(loaded.mean),
+        "std": list(loaded.std),
+        "flips": getattr(loaded, "flips", asked.data.flips),
+        "pad": getattr(loaded, "pad", asked.data.pad),
     }
     stages = {
-        "source": {"seed": asked.seed, "network": whole["network"], "data": images},
+        "source": {"seed": asked.seed, "task": asked.task, "network": built, "data": images},
         "fit": {"order": whole["order"], "representation": held, "fit": whole["fit"]},
     }
     return {stage: dict(_flat(keys)) for stage, keys in stages.items()}
@@ -128,7 +220,7 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{above}{key}", value
 
 
-def begin(asked: Recipe, loaded: data.Dataset, run: Path, *, resume: bool) -> None:
+def begin(asked: Recipe, loaded: data.Data, run: Path, *, resume: bool) -> None:
     """Write `run/recipe.json`, what this run is bound to; on resume only what no stage's result that
     is there depends on may have changed.
 
@@ -167,121 +259,118 @@ def _bound(path: Path) -> dict[str, dict[str, Any]]:
     )
 
 
-def trained_source(asked: Recipe, loaded: data.Dataset, checkpoints: Path, run: Path) -> Network:
+def trained_source(
+    asked: Recipe, loaded: data.Data, module: nn.Module, checkpoints: Path, run: Path
+) -> nn.Module:
     """The source network of a recipe: kept in the run once it is trained or fine-tuned.
 
     Of several processes the first trains it, and the others wait for its file.
     """
-    family, depth, kept = asked.family, asked.depth, run / "source.safetensors"
-    sizes = family.full_sizes(depth, len(loaded.classes))
-    sizes["image"] = loaded.train_images.shape[1]
-    if not kept.exists() and _rank() == 0:
+    held = run / "source.safetensors"
+    if not held.exists() and _rank() == 0:
         if asked.network.weights:
-            net = import_resnet_cifar(_weights(asked, checkpoints), depth, len(loaded.classes))
-        else:
-            torch.manual_seed(asked.seed)
-            net = Network(family.name, depth, sizes, norm=True)
+            source.fill(module, source.weights_file(asked, checkpoints))
         if asked.network.train:
             source.train(
-                net,
+                module,
                 loaded,
+                TASKS[asked.task],
                 epochs=asked.network.train.epochs,
                 lr=asked.network.train.lr,
                 batch=asked.network.train.batch,
                 seed=asked.seed,
                 state=run / "source.pt",
             )
-        source.save(net, kept)
+        source.save(module, held)
     if dist.is_initialized():
         dist.barrier()
-    return source.restore(kept, family.name, depth, sizes)
+    return source.restore(module, held)
 
 
 def prepare(
-    asked: Recipe, loaded: data.Dataset, net: Network
-) -> tuple[Manifold, dict[str, Tensor], Network]:
-    """The untrained manifold, its targets (smoothed source tensors) and the smoothed network.
+    asked: Recipe, loaded: data.Data, graph: Graph, net: nn.Module
+) -> tuple[Manifold, dict[str, Tensor]]:
+    """The untrained manifold, and all tensors of the smoothed source network by name.
 
     Raises Diverged if a weight of the source is not finite.
     """
     check_tensors("source", net.state_dict())
-    height, width = loaded.train_images.shape[2:]
-    space = asked.space(len(loaded.classes), (height, width))
-    held, strategy = asked.representation, asked.order.strategy
-    folded = fold(net)
-    found = cliques.cliques(space.table, space.depth)
-    axes = [axis for axis in found if space.morphs(axis)]
-    orders = order.order(folded, found, strategy, seed=asked.seed, axes=axes)
+    covered, task = space(asked, graph), TASKS[asked.task]
+    own, held = source.tensors(net, graph.tensors), asked.representation
+    # Orders are of the folded network's weights; batch norm's own tensors follow them.
+    folded = fold(graph, {name: value.double() for name, value in own.items()})
+    found, strategy = order.cliques(graph.folded), asked.order.strategy
     # Frozen axes keep their order, so that the source's own prefix stays what it was.
+    orders = order.order(
+        folded, found, strategy, seed=asked.seed, axes=covered.graph.axes, sizes=graph.full
+    )
     smooth = order.apply(folded, found, orders)
-    smoothed = network_from(smooth, space.family, space.depth)
-    torch.manual_seed(asked.seed)
-    model = representation(held.kind, space, held.options, norm=held.norm)
-    frozen, targets = {}, {}
-    raw = reorder(net, orders) if held.norm else {}
-    for layer in space.table.layers(space.depth):
-        if not space.morphing(layer):
-            for kind in ("weight", "bias"):
-                frozen[f"{layer.name}.{kind}"] = smooth[f"{layer.name}.{kind}"]
-        elif held.norm and layer.norm:
-            targets[f"{layer.name}.weight"] = raw[f"{layer.name}.weight"]
-            targets[f"{layer.name}.gamma"] = raw[f"{layer.norm}.weight"]
-            targets[f"{layer.name}.beta"] = raw[f"{layer.norm}.bias"]
-        else:
-            for kind in ("weight", "bias"):
-                targets[f"{layer.name}.{kind}"] = smooth[f"{layer.name}.{kind}"]
     tv: dict[str, Any] = {
         "strategy": strategy,
         "total_variation_before": order.total_variation(folded),
         "total_variation": order.total_variation(smooth),
     }
+    if asked.folded:
+        smoothed = {name: value.float().contiguous() for name, value in smooth.items()}
+    else:
+        smoothed = order.apply(own, order.cliques(graph), orders)
+    torch.manual_seed(asked.seed)
+    model = build(held.kind, held.built, roles(covered))
     manifold = Manifold(
-        space,
+        covered,
         model,
         held.kind,
-        held.options,
-        held.norm,
+        held.built,
         held.noise,
         held.samples,
         held.scale,
-        {"mean": loaded.mean, "std": loaded.std},
-        list(loaded.classes),
-        frozen,
+        Contract(
+            tuple(loaded.mean),
+            tuple(loaded.std),
+            tuple(loaded.classes),
+            asked.task,
+            task.metric,
+            task.higher_is_better,
+        ),
+        {name: smoothed[name].contiguous() for name in kept(covered.graph)},
         about={"permutation": tv},
     )
-    return manifold, targets, smoothed
+    return manifold, smoothed
 
 
 def run(
     asked: Recipe,
-    loaded: data.Dataset,
+    loaded: data.Data,
     checkpoints: Path,
     folder: Path,
     out: Path,
     *,
-    resume: bool,
-    max_minutes: float,
+    resume: bool = False,
+    max_minutes: float = float("inf"),
+    module: nn.Module | None = None,
 ) -> Result | None:
     """All stages: the manifold at `out`, its table in `folder`. None in every process but the first.
 
-    Everything that can be checked is checked before the first step. Raises ValueError (BadRecipe, a
-    run that may not be resumed, damaged state, divergence), OSError, and Stopped after `max_minutes`.
+    `module` stands for the network that the recipe names. Everything that can be checked is checked
+    before the first step. Raises ValueError (BadRecipe, a run that may not be resumed, damaged state,
+    divergence), OSError, and Stopped after `max_minutes`.
     """
-    check(asked, loaded, checkpoints, folder)
+    found = check(asked, loaded, checkpoints, folder, module)
     if _rank() == 0:
         begin(asked, loaded, folder, resume=resume)
     if dist.is_initialized():
         dist.barrier()
-    net = trained_source(asked, loaded, checkpoints, folder)
-    before = source.accuracy(net, loaded.test_images, loaded.test_labels, loaded)
-    manifold, targets, smoothed = prepare(asked, loaded, net)
+    task = TASKS[asked.task]
+    net = trained_source(asked, loaded, found.module, checkpoints, folder)
+    before = source.score(net, loaded, task) if _rank() == 0 else 0.0
+    manifold, smoothed = prepare(asked, loaded, found.graph, net)
     if torch.cuda.is_available():
         manifold.representation.to(f"cuda:{_rank() % torch.cuda.device_count()}")
     done = fit.fit(
         manifold,
-        targets,
         smoothed,
         loaded,
+        task,
         asked,
         folder,
         resume=resume,
@@ -296,34 +385,58 @@ def run(
 
 
 def _finish(
-    asked: Recipe, loaded: data.Dataset, manifold: Manifold, before: float, folder: Path, out: Path
+    asked: Recipe, loaded: data.Data, manifold: Manifold, before: float, folder: Path, out: Path
 ) -> Result:
     """Statistics, evaluation, checkpoint, report."""
-    if asked.representation.norm:
-        statistics.measure_statistics(manifold, loaded, asked)
+    statistics.calibrate(
+        manifold,
+        loaded,
+        calibration=asked.data.calibration,
+        images=_images(asked),
+        seed=asked.seed,
+    )
     rows = evaluate.evaluate(manifold, loaded, asked)
     train, weights = asked.network.train, asked.network.weights
+    metric = manifold.contract.metric
+    began = ("fine-tune" if train else "import") if weights else "train" if train else "given"
     manifold.about.update(
         title=asked.title,
         recipe=asked.as_dict(),
         source={
-            "kind": ("fine-tune" if train else "import") if weights else "train",
+            "kind": began,
             "file": weights,
-            "accuracy": round(before, 2),
+            "score": round(before, 2),
+            "metric": metric,
         },
         data={
             "name": loaded.name,
             "sha256": loaded.digest(),
-            "test_images": len(loaded.test_labels),
+            "test_images": _tested(loaded),
         },
         evaluation=rows,
         torch=torch.__version__,
     )
     digest = checkpoint.write(manifold, out)
-    report = {"source_accuracy": round(before, 2), "evaluation": rows, "checkpoint": digest}
+    report = {
+        "source_score": round(before, 2),
+        "metric": metric,
+        "evaluation": rows,
+        "checkpoint": digest,
+    }
     atomic.write(folder / "evaluation.json", json.dumps(report, indent=1))
     plots.evaluation(rows, asked, before, folder / "evaluation.svg")
-    return Result(before, rows, digest)
+    return Result(before, rows, digest, replace(manifold, digest=digest))
+
+
+def _images(asked: Recipe) -> str:
+    """Which calibration images, a path looked for beside the recipe first."""
+    wanted = asked.data.calibration_images
+    beside = Path(asked.file).parent / wanted
+    return str(beside) if wanted not in ("training", "noise") and beside.exists() else wanted
+
+
+def _tested(loaded: data.Data) -> int:
+    return len(loaded.test_images if isinstance(loaded, data.Dataset) else loaded.test)
 
 
 def _rank() -> int:

@@ -1,4 +1,4 @@
-"""Pictures of what the pipeline made: accuracy over width, a heatmap over depth. Knows only rows."""
+"""Pictures of what the pipeline made: scores over width, a heatmap over depth. Knows only rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ plt.rcParams["svg.hashsalt"] = "neumeta"  # equal results give equal files
 
 
 def evaluation(rows: list[dict[str, Any]], recipe: Recipe, source: float, path: Path) -> None:
-    """Accuracy over width, or a heatmap over depth, whichever the recipe evaluates."""
-    if recipe.evaluate.blocks and len(rows[0]["depth"]) == 2:
+    """The score over width, or a heatmap over depth, whichever the recipe evaluates."""
+    if recipe.evaluate.blocks and len(rows[0]["depth"]) == 2 and len(recipe.evaluate.widths) == 1:
         depth_heatmap(rows, recipe, path)
     else:
-        depth = list(recipe.depth)
+        # The source's depth comes first.
+        depth = rows[0]["depth"]
         width_curve(
             {"manifold": [row for row in rows if row["depth"] == depth]}, recipe, source, path
         )
@@ -32,40 +33,40 @@ def evaluation(rows: list[dict[str, Any]], recipe: Recipe, source: float, path: 
 def width_curve(
     curves: dict[str, list[dict[str, Any]]], recipe: Recipe, source: float, path: Path
 ) -> None:
-    """Accuracy over width, one line per method; the trained range is shaded."""
+    """The score over width, one line per method; the trained range is shaded."""
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows in curves.items():
-        points = sorted((row["width"], row["accuracy"]) for row in rows)
+        points = sorted((row["width"], row["score"]) for row in rows)
         axes.plot(*zip(*points, strict=True), "o-", label=label)
-    axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f} %")
+    axes.axhline(source, color="grey", linestyle=":", label=f"source network, {source:.1f}")
     axes.axvspan(*recipe.fit.width, color="tab:green", alpha=0.08, label="trained widths")
-    axes.set(xlabel="width", ylabel="test accuracy (%)", title=recipe.title)
+    axes.set(xlabel="width", ylabel=_label(rows), title=recipe.title)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
 def depth_curve(curves: dict[str, list[dict[str, Any]]], recipe: Recipe, path: Path) -> None:
-    """Accuracy over the number of blocks of every stage; the trained range is shaded."""
+    """The score over the number of blocks of every stage; the trained range is shaded."""
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows in curves.items():
-        points = sorted((row["depth"][0], row["accuracy"]) for row in rows)
+        points = sorted((row["depth"][0], row["score"]) for row in rows)
         axes.plot(*zip(*points, strict=True), "o-", label=label)
     if recipe.fit.blocks:
         axes.axvspan(*recipe.fit.blocks, color="tab:green", alpha=0.08, label="trained depths")
-    axes.set(xlabel="blocks per stage", ylabel="test accuracy (%)", title=recipe.title)
+    axes.set(xlabel="blocks per stage", ylabel=_label(rows), title=recipe.title)
     axes.legend()
     _save(figure, path)
 
 
 def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
-    """Accuracy over (L1, L2); the trained square is framed."""
+    """The score over (L1, L2); the trained square is framed."""
     most = max(max(row["depth"]) for row in rows)
     least = min(min(row["depth"]) for row in rows)
     table = np.full((most - least + 1, most - least + 1), np.nan)
     for row in rows:
-        table[row["depth"][0] - least, row["depth"][1] - least] = row["accuracy"]
+        table[row["depth"][0] - least, row["depth"][1] - least] = row["score"]
     figure, axes = plt.subplots(figsize=(6.4, 5.6))
-    shown = axes.imshow(table, origin="lower", cmap="viridis", vmin=np.nanmin(table) - 1, vmax=100)
+    shown = axes.imshow(table, origin="lower", cmap="viridis", vmin=np.nanmin(table) - 1)
     for (a, b), value in np.ndenumerate(table):
         axes.text(
             b,
@@ -94,7 +95,7 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
     axes.set_yticks(ticks, [str(t + least) for t in ticks])
     axes.set(xlabel="L2", ylabel="L1")
     axes.set_title(recipe.title, fontsize=10)
-    figure.colorbar(shown, label="test accuracy (%)")
+    figure.colorbar(shown, label=_label(rows))
     _save(figure, path)
 
 
@@ -135,6 +136,10 @@ def kernels(shown: dict[str, Any], name: str, path: Path) -> None:
         axes.imshow(table, cmap="RdBu", vmin=-limit, vmax=limit)
         axes.set(title=f"{name}, {label}", xlabel="input channel", ylabel="output channel")
     _save(figure, path)
+
+
+def _label(rows: list[dict[str, Any]]) -> str:
+    return f"test {rows[0]['metric']}"
 
 
 def _save(figure: Any, path: Path) -> None:

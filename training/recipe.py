@@ -10,7 +10,6 @@ import inspect
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,14 +24,13 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from neumeta.architecture import MAX_WIDTH, Space
-from neumeta.family import FAMILIES, Family
-from neumeta.inr import REPRESENTATIONS
+from neumeta.representation import KINDS, WRAPPERS
+from neumeta.space import MAX_WIDTH, MOST_BLOCKS
+from training.data import KINDS as DATA_KINDS
+from training.data import KNOWN
+from training.networks import BUILT_IN as NETWORKS
 
 BUILT_IN = Path(__file__).parent / "recipes"
-
-NETWORKS = {name: family for family in FAMILIES.values() for name in family.architectures}
-"""The built-in networks by name."""
 
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -69,19 +67,33 @@ class Training(_Section):
 
 
 class NetworkSection(_Section):
-    """The source network. `weights` is the file of a public checkpoint, looked for beside the recipe
-    and under --checkpoints. Without `train` they are taken as they are; with it they are
-    fine-tuned; with `train` alone the network is trained from scratch."""
+    """The source network: a built-in one by its name, or the function that makes the user's own,
+    `file.py:build` (from the recipe's folder) or `module:function`, called with `arguments`.
+
+    `weights` is a file of tensors, looked for beside the recipe and under --checkpoints. Without
+    `train` the network is taken as it is; with it it is trained, from `weights` on if there are any.
+    `groups` are patterns over axis names, one group of widths each (none: one for each block of the
+    module tree). `name` is what the manifold is served as (empty: the network's own), and `named` are
+    names of depths, e.g. { resnet32 = [5, 5, 5] }.
+    """
 
     network: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str = ""
     train: Training | None = None
+    groups: tuple[str, ...] = ()
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
+    named: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
 
 
 class DataSection(_Section):
     """The images: a set that is known by `name`, or what lies at `path`. The other keys are the data
     loader's options; a key that is not given is the loader's own choice. `size` is height and width
     in pixels, one number for both; `mean` and `std` of each channel, in 0..1; `classes` their names.
+
+    `calibration` is how many images travel in the manifold, for the batch statistics of sizes that
+    are not kept: `calibration_images` are 'training' ones, 'noise' where none may travel (sizes that
+    are not kept then lose score), or the user's own, a folder, archive or .npz.
     """
 
     name: str = ""
@@ -97,10 +109,14 @@ class DataSection(_Section):
     workers: Annotated[int, Field(ge=0)] | None = None
     ignore: int | None = None
     classes: tuple[str, ...] | None = None
+    calibration: Annotated[int, Field(ge=2, le=4096)] = 128
+    calibration_images: str = "training"
 
     def options(self) -> dict[str, Any]:
-        """The loader's options that were given."""
-        return self.model_dump(exclude={"name", "path"}, exclude_none=True)
+        """The loader's options that were given, as it takes them."""
+        others = {"name", "path", "calibration", "calibration_images"}
+        given = self.model_dump(exclude=others, exclude_none=True)
+        return given | {key: list(given[key]) for key in ("mean", "std") if key in given}
 
 
 class OrderSection(_Section):
@@ -110,30 +126,40 @@ class OrderSection(_Section):
 
 
 class RepresentationSection(_Section):
-    """What holds the weights: its `kind` and that kind's `options`.
+    """What holds the weights: its `kind` and that kind's `options`; around it what is `anchored` to the
+    source near its size, and what is `corrected` by size, each with its own options.
 
-    `norm`: train with batch statistics, fold with fitted ones; else the paper's folded training.
     `noise` is the coordinate noise a of Algorithms 2 and 3, in channels; `samples` the default K of
     Algorithm 3; `scale` is N.
     """
 
-    kind: Literal["mlp", "grid", "integral"] = "mlp"
+    kind: Literal["mlp", "grid", "integral"] = "grid"
     options: dict[str, Any] = Field(default_factory=dict)
-    norm: bool = False
-    noise: Noise = 0.5
-    samples: Count = 8
+    anchored: dict[str, Any] | None = None
+    corrected: dict[str, Any] | None = None
+    noise: Noise = 0.0
+    samples: Count = 1
     scale: Count = 64
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """The options as `representation.build` takes them: those of a wrapper under its name."""
+        around = {name: getattr(self, name) for name in WRAPPERS}
+        return self.options | {name: held for name, held in around.items() if held is not None}
 
 
 class FitSection(_Section):
     """Algorithm 2. Units: rates per step, epochs of the training set, widths as factors.
 
-    `morph` are patterns over axis names; `width` and `blocks` the trained ranges. Before any image,
+    `morph` are patterns over axis names; `width` and `blocks` the trained ranges, `most_blocks` a bound
+    beyond them. `folded`: the representation learns the source without its batch norms, which its
+    layers took up (the paper's folded training; what an mlp and an integral do unless told
+    otherwise); else with them, on statistics of each batch. Before any image,
     `regression_steps` on the smoothed weights. `widths`: the pool that random widths come from
     (empty: the whole range). `sandwich`: each step trains the largest, the smallest and one random
     architecture; where width and depth both morph, those three at the source's depth and a fourth at
-    a random one. `per_stage`: the share of random widths that differ by stage. `full_weight`: of the
-    largest in the loss; 0 where the representation keeps the source's own size as it is (`reach`):
+    a random one. `per_group`: the share of random widths that differ by group. `full_weight`: of the
+    largest in the loss; 0 where the representation keeps the source's own size as it is (anchored):
     then a second random width and the fewest blocks at full width are trained in its place.
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones), with `distill_weight` of the loss. `depth_noise`: of the borders between
@@ -145,6 +171,8 @@ class FitSection(_Section):
     morph: tuple[str, ...] = ("*",)
     width: tuple[Width, Width]
     blocks: Range | None = None
+    most_blocks: Annotated[int, Field(ge=1, le=MOST_BLOCKS)] = 9
+    folded: bool | None = None
     regression_steps: Annotated[int, Field(ge=0)] = 0
     regression_lr: Rate = 1e-3
     epochs: Weight = 1.0
@@ -157,7 +185,7 @@ class FitSection(_Section):
     ema: Share = 0.995
     widths: tuple[Width, ...] = ()
     sandwich: bool = False
-    per_stage: Share = 0.0
+    per_group: Share = 0.0
     full_weight: Weight = 1.0
     reconstruction: Weight = 1.0
     regularisation: Weight = 1e-4
@@ -180,6 +208,7 @@ class Recipe(_Section):
 
     name: Annotated[str, Field(min_length=1)]
     title: str
+    task: Literal["classification", "segmentation", "generation"] = "classification"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     network: NetworkSection
     data: DataSection
@@ -195,27 +224,23 @@ class Recipe(_Section):
         return self._file
 
     @property
-    def family(self) -> Family:
-        """The family that the network belongs to."""
-        return NETWORKS[self.network.network]
+    def served(self) -> str:
+        """What the manifold is served as: `mynet` of 'mynet.py:build', `resnet18` of
+        'torchvision.models:resnet18'."""
+        path, _, function = self.network.network.rpartition(":")
+        own = Path(path).stem if path.endswith(".py") else function
+        return self.network.name or own
 
     @property
-    def depth(self) -> tuple[int, ...]:
-        """The source network's depth."""
-        return self.family.architectures[self.network.network]
+    def folded(self) -> bool:
+        """Whether the representation learns the source without its batch norms."""
+        kind = self.representation.kind
+        return kind != "grid" if self.fit.folded is None else self.fit.folded
 
-    def space(self, classes: int, image: tuple[int, int] | None = None) -> Space:
-        """The architectures this recipe's manifold covers, for data of so many classes and images of
-        this height and width (None: the family's own)."""
-        return Space(
-            self.family.name,
-            self.network.network,
-            classes,
-            self.fit.morph,
-            self.fit.width,
-            self.fit.blocks,
-            image,
-        )
+    @property
+    def wide(self) -> bool:
+        """Whether widths morph."""
+        return self.fit.width[0] < self.fit.width[1]
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values, for the checkpoint; `parse` reads it."""
@@ -310,31 +335,28 @@ def _keys(section: str) -> str:
 def _conflicts(recipe: Recipe) -> Iterator[str]:
     """What is wrong between keys, one line each."""
     network, fit, listed = recipe.network, recipe.fit, recipe.evaluate
-    if network.network not in NETWORKS:
-        yield refused("network.network", network.network, f"one of {', '.join(NETWORKS)}")
+    if ":" not in network.network and network.network not in NETWORKS:
+        known = ", ".join(NETWORKS)
+        allowed = f"one of {known}, or 'file.py:function' or 'module:function'"
+        yield refused("network.network", network.network, allowed)
         return
-    family = recipe.family
-    if not network.weights and network.train is None:
+    if network.network in NETWORKS and not network.weights and network.train is None:
         yield (
             "network.train: is missing; without network.weights the network is trained, which"
             " needs network.train.epochs"
         )
-    if network.weights and family.name != "resnet-cifar":
-        yield refused(
-            "network.weights", network.weights, f"no public layout is known for {network.network}"
-        )
     if bool(recipe.data.name) == bool(recipe.data.path):
         given = (recipe.data.name, recipe.data.path)
         yield refused("data", given, "it must have either a name or a path")
+    if recipe.data.name not in ("", *KNOWN):
+        yield refused(
+            "data.name", recipe.data.name, f"one of {', '.join(KNOWN)}; or give data.path"
+        )
+    if recipe.data.kind not in (None, *DATA_KINDS):
+        yield refused("data.kind", recipe.data.kind, f"one of {', '.join(DATA_KINDS)}")
     for key, values in (("fit.morph", fit.morph), ("evaluate.widths", listed.widths)):
         if not values:
             yield refused(key, values, "it must not be empty")
-    axes = family.axes(recipe.depth)
-    for pattern in fit.morph:
-        if not any(fnmatch(axis, pattern) for axis in axes):
-            yield refused(
-                "fit.morph", pattern, f"a pattern that matches one of the axes {', '.join(axes)}"
-            )
     yield from _ordered("fit.width", fit.width)
     for width in fit.widths:
         if not fit.width[0] <= width <= fit.width[1]:
@@ -344,12 +366,17 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         if blocks is None:
             continue
         yield from _ordered(key, blocks)
-        if not recipe.depth:
-            yield refused(key, blocks, f"{network.network} has no stages of blocks")
-        elif blocks[1] > family.max_blocks:
-            yield refused(key, blocks, f"at most {family.max_blocks} blocks in a stage")
+        if blocks[1] > fit.most_blocks:
+            yield refused(key, blocks, f"at most fit.most_blocks, {fit.most_blocks}")
     if listed.blocks and not fit.blocks:
         yield refused("evaluate.blocks", listed.blocks, "it needs fit.blocks: depth must morph")
+    if network.named and not fit.blocks:
+        yield refused("network.named", network.named, "it needs fit.blocks: depth must morph")
+    if fit.feature_views and (recipe.data.stream or recipe.task != "classification"):
+        allowed = "0 where data.stream is true or the task is not classification"
+        yield refused("fit.feature_views", fit.feature_views, allowed)
+    if fit.blocks is None and not recipe.wide:
+        yield refused("fit.width", fit.width, "a range, unless fit.blocks lets depth morph")
     yield from _representation_conflicts(recipe)
 
 
@@ -360,38 +387,43 @@ def _ordered(key: str, ends: tuple[float, float]) -> Iterator[str]:
 
 def _representation_conflicts(recipe: Recipe) -> Iterator[str]:
     held, fit = recipe.representation, recipe.fit
-    try:
-        _options(held.kind).model_validate(held.options)
-    except ValidationError as error:
-        known = f"'{held.kind}' has {', '.join(_options(held.kind).model_fields)}"
-        for each in error.errors():
-            if each["type"] == "extra_forbidden":
-                yield f"representation.options.{each['loc'][0]}: no such key; {known}"
-            else:
-                yield _told(each, "representation.options")
-    both = fit.blocks is not None and fit.width[0] < fit.width[1]
-    if fit.full_weight == 0 and not (both and held.options.get("reach")):
+    parts: dict[str, tuple[Any, Any, str]] = {
+        "options": (KINDS[held.kind], held.options, held.kind)
+    }
+    for name, wrapper in WRAPPERS.items():
+        if getattr(held, name) is not None:
+            parts[name] = (wrapper, getattr(held, name), name)
+    for part, (made, given, called) in parts.items():
+        try:
+            _options(made).model_validate(given)
+        except ValidationError as error:
+            known = f"'{called}' has {', '.join(_options(made).model_fields)}"
+            for each in error.errors():
+                where = f"representation.{part}"
+                if each["type"] == "extra_forbidden":
+                    yield f"{where}.{each['loc'][0]}: no such key; {known}"
+                elif each["type"] == "missing":
+                    yield f"{where}.{each['loc'][0]}: is missing; {known}"
+                else:
+                    yield _told(each, where)
+    both = fit.blocks is not None and recipe.wide
+    if fit.full_weight == 0 and not (both and held.anchored):
         yield refused(
             "fit.full_weight",
             fit.full_weight,
-            "0 leaves the source's own size untrained: it needs a grid's options.reach, which keeps"
+            "0 leaves the source's own size untrained: it needs [representation.anchored], which keeps"
             " that size as it is, and width and blocks that morph",
         )
-    if held.norm and fit.morph != ("*",):
-        # A frozen layer is folded already, and batch statistics follow one another from the image on.
-        yield refused(
-            "representation.norm", True, f"it needs fit.morph = ['*'], not {[*fit.morph]}"
-        )
 
 
-def _options(kind: str) -> type[BaseModel]:
-    """The options of a kind of representation, as its own constructor takes them."""
-    made = REPRESENTATIONS[kind].__init__
-    hints, fields = typing.get_type_hints(made), {}
-    for name, parameter in inspect.signature(made).parameters.items():
-        if parameter.default is not parameter.empty:
+def _options(made: Any) -> type[BaseModel]:
+    """The options of a representation, as its own constructor takes them by name."""
+    hints, fields = typing.get_type_hints(made.__init__), {}
+    for name, parameter in inspect.signature(made.__init__).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
             numeric = hints[name] is not bool
-            positive = name in ("layers", "hidden", "density")
+            positive = name in ("layers", "hidden", "density", "reach")
             limit = Field(gt=0) if positive else Field(ge=0) if numeric else Field()
-            fields[name] = (Annotated[hints[name], limit], parameter.default)
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[name] = (Annotated[hints[name], limit], default)
     return create_model("Options", __base__=_Section, **fields)  # type: ignore[call-overload, no-any-return]

@@ -1,43 +1,51 @@
-"""The source network: fine-tuned or trained, scored, and kept.
+"""The source network: the user's or a built-in module, trained or fine-tuned, scored, and kept.
 
-Knows nothing of permutation or INRs, nor where the network is from.
+Knows nothing of graphs, permutation or representations.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from neumeta import atomic
-from neumeta.network import Network
+from neumeta.sample import seed_of
+from training import networks, weights
 from training import state as states
-from training.data import Dataset, augment, to_float
+from training.data import Data
 from training.divergence import check_step, check_tensors, gradient_norm
 from training.layout import SoundConvolutions
+from training.recipe import BadRecipe, Recipe, refused
+from training.task import Task
+
+Run = Callable[[Tensor], Any]
+"""A network: a batch of normalised images -> its outputs."""
 
 
 @torch.no_grad()
-def accuracy(net: torch.nn.Module, images: Tensor, labels: Tensor, data: Dataset) -> float:
-    """Percent of uint8 `images` whose class `net` gets right. Raises ValueError if an output is not
-    finite: then no class is."""
-    right = 0
-    device = next(net.parameters()).device
-    for at in range(0, len(images), 500):
-        x = to_float(images[at : at + 500], data).to(device)
-        scores = net(x)
-        if not bool(scores.isfinite().all()):
-            raise ValueError("the network's outputs are not finite numbers")
-        right += int((scores.argmax(1).cpu() == labels[at : at + 500]).sum())
-    return 100 * right / len(images)
+def score(run: Run, data: Data, task: Task, device: torch.device | str = "cpu") -> float:
+    """The score of a network on all test images. Raises ValueError if an output is not finite."""
+    total: Tensor | None = None
+    for x, y in data.test_batches():
+        x, y = x.to(device), y.to(device)
+        outputs = task.read(run(x))
+        for part in outputs if isinstance(outputs, tuple) else (outputs,):
+            if not bool(part.isfinite().all()):
+                raise ValueError("the network's outputs are not finite numbers")
+        tally = task.tally(outputs, task.targets(x, y, data)).cpu()
+        total = tally if total is None else total + tally
+    if total is None:
+        raise ValueError(f"data: {data.name}: there are no test images")
+    return task.score(total)
 
 
 def one_cycle(step: int, steps: int, warm: float = 0.2) -> float:
@@ -48,21 +56,33 @@ def one_cycle(step: int, steps: int, warm: float = 0.2) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def task_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: float) -> Tensor:
-    """Cross-entropy, mixed with the divergence from a teacher's probabilities where there is one."""
-    hard = F.cross_entropy(logits, labels)
+def mixed(task: Task, outputs: Any, targets: Tensor, teacher: Any, weight: float) -> Tensor:
+    """The task's loss, of which `weight` is the imitation of a teacher where there is one."""
     if teacher is None:
-        return hard
-    soft = F.kl_div(
-        logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
-    )
-    return (1 - weight) * hard + weight * soft
+        return task.loss(outputs, targets)
+    soft = task.imitation(outputs, teacher)
+    return soft if weight == 1 else (1 - weight) * task.loss(outputs, targets) + weight * soft
+
+
+def epoch_plan(
+    seed: int, label: str, count: int, batch: int, start: int, steps: int
+) -> Iterator[tuple[Tensor, int]]:
+    """(rows, seed) of each batch from step `start` to `steps`: every epoch in a new order."""
+    per_epoch, order, shuffled = max(1, count // batch), torch.empty(0), -1
+    for step in range(start, steps):
+        epoch, place = divmod(step, per_epoch)
+        if epoch != shuffled:
+            shuffle = torch.Generator().manual_seed(seed_of(seed, f"{label}/epoch/{epoch}"))
+            order, shuffled = torch.randperm(count, generator=shuffle), epoch
+        rows = order[place * batch : (place + 1) * batch]
+        yield rows, seed_of(seed, f"{label}/images/{step}")
 
 
 @SoundConvolutions()
 def train(
-    net: Network,
-    data: Dataset,
+    net: nn.Module,
+    data: Data,
+    task: Task,
     *,
     epochs: int,
     lr: float,
@@ -71,13 +91,13 @@ def train(
     seed: int = 0,
     state: Path | None = None,
     label: str = "source",
-    teacher: Network | None = None,
+    teacher: Run | None = None,
     teacher_weight: float = 0.8,
-) -> Network:
+) -> nn.Module:
     """Train `net` in place: SGD with Nesterov momentum, one cycle, augmented; resumes from `state`.
 
     `state` is written after each epoch; a run started again with it goes on after the last whole
-    epoch to the same result as an uninterrupted one. `teacher` distils (see `task_loss`).
+    epoch to the same result as an uninterrupted one. `teacher` distils (see `mixed`).
 
     Raises Diverged, with the last good state left on disk, at the first loss, gradient or weight
     that is not finite, and before the first step if `net` comes with such a weight.
@@ -85,72 +105,136 @@ def train(
     check_tensors(label, net.state_dict())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
-    generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.SGD(
         net.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
     )
-    start, count = 0, len(data.train_labels)
+    start = 0
     if state and state.exists():
         with states.loaded(state, device) as kept:
             check_tensors(str(state), kept["net"])
             net.load_state_dict(kept["net"])
             optimiser.load_state_dict(kept["optimiser"])
-            generator.set_state(kept["generator"].cpu())
             start = kept["epoch"]
     # Channels-last convolutions are faster on CPUs.
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    per_epoch = count // batch
+    per_epoch = max(1, len(data) // batch)
     for epoch in range(start, epochs):
         net.train()
-        order = torch.randperm(count, generator=generator)
-        began = time.monotonic()
-        bar = tqdm(range(per_epoch), desc=f"{label} {epoch + 1}/{epochs}", mininterval=5)
-        for i in bar:
-            rows = order[i * batch : (i + 1) * batch]
-            x = to_float(augment(data.train_images[rows], data, generator), data).to(device)
-            factor = one_cycle(epoch * per_epoch + i, epochs * per_epoch)
+        # What the module itself draws (dropout, latent codes) is the same after a resumption.
+        torch.manual_seed(seed_of(seed, f"{label}/{epoch}"))
+        began, first = time.monotonic(), epoch * per_epoch
+        plan = epoch_plan(seed, label, len(data), batch, first, first + per_epoch)
+        bar = tqdm(
+            data.batches(plan),
+            desc=f"{label} {epoch + 1}/{epochs}",
+            total=per_epoch,
+            mininterval=5,
+        )
+        for step, (x, y) in enumerate(bar, first):
+            x, y = x.to(device), y.to(device)
+            factor = one_cycle(step, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
-            x = x.contiguous(memory_format=torch.channels_last)
+            if x.ndim == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
-                soft = teacher(x) if teacher else None
-            loss = task_loss(net(x), data.train_labels[rows].to(device), soft, teacher_weight)
+                soft = task.read(teacher(x)) if teacher else None
+            targets = task.targets(x, y, data)
+            loss = mixed(task, task.read(net(x)), targets, soft, teacher_weight)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            where = f"{label}, step {epoch * per_epoch + i + 1} of {epochs * per_epoch}"
+            where = f"{label}, step {step + 1} of {epochs * per_epoch}"
             norm = gradient_norm(net.parameters())
             check_step(where, lr * factor, loss, norm, "a lower network.train.lr")
             optimiser.step()
-            if i % 20 == 0:
+            if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
         net.eval()
         check_tensors(f"{label}, after epoch {epoch + 1} of {epochs}", net.state_dict())
-        score = accuracy(net, data.test_images, data.test_labels, data)
+        found = score(net, data, task, device)
         tqdm.write(
-            f"{label} epoch {epoch + 1}/{epochs}: test {score:.2f} %  {time.monotonic() - began:.0f} s"
+            f"{label} epoch {epoch + 1}/{epochs}: test {task.metric} {found:.2f} {task.unit}"
+            f"  {time.monotonic() - began:.0f} s"
         )
         if state:
-            states.save(
-                {
-                    "net": net.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "generator": generator.get_state(),
-                    "epoch": epoch + 1,
-                },
-                state,
-            )
+            held = {
+                "net": net.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "epoch": epoch + 1,
+            }
+            states.save(held, state)
     return net.cpu().eval()
 
 
-def save(net: Network, path: Path) -> None:
-    """Write the trained network (with batch norm) as safetensors, whole or not at all."""
-    tensors = {name: value.contiguous() for name, value in net.state_dict().items()}
+def weights_file(asked: Recipe, checkpoints: Path) -> Path:
+    """The file of the recipe's network.weights: beside the recipe, or under `checkpoints`.
+
+    Raises BadRecipe if it is in neither.
+    """
+    places = [Path(asked.file).parent, checkpoints]
+    for folder in places:
+        if (folder / asked.network.weights).is_file():
+            return folder / asked.network.weights
+    where = " nor in ".join(str(folder) for folder in places)
+    allowed = f"it is neither in {where}: see --checkpoints"
+    if asked.network.network.startswith("resnet"):
+        allowed += "; published at https://github.com/akamaster/pytorch_resnet_cifar10"
+    raise BadRecipe(asked.file, [refused("network.weights", asked.network.weights, allowed)])
+
+
+def fill(net: nn.Module, path: Path) -> None:
+    """Load a file of weights into the network. Shortcuts without parameters (option A, as published
+    CIFAR ResNets have them) become the convolutions that compute the same.
+
+    Raises ValueError, naming the file, what was expected and what was found, if it does not fit.
+    """
+    found = weights.read(path)
+    padded = isinstance(net, networks.ResNetCifar) and not any(
+        ".shortcut." in key for key in weights.common(found).values()
+    )
+    if not padded:
+        weights.fit_into(net, found, path)
+        return
+    assert isinstance(net, networks.ResNetCifar)
+    plain = networks.resnet_cifar(
+        net.depth, net.linear.out_features, net.widths, net.conv1.in_channels, "A"
+    )
+    weights.fit_into(plain, found, path)
+    net.load_state_dict(networks.convolved(plain).state_dict())
+
+
+def save(net: nn.Module, path: Path) -> None:
+    """Write the trained network as safetensors, whole or not at all."""
+    # Copies: modules may share a tensor, which safetensors would refuse.
+    tensors = {name: value.detach().clone().contiguous() for name, value in net.state_dict().items()}
     atomic.write(path, serialised(tensors))
 
 
-def restore(path: Path, family: str, depth: tuple[int, ...], sizes: Mapping[str, int]) -> Network:
-    """The network (with batch norm) that `save` wrote. Raises BadState if the file is damaged."""
-    net = Network(family, depth, sizes, norm=True)
+def restore(net: nn.Module, path: Path) -> nn.Module:
+    """Fill the network with what `save` wrote. Raises BadState if the file is damaged."""
     with states.reading(path):
         net.load_state_dict(load_file(path))
     return net.eval()
+
+
+def tensors(net: nn.Module, names: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The module's tensors of these names: parameters, buffers, and plain tensors among its
+    attributes.
+
+    Raises ValueError naming one that it does not have.
+    """
+    held: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
+    held |= dict(net.named_buffers(remove_duplicate=False))
+    found = {}
+    for name in names:
+        value = held.get(name)
+        if value is None:
+            parent, _, last = name.rpartition(".")
+            value = getattr(net.get_submodule(parent), last, None)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"network: {name}: a tensor that the forward pass itself makes: register it as a"
+                " buffer"
+            )
+        found[name] = value.detach().clone()
+    return found

@@ -1,128 +1,229 @@
-"""Batch norm across sizes: the statistics of one architecture, and of all that need them.
+"""Which images a manifold carries for its batch statistics, and the sizes whose statistics it keeps.
 
-A device never sees batch norm and the service never sees an image, so what the weights do not say of
-each channel's mean and variance is measured over size here, once. Knows no training.
+Knows no training.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float, Int64
+from torch import Tensor
 from tqdm import tqdm
 
-from neumeta import moments
-from neumeta.architecture import Architecture, Space
-from neumeta.family import FAMILIES
 from neumeta.manifold import Manifold
-from neumeta.network import Network
-from neumeta.sample import seed_of
-from training.data import Dataset, augment, to_float
+from neumeta.program import Program
+from neumeta.sample import sample_site, seed_of
+from neumeta.sites import sites
+from neumeta.space import Architecture
+from neumeta.statistics import Statistics, flatten, measure
+from training import data as sets
+from training.data import Data
 from training.divergence import check_tensors
-from training.fit import generated
-from training.forward import parameters_of
-from training.recipe import Recipe
+
+IMAGES = 1000
+"""How many images statistics are exact for, of up to PIXELS in all."""
+PIXELS = 1000 * 64 * 64
+MOST_KEPT = 128
+"""More sizes than that at scalar widths: those of widths on a ladder of STEP alone are kept."""
+STEP = 0.05
+SWAPS = 300
 
 
 @torch.no_grad()
-def calibrate(net: Network, images: Tensor) -> Network:
-    """Set each batch norm of `net` to the statistics of `images` (N, C, H, W); returns it, to infer.
+def raw(manifold: Manifold, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors of this size before folding, as a request without other wishes gets them."""
+    made = sites(manifold.space, architecture)
+    drawn = {name: sample_site(manifold, site, manifold.samples, 0) for name, site in made.items()}
+    return {**manifold.frozen, **drawn}
 
-    The recalibration of US-Nets (Yu and Huang 2019, post-statistics): one cumulative average.
+
+def exact(
+    manifold: Manifold, architecture: Architecture, x: Float[Tensor, "N C H W"]
+) -> Float[Tensor, "2 channels"]:
+    """The statistics of every batch norm on these normalised images, as `Statistics.kept` holds them.
+
+    Raises Diverged if one is not finite.
     """
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-            module.reset_running_stats()
-    net.train()
-    for at in range(0, len(images), 500):
-        net(images[at : at + 500])
-    return net.eval()
-
-
-@torch.no_grad()
-def network(manifold: Manifold, architecture: Architecture) -> Network:
-    """The sampled network of this architecture with batch norm, its statistics not yet measured."""
     space = manifold.space
-    made = generated(manifold, architecture, 0.0, torch.Generator())
-    net = Network(space.family, architecture.depth, space.sizes(architecture), norm=True)
-    net.load_state_dict(parameters_of(manifold, architecture, made), strict=False)
-    return net
-
-
-def measured(net: Network) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each batch norm's (mean, variance), by the name of the layer before it."""
-    found = {}
-    for layer in FAMILIES[net.family].layers(net.depth):
-        if layer.norm:
-            norm = net.get_submodule(layer.norm)
-            assert isinstance(norm, nn.BatchNorm2d)
-            assert norm.running_mean is not None and norm.running_var is not None
-            found[layer.name] = (norm.running_mean, norm.running_var)
+    graph, sizes = space.graph_of(architecture), space.sizes(architecture)
+    found = flatten(measure(graph, sizes, raw(manifold, architecture), x))
+    check_tensors(f"statistics at {architecture.key}", {"batch norm": found})
     return found
 
 
-def anchors(space: Space, seed: int, mixed: int) -> list[Architecture]:
-    """Every scalar width; every even depth at some of them; and `mixed` random sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = space.width
+def compact(kept: Float[Tensor, "2 channels"]) -> Float[Tensor, "2 channels"]:
+    """The same in float16, unless a number would lose more than its last bits there."""
+    half = kept.half()
+    close = (half.float() - kept).abs() <= 2**-10 * kept.abs() + 1e-6
+    return half if bool(half.isfinite().all() and close.all()) else kept
+
+
+def usual(manifold: Manifold) -> list[Architecture]:
+    """The sizes that people ask for most: every scalar width at the source's depth, and even depths at
+    full width."""
+    space = manifold.space
     found = list(space.scaled())
+    low, high = space.width
+    if len(found) > MOST_KEPT:
+        count = int((high - low) / STEP + 1e-9)
+        widths = {low, high, *(round(low + STEP * k, 6) for k in range(count + 1))}
+        found = [space.architecture(min(width, high)) for width in sorted(widths)]
     if space.blocks:
-        for blocks in range(1, space.table.max_blocks + 1):
-            for step in range(6):
-                width = high - (high - low) * step / 5
-                even = [blocks] * len(space.depth)
-                found.append(space.architecture(width, even, extrapolate=True))
-    for _ in range(mixed):
-        factors = low + (high - low) * torch.rand(len(space.stages), generator=generator)
-        depth: list[int] | None = None
-        if space.blocks and torch.rand((), generator=generator) < 0.75:
-            # Beyond the trained depths too, but less often.
-            most = (*space.blocks, space.table.max_blocks)[
-                1 + int(torch.rand((), generator=generator) < 0.4)
-            ]
-            depth = torch.randint(1, most + 1, (len(space.depth),), generator=generator).tolist()
-        found.append(space.architecture(factors.tolist(), depth, extrapolate=True))
+        for blocks in range(1, space.most + 1):
+            depth = [max(blocks, stage.least) for stage in space.graph.stages]
+            found.append(space.architecture(high, depth, extrapolate=True))
+        found += [space.architecture(high, d, extrapolate=True) for d in space.named.values()]
     return list({each.key: each for each in found}.values())
 
 
-def measure_statistics(
-    manifold: Manifold, data: Dataset, recipe: Recipe, *, mixed: int = 160, images: int = 1000
-) -> None:
-    """Fill `manifold.statistics`: calibrated at the `anchors`, kriged in between.
+@torch.no_grad()
+def moments(
+    manifold: Manifold, architecture: Architecture, x: Float[Tensor, "N C H W"]
+) -> Float[Tensor, "N features"]:
+    """How far each image's own first and second moments in front of every batch norm are from those of
+    all, in units of the channel; every batch norm counts the same."""
+    space = manifold.space
+    graph, sizes = space.graph_of(architecture), space.sizes(architecture)
+    norms = {node.name for node in graph.nodes if node.op == "batch_norm"}
+    measured = {
+        node.tensors[key]
+        for node in graph.nodes
+        if node.op == "batch_norm"
+        for key in ("mean", "variance")
+    }
+    parts: list[Tensor] = []
 
-    The same augmented training images serve all sizes. Channels that a size lacks are NaN.
-    Raises Diverged if a statistic is not finite.
-    """
-    space, seed = manifold.space, seed_of(recipe.seed, "statistics")
+    def watch(name: str, value: Tensor) -> None:
+        if name in norms:
+            first = value.flatten(2).mean(2) if value.ndim > 2 else value
+            second = value.square().flatten(2).mean(2) if value.ndim > 2 else value.square()
+            mean = first.mean(0)
+            variance = (second.mean(0) - mean.square()).clamp(min=1e-12)
+            weight = 1 / len(mean) ** 0.5
+            parts.append((first - mean) / variance.sqrt() * weight)
+            parts.append((second - second.mean(0)) / variance * weight)
+
+    held = {n: t for n, t in raw(manifold, architecture).items() if n not in measured}
+    Program(graph, sizes).run(held, x, watch=watch)
+    return torch.cat(parts, 1)
+
+
+def chosen(features: Float[Tensor, "N features"], count: int) -> Int64[Tensor, " count"]:
+    """The `count` rows whose mean is nearest to 0: greedily, then by exchanging one for another."""
+    features = features.double()
+    gram = features @ features.T
+    norms = gram.diagonal()
+    held = torch.zeros(len(features), dtype=torch.bool)
+    total = torch.zeros(len(features), dtype=torch.float64)  # each row's product with the sum
+    for _ in range(min(count, len(features))):
+        best = int((2 * total + norms).masked_fill(held, torch.inf).argmin())
+        held[best] = True
+        total += gram[best]
+    for _ in range(SWAPS):
+        inside, outside = held.nonzero()[:, 0], (~held).nonzero()[:, 0]
+        if not len(outside):
+            break
+        # |s - a + b|^2 - |s|^2
+        leaves = norms[inside] - 2 * total[inside]
+        joins = norms[outside] + 2 * total[outside]
+        change = leaves[:, None] + joins - 2 * gram[inside][:, outside]
+        least = int(change.argmin())
+        if float(change.flatten()[least]) >= -1e-9 * float(norms.mean()):
+            break
+        a, b = inside[least // len(outside)], outside[least % len(outside)]
+        held[a], held[b] = False, True
+        total += gram[b] - gram[a]
+    return held.nonzero()[:, 0]
+
+
+def pixels(x: Float[Tensor, "N C H W"], data: Data) -> Tensor:
+    """Normalised images as uint8 pixels, or in float16 as they are if they were no such pixels."""
+    around = (1, -1, *[1] * (x.ndim - 2))
+    mean, std = torch.tensor(data.mean).view(around), torch.tensor(data.std).view(around)
+    values = (x * std + mean) * 255
+    whole = values.round()
+    if bool(((values - whole).abs() < 0.05).all()) and whole.min() >= 0 and whole.max() <= 255:
+        return whole.to(torch.uint8)
+    return x.half()
+
+
+def training_images(data: Data, count: int, seed: int) -> Float[Tensor, "N C H W"]:
+    """Augmented training images, normalised."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(data.train_labels), generator=generator)[:images]
-    x = to_float(augment(data.train_images[rows], data, generator), data)
-    places: dict[str, dict[tuple[int, int], Tensor]] = {}
-    tables: dict[tuple[str, str], list[Tensor]] = {}
-    for index, each in enumerate(
-        tqdm(anchors(space, seed, mixed), desc="statistics", mininterval=5)
-    ):
-        net = network(manifold, each)
-        state, propagation = net.state_dict(), moments.Propagation(space, each)
-        found = measured(calibrate(net, x))
-        full = space.table.full_sizes(each.depth, space.classes)
-        for layer in space.table.layers(each.depth):
-            if layer.norm is None:
-                continue
-            expected = propagation.expected(layer, state[f"{layer.name}.weight"])
-            propagation.normalised(
-                layer, state[f"{layer.norm}.weight"], state[f"{layer.norm}.bias"]
-            )
-            error = moments.residual(expected, found[layer.name])
-            check_tensors(f"statistics at {each.key}", {layer.name: error})  # NaN says absent below
-            row = torch.full((2, full[layer.output_axis]), math.nan, dtype=torch.float64)
-            row[:, : error.shape[1]] = error
-            where, what = moments.keys(space, layer)
-            places.setdefault(where, {})[index, layer.block] = moments.features(space, each, layer)
-            tables.setdefault((where, what), []).append(row.flatten())
-    for (where, what), rows_ in tables.items():
-        points = torch.stack(list(places[where].values())).float()
-        manifold.statistics[where] = points
-        manifold.statistics[what] = moments.krige(points.double(), torch.stack(rows_)).float()
+    rows = torch.randperm(len(data), generator=generator)[:count]
+    parts = [data.batch(some, generator)[0] for some in torch.split(rows, 250)]
+    return torch.cat(parts)
+
+
+def noise_images(shape: tuple[int, ...], count: int, seed: int) -> Float[Tensor, "N C H W"]:
+    """Normalised images of noise whose power falls with frequency as that of photographs does."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = shape
+    drawn = torch.randn(count, channels, height, width, generator=generator)
+    y, x = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+    falls = 1 / (y.square() + x.square()).sqrt().clamp(min=1 / max(height, width))
+    made = torch.fft.irfft2(torch.fft.rfft2(drawn) * falls, s=(height, width))
+    scaled: Tensor = made / made.std()
+    return scaled
+
+
+def own_images(path: str, data: Data, count: int) -> Float[Tensor, "N C H W"]:
+    """The first images of the user's own folder, archive or .npz, normalised like the data's.
+
+    Raises DataMissing or ValueError naming the path.
+    """
+    channels, height, width = data.shape
+    found = sets.load_from(
+        path, size=(height, width), channels=channels, mean=data.mean, std=data.std
+    )
+    rows = torch.arange(min(count, len(found)))
+    return found.batch(rows, torch.Generator().manual_seed(0), augment=False)[0]
+
+
+def calibrate(
+    manifold: Manifold, data: Data, *, calibration: int, images: str = "training", seed: int = 0
+) -> None:
+    """Fill `manifold.statistics`: the images it carries, and the exact statistics of the usual sizes.
+
+    `images` is 'training', 'noise' or the path of the user's own. Nothing to do for a graph
+    without batch norm. Raises Diverged if a statistic is not finite.
+    """
+    space = manifold.space
+    if not any(node.op == "batch_norm" for node in space.graph.nodes):
+        return
+    height, width = data.shape[1:]
+    most = max(calibration, min(IMAGES, PIXELS // (height * width)))
+    x = training_images(data, most, seed_of(seed, "statistics"))
+    if images == "training":
+        features = [moments(manifold, each, x) for each in _few(manifold)]
+        carried = x[chosen(torch.cat(features, 1), calibration)]
+    elif images == "noise":
+        carried = noise_images(data.shape, calibration, seed_of(seed, "noise"))
+        carried = _as_pixels(carried, data)
+    else:
+        carried = own_images(images, data, calibration)
+    kept = {
+        each.key: compact(exact(manifold, each, x))
+        for each in tqdm(usual(manifold), desc="statistics", mininterval=5)
+    }
+    manifold.statistics = Statistics(pixels(carried, data), kept)
+
+
+def _as_pixels(x: Tensor, data: Data) -> Tensor:
+    around = (1, -1, 1, 1)
+    mean, std = torch.tensor(data.mean).view(around), torch.tensor(data.std).view(around)
+    return ((x * std + mean).clamp(0, 1).mul(255).round() / 255 - mean) / std
+
+
+def _few(manifold: Manifold) -> Iterable[Architecture]:
+    """The sizes whose statistics the carried images shall share with all: both ends and the middle."""
+    space = manifold.space
+    low, high = space.width
+    found = [space.architecture(width) for width in (low, (low + high) / 2, high)]
+    if space.blocks:
+        least = [max(space.blocks[0], stage.least) for stage in space.graph.stages]
+        most = [max(space.blocks[1], stage.least) for stage in space.graph.stages]
+        found += [space.architecture(high, least), space.architecture(high, most)]
+    return list(dict.fromkeys(found))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neumeta.program import Outputs, output
 from training.data import NO_LABEL, Data
 
 
@@ -26,7 +27,11 @@ class Task(Protocol):
 
     @property
     def metric(self) -> str:
-        """What the score is, with its unit."""
+        """What the score is."""
+
+    @property
+    def unit(self) -> str:
+        """Of the score."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -37,6 +42,9 @@ class Task(Protocol):
 
     def targets(self, x: Tensor, y: Tensor, data: Data) -> Tensor:
         """What the outputs for the batch (x, y) of `data` are compared with."""
+
+    def read(self, outputs: Any) -> Any:
+        """What the other methods take of all that the network returns."""
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """What training lowers: a scalar, the mean over the batch."""
@@ -55,7 +63,8 @@ class Task(Protocol):
 class Classification:
     """Logits (N, K) and classes (N,): cross-entropy; percent of images whose class is right."""
 
-    metric: str = "accuracy, %"
+    metric: str = "accuracy"
+    unit: str = "%"
     higher_is_better: bool = True
 
     def check(self, data: Data) -> None:
@@ -69,6 +78,10 @@ class Classification:
     def targets(self, x: Tensor, y: Tensor, data: Data) -> Tensor:
         """The classes (N,)."""
         return y
+
+    def read(self, outputs: Outputs) -> Tensor:
+        """The logits: the only tensor, a dict's 'out', or the first."""
+        return output(outputs)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats."""
@@ -95,7 +108,8 @@ class Segmentation:
     Pixels whose target is NO_LABEL count nowhere.
     """
 
-    metric: str = "mean IoU, %"
+    metric: str = "mean IoU"
+    unit: str = "%"
     higher_is_better: bool = True
 
     def check(self, data: Data) -> None:
@@ -109,6 +123,10 @@ class Segmentation:
     def targets(self, x: Tensor, y: Tensor, data: Data) -> Tensor:
         """The masks (N, H, W)."""
         return y
+
+    def read(self, outputs: Outputs) -> Tensor:
+        """The logits: the only tensor, a dict's 'out', or the first."""
+        return output(outputs)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats, the mean over labelled pixels; 0 where there are none."""
@@ -140,11 +158,13 @@ class Generation:
     The reconstruction (N, C, H, W) is pixels in 0..1: with `variance` None the probability of each
     (Bernoulli: binary cross-entropy), else the mean of a Gaussian with that variance (squared error).
     mean and log variance (N, Z) are those of the latent code, whose prior is N(0, 1). The ELBO is of
-    the codes that the network drew (of their mean, if it draws none).
+    the codes that the network drew: while the source trains, since its module draws them; of their
+    mean everywhere else, since a traced graph draws none.
     """
 
     variance: float | None = None
-    metric: str = "ELBO, nats per image"
+    metric: str = "ELBO"
+    unit: str = "nats"
     higher_is_better: bool = True
 
     def check(self, data: Data) -> None:
@@ -154,6 +174,15 @@ class Generation:
         """The pixels in 0..1 themselves."""
         mean, std = (torch.tensor(each, device=x.device) for each in (data.mean, data.std))
         return (x * std.view(-1, 1, 1) + mean.view(-1, 1, 1)).clamp(0, 1)
+
+    def read(self, outputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """All three.
+
+        Raises ValueError for anything else.
+        """
+        if not isinstance(outputs, tuple) or len(outputs) != 3:
+            raise ValueError("generation needs a network that returns (pixels, mean, log variance)")
+        return outputs
 
     def loss(self, outputs: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> Tensor:
         """The negative ELBO in nats, the mean over images."""

@@ -12,6 +12,18 @@ from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
 from neumeta.representation.wrappers import Anchored, Corrected
 
+__all__ = [
+    "KINDS",
+    "WRAPPERS",
+    "Anchored",
+    "Corrected",
+    "Grid",
+    "IntegralGrid",
+    "Representation",
+    "ResidualMLP",
+    "build",
+]
+
 KINDS: dict[str, Any] = {"mlp": ResidualMLP, "grid": Grid, "integral": IntegralGrid}
 WRAPPERS: dict[str, Any] = {"anchored": Anchored, "corrected": Corrected}
 """Applied in this order, where the options have an entry of the name."""

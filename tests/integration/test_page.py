@@ -140,32 +140,32 @@ def test_sliders_move_the_numbers_and_the_numbers_are_the_plans(browser: Browser
     browser.until(lambda: browser.driver.find_elements("css selector", "#width"))
     half = plan(url, arch="resnet20", width=0.5)
     assert browser.settled() == shown(half)
-    assert browser.text("#accuracy") == f"{half['accuracy']:.2f} %"
-    assert browser.text("#accuracy-of") == "measured"
+    assert browser.text("#score") == f"{half['score']:.2f} %"
+    assert browser.text("#score-of") == "measured"
     left = float(browser.find("#here").get_attribute("cx"))
 
     browser.find("#width").send_keys(Keys.ARROW_RIGHT)
     assert browser.text("label[for=width] output") == "0.51"
     browser.slide("#width", 0.68)
     between = plan(url, arch="resnet20", width=0.68)
-    assert between["parameters"] != half["parameters"] and not between["accuracy_measured"]
+    assert between["parameters"] != half["parameters"] and not between["score_measured"]
     assert browser.settled() == shown(between)
-    assert browser.text("#accuracy") == f"{between['accuracy']:.2f} %"
-    assert browser.text("#accuracy-of") == "interpolated"
+    assert browser.text("#score") == f"{between['score']:.2f} %"
+    assert browser.text("#score-of") == "interpolated"
     assert float(browser.find("#here").get_attribute("cx")) > left
 
-    browser.find("#stages").click()
-    browser.slide("#width-of-stage-3", 0.3)
+    browser.find("#groups").click()
+    browser.slide("#width-3", 0.3)
     browser.set("#dtype", "float16")
     staged = plan(url, arch="resnet20", width=[0.68, 0.68, 0.3], dtype="float16")
     assert browser.settled() == shown(staged)
 
-    browser.find("#stages").click()
+    browser.find("#groups").click()
     browser.find("#extrapolate").click()
     browser.slide("#width", 1.5)
     beyond = plan(url, arch="resnet20", width=1.5, dtype="float16", extrapolate=True)
     assert browser.settled() == shown(beyond)
-    assert browser.text("#accuracy-of") == "not measured"
+    assert browser.text("#score-of") == "not measured"
     assert browser.complaints() == []
 
 
@@ -175,17 +175,17 @@ def test_the_table_over_depth_frames_the_current_network(browser: Browser, url: 
     browser.set("#arch", "resnet-mnist")
     assert browser.settled() == shown(plan(url, arch="resnet-mnist", depth=[2, 2]))
     assert not browser.driver.find_elements("css selector", "#width")
-    browser.slide("#blocks-in-stage-2", 3)
+    browser.slide("#blocks-2", 3)
     current = plan(url, arch="resnet-mnist", depth=[2, 3])
     assert browser.settled() == shown(current)
     framed = browser.driver.find_elements("css selector", "td.here")
-    assert [cell.text for cell in framed] == [f"{current['accuracy']:.2f}"]
+    assert [cell.text for cell in framed] == [f"{current['score']:.2f}"]
     outside = browser.find("tr:nth-child(8) td:nth-child(8)")
     outside.click()
     deep = plan(url, arch="resnet-mnist", depth=[7, 7], extrapolate=True)
     assert browser.settled() == shown(deep)
     assert browser.find("#extrapolate").is_selected()
-    assert browser.text("label[for=blocks-in-stage-1] output") == "7"
+    assert browser.text("label[for=blocks-1] output") == "7"
     assert browser.complaints() == []
 
 

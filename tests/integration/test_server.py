@@ -19,6 +19,7 @@ import pytest
 import torch
 import uvicorn
 
+from benchmarks.life import manifold
 from benchmarks.local import Service
 from neumeta import checkpoint, network
 from neumeta import pull as client
@@ -101,7 +102,7 @@ def test_a_client_that_hangs_up_stops_the_sampling(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "flipped", "family", "missing", "no manifold", "endless"]
+    "damage", ["truncated", "flipped", "network", "missing", "no manifold", "endless"]
 )
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "m.safetensors"
@@ -113,13 +114,12 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str
     elif damage == "flipped":
         path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:])
         expected = "tensor inr."
-    elif damage == "family":
-        # A whole, sealed file whose tensors are another family's.
+    elif damage == "network":
+        # A whole, sealed file whose tensors are another network's.
         wrong = lenet()
-        object.__setattr__(wrong.space, "family", "resnet-mnist")
-        object.__setattr__(wrong.space, "arch", "resnet-mnist")
+        wrong.space = manifold("resnet20").space
         checkpoint.write(wrong, path)
-        expected = "does not fit resnet-mnist"
+        expected = "does not fit resnet20"
     elif damage == "endless":
         checkpoint.write(endless(), path)
         expected = "cannot be sampled: conv1.bias"

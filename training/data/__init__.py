@@ -26,6 +26,7 @@ from training.data.tree import ARCHIVES, Tree, open_tree, read_archive, refused
 __all__ = [
     "IMAGENET",
     "KINDS",
+    "KNOWN",
     "NO_LABEL",
     "WHERE",
     "Data",
@@ -62,6 +63,7 @@ NORMALISATION = {
     "cifar10": IMAGENET,
     "cifar100": IMAGENET,
 }
+KNOWN = tuple(NORMALISATION)
 AUGMENTATION = {
     "digits": (False, 1),
     "mnist": (False, 2),
@@ -76,7 +78,7 @@ def load(name: str, root: Path | None = None) -> Dataset:
     Raises DataMissing with one clear sentence if it is not there, ValueError for another name.
     """
     if name not in NORMALISATION:
-        raise ValueError(f"data: {name!r} is not one of {', '.join(map(repr, NORMALISATION))}")
+        raise ValueError(f"data: {name!r} is not one of {', '.join(map(repr, KNOWN))}")
     found = load_from(name, root)
     assert isinstance(found, Dataset)
     return found

@@ -6,6 +6,7 @@ rule is refused by the name of the module that calls it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,7 +70,15 @@ class _Tracing:
             module.train(training)
         self.program = program
         self.containers = {name for name, each in module.named_modules() if len(each._modules)}
+        # A plain ModuleList or ModuleDict only holds its children: it does not run them in turn.
+        self.lists = {
+            name
+            for name, each in module.named_modules()
+            if isinstance(each, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+            and type(each) not in (nn.ModuleList, nn.ModuleDict)
+        }
         self.axes = Axes(EXAMPLES)
+        self.positions: dict[str, int] = {}  # who makes an axis -> at how many places of an image
         self.values: dict[str, str] = {}  # fx name -> our name
         self.dims: dict[str, tuple[Dim, ...]] = {}
         self.tensor_dims: dict[str, tuple[Dim, ...]] = {}
@@ -200,6 +209,11 @@ class _Tracing:
             return self.add("parameter", (), dims, {"value": (tensor, dims)}, {}, keep=False)
         return name
 
+    def new(self, size: int) -> Dim:
+        """A new axis, made by the module that the present operation is called in."""
+        self.positions[self.where()] = math.prod(_shape(self.node)) // (EXAMPLES * size)
+        return self.axes.new(size, self.where())
+
     def held(self, value: Any) -> str | None:
         """The name of a parameter or buffer that an operation holds."""
         if value is None:
@@ -220,9 +234,14 @@ class _Tracing:
     ) -> str:
         """A node with these held tensors (role -> name and dimensions); returns its value's name."""
         held = {}
+        batch: Dim = ((ax.BATCH, 1),)
+        if any(batch in self.dims[name] for name in inputs) and batch not in dims:
+            raise BatchMixed
         for role, (name, spans) in tensors.items():
             if name is None:
                 continue
+            if batch in spans:
+                raise BatchMixed
             before = self.tensor_dims.get(name)
             if before is None:
                 self.tensor_dims[name] = tuple(spans)
@@ -286,7 +305,12 @@ class _Tracing:
             for axis in roots
             if self.axes.fixed(axis)
         }
-        named = name_axes({axis: self.axes.makers(axis) for axis in morphing}, groups)
+        named = name_axes(
+            {axis: self.axes.makers(axis) for axis in morphing},
+            groups,
+            containers=self.lists,
+            positions=self.positions,
+        )
         names = {axis: name for axis, (name, _) in named.items()}
 
         def final(dim: Dim) -> GraphDim:
@@ -425,7 +449,7 @@ def _convolution(t: _Tracing, a: dict[str, Any], transposed: bool = False) -> st
     reads = total // groups
     makes = shape[1] if transposed else shape[0] // groups
     if groups == 1:
-        made = t.axes.new(makes, t.where())
+        made = t.new(makes)
         expression: Dim = ((None, 1),)
         across = (made, given) if not transposed else (given, made)
     else:
@@ -469,7 +493,7 @@ def _linear(t: _Tracing, a: dict[str, Any]) -> str:
     x = t.read(a["input"])
     weight = t.held(a["weight"])
     assert weight is not None
-    made = t.axes.new(t.tensors[weight].shape[0], t.where())
+    made = t.new(t.tensors[weight].shape[0])
     return t.add(
         "linear",
         (x,),
@@ -565,7 +589,10 @@ def _same(op: str, **attributes: tuple[str, Any]) -> Rule:
 def _softmax(op: str) -> Rule:
     def rule(t: _Tracing, a: dict[str, Any]) -> str:
         x = t.read(a["self"])
-        return t.add(op, (x,), t.dims[x], {}, {"dim": int(a["dim"]) % len(t.dims[x])})
+        dim = int(a["dim"]) % len(t.dims[x])
+        if t.dims[x][dim] == ((ax.BATCH, 1),):
+            raise BatchMixed
+        return t.add(op, (x,), t.dims[x], {}, {"dim": dim})
 
     return rule
 

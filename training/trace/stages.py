@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +11,20 @@ from neumeta.graph import Graph, Node, Stage, axes_of, interface, renamed
 
 def find_stages(graph: Graph) -> Graph:
     """The graph with its stages: each container's longest run of alike children, outermost first."""
-    containers: dict[str, set[int]] = {}
+    containers: dict[tuple[str, str], set[int]] = {}
     for node in graph.nodes:
         names = node.module.split(".")
         for place, name in enumerate(names):
-            if name.isdigit() and place:
-                containers.setdefault(".".join(names[:place]), set()).add(int(name))
+            numbered = re.fullmatch(r"(.*?)(0|[1-9]\d*)", name, re.ASCII)
+            if numbered and place:
+                key = ".".join(names[:place]), numbered[1]
+                containers.setdefault(key, set()).add(int(numbered[2]))
     stages: list[Stage] = []
-    for name in sorted(containers, key=lambda each: each.count(".")):
-        inside = any(
-            stage.child(name + ".0.") is not None
-            and stage.first <= (stage.child(name + ".0.") or 0) < stage.first + stage.blocks
-            for stage in stages
-        )
-        stage = None if inside else _stage(graph, name, sorted(containers[name]))
+    for name, prefix in sorted(containers, key=lambda each: each[0].count(".")):
+        # A stage inside a stage would change its name with the number of the child around it; and it
+        # is called after its container, so that a container has one.
+        inside = any(f"{name}.".startswith(f"{stage.name}.") for stage in stages)
+        stage = None if inside else _stage(graph, name, prefix, sorted(containers[name, prefix]))
         if stage is not None:
             stages.append(stage)
     order = {node.module: place for place, node in reversed(list(enumerate(graph.nodes)))}
@@ -31,11 +32,11 @@ def find_stages(graph: Graph) -> Graph:
     return replace(graph, stages=tuple(stages))
 
 
-def _stage(graph: Graph, name: str, children: list[int]) -> Stage | None:
+def _stage(graph: Graph, name: str, prefix: str, children: list[int]) -> Stage | None:
     """The container's longest run of at least two alike children, if it has one."""
     if children != list(range(len(children))):
         return None
-    whole = Stage(name, len(children), 0, len(children))
+    whole = Stage(name, len(children), 0, len(children), prefix)
     forms = [_form(graph, whole, child) for child in children]
     best = (0, 0)
     first = 0
@@ -46,7 +47,7 @@ def _stage(graph: Graph, name: str, children: list[int]) -> Stage | None:
             first = end
     if best[1] < 2:
         return None
-    stage = Stage(name, len(children), *best)
+    stage = Stage(name, len(children), *best, prefix)
     # Each must take what the one before it gives.
     for child in range(stage.first, stage.first + stage.blocks - 1):
         if (
@@ -70,13 +71,10 @@ def _form(graph: Graph, stage: Stage, child: int) -> Any:
     before = makers[given].shape if given in makers else graph.input
     if before != makers[made].shape:
         return None
-    start = f"{stage.name}.{child}"
     own = {node.name for node in nodes}
 
     def relative(name: str) -> str:
-        if name == given:
-            return "given"
-        return "." + name[len(start) :] if stage.child(name) == child else name
+        return stage.within(name, "n") if stage.child(name) == child else name
 
     def form(node: Node) -> Any:
         shapes = {key: graph.tensors[name] for key, name in node.tensors.items()}
@@ -91,7 +89,7 @@ def _form(graph: Graph, stage: Stage, child: int) -> Any:
         return (
             node.op,
             relative(node.name),
-            tuple(relative(value) for value in node.inputs),
+            tuple("given" if value == given else relative(value) for value in node.inputs),
             {key: (relative(node.tensors[key]), renamed(s, relative)) for key, s in shapes.items()},
             {key: renamed(value, relative) for key, value in node.attributes.items()},
             renamed(node.shape, relative),

@@ -1,0 +1,102 @@
+"""Coordinates: noise within its cell, as Algorithm 3 has it; parts of a dimension in their places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neumeta.coordinates import Span, coordinates, whole
+from neumeta.sample import evenly
+from neumeta.sites import sites
+from neumeta.space import Space
+from tests.conftest import lenet
+from tests.support.modules import traced
+
+PLAIN = Space("plain", traced("plain")[1], (0.25, 1.0), (1, 4))
+
+
+@given(st.integers(0, 2**32), st.floats(0, 0.5), st.floats(0.25, 1.0))
+@settings(max_examples=20, deadline=None)
+def test_noise_stays_in_its_cell_and_follows_algorithm_3(
+    seed: int, noise: float, width: float
+) -> None:
+    architecture = PLAIN.architecture(width, [3, 2])
+    for site in sites(PLAIN, architecture).values():
+        generator = torch.Generator().manual_seed(seed)
+        at = coordinates(
+            site, 64, noise=noise, samples=3, generator=generator, noise_free_first=True
+        )
+        v = at.vectors()
+        assert v.shape == (3, site.rows.count, site.columns.count, 6)
+        # Each coordinate is within its noise of the integer one, and the first sample exact.
+        for axis, count in ((1, site.columns.count), (2, site.rows.count)):
+            index = v[..., axis] * v[..., axis + 3] * 64
+            exact = torch.arange(count, dtype=torch.float32)
+            exact = exact[None, None] if axis == 1 else exact[None, :, None]
+            assert (index - exact).abs().max() <= noise + 1e-3
+            assert (index - exact)[0].abs().max() <= 1e-3
+        low, high = site.cell
+        assert (v[..., 0] >= low - 1e-6).all() and (v[..., 0] <= high + 1e-6).all()
+        if site.length == 1:
+            assert (v[..., 0] == 0.5).all()
+
+
+def test_each_channel_mirrors_the_points_by_its_own_seed() -> None:
+    space, points = lenet().space, evenly(8, 4)
+    site = sites(space, space.full)["conv2.weight"]
+
+    def noise(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        at = coordinates(site, 64, noise=0.5, samples=8, generator=generator, points=points)
+        index = at.outputs.pairs[..., 0] * at.outputs.pairs[..., 1] * 64
+        # float32 products of indices up to 64
+        torch.testing.assert_close(index, at.outputs.index, atol=1e-4, rtol=0)
+        return at.outputs.index - torch.arange(site.rows.count)
+
+    made, column = noise(0), 0.5 * points[:, 4, None].float()
+    kept = (made - column).abs().amax(0) < 1e-4
+    mirrored = (made + column).abs().amax(0) < 1e-4
+    assert (kept ^ mirrored).all() and kept.any() and mirrored.any()
+    assert not torch.equal(made, noise(1))
+
+
+@pytest.mark.parametrize("noise", [-0.1, 0.6])
+def test_noise_beyond_half_a_step_is_refused(noise: float) -> None:
+    space = lenet().space
+    with pytest.raises(ValueError, match="noise"):
+        coordinates(sites(space, space.full)["conv1.weight"], 64, noise=noise)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)), min_size=1,
+                max_size=4))  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_every_part_lies_in_its_own_stretch_of_the_source(
+    parts: list[tuple[int, int, int]],
+) -> None:
+    span = Span(tuple(parts), True)
+    along = whole(span, 64, torch.float32)
+    at, row = 0, 0
+    for units, full, repeat in parts:
+        count = units * repeat
+        for channel in range(count):
+            place = (at + channel * full / units) / span.full
+            assert float(along.pairs[0, row, 0]) == pytest.approx(place, abs=1e-5)
+            assert float(along.pairs[0, row, 1]) == pytest.approx(span.count / 64)
+            # The source's index that it is nested at lies within the part.
+            index = float(along.index[0, row])
+            assert index == at + min(channel, full * repeat - 1)
+            middle = (at + (channel + 0.5) * full / units) / span.full
+            assert float(along.place[0, row]) == pytest.approx(middle, abs=1e-5)
+            row += 1
+        at += full * repeat
+    assert row == span.count and at == span.full
+
+
+def test_vectors_are_in_the_order_of_the_supplement() -> None:
+    space = lenet().space
+    site = sites(space, space.architecture(0.5))["conv2.weight"]
+    v = coordinates(site, 64).vectors()
+    # [l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N]
+    assert v[0, 5, 3].tolist() == pytest.approx([0.5, 3 / 16, 5 / 32, 1 / 64, 16 / 64, 32 / 64])

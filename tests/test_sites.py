@@ -1,0 +1,120 @@
+"""Which tensors are made, where they lie, and how large they come out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from neumeta.manifold import roles
+from neumeta.sites import branch_ends, kept, made, sites
+from neumeta.space import Space
+from tests.support.modules import DEEP, MODULES, traced
+
+ALL = [*MODULES, *DEEP]
+
+
+def space_of(name: str) -> Space:
+    graph = traced(name)[1]
+    return Space(name, graph, (0.25, 1.0), (1, 5) if graph.stages else None)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_tensor_is_made_kept_or_measured_and_only_one_of_them(name: str) -> None:
+    graph = traced(name)[1]
+    measured = {
+        node.tensors[key]
+        for node in graph.nodes
+        if node.op == "batch_norm"
+        for key in ("mean", "variance")
+    }
+    parts = [*made(graph), *kept(graph), *measured]
+    assert sorted(parts) == sorted(graph.tensors)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_shapes_of_sites_are_those_of_the_graph(name: str) -> None:
+    space = space_of(name)
+    for width in (0.25, 0.6, 1.0):
+        architecture = space.architecture(width)
+        graph, sizes = space.graph_of(architecture), space.sizes(architecture)
+        for tensor, site in sites(space, architecture).items():
+            assert site.shape == graph.shape(tensor, sizes)
+            assert math.prod(site.shape) == (
+                site.rows.count * site.columns.count * math.prod(site.spatial)
+            )
+            if width == 1.0:
+                assert (site.gain, site.distance, site.growth, site.deeper) == (1, 0, 0, 0)
+
+
+def test_a_sum_over_fewer_inputs_has_larger_terms_unless_a_batch_norm_follows() -> None:
+    space = space_of("called" if "called" in MODULES else "flattened")
+    found = sites(space, space.architecture(0.5))
+    # 9 channels become 4 of 6 places each; 11 become 6 (5.5, to even).
+    assert found["hidden.weight"].gain == pytest.approx(9 / 4)
+    assert found["hidden.bias"].gain == found["conv.weight"].gain == 1
+    assert found["head.weight"].gain == pytest.approx(11 / 6)
+    normed = space_of("depthwise")
+    found = sites(normed, normed.architecture(0.5))
+    assert found["expand.weight"].gain == found["project.weight"].gain == 1
+    assert found["head.weight"].gain == pytest.approx(10 / 5)
+    up = space_of("transposed")
+    found = sites(up, up.architecture(0.5))
+    assert found["up1.weight"].gain == pytest.approx(14 / 7)  # its inputs are its rows
+
+
+def test_the_ends_of_residual_branches_are_found() -> None:
+    resnet = branch_ends(traced("resnet")[1])
+    assert {f"layer1.{n}.conv2.weight" for n in (0, 1)} <= resnet
+    assert {"layer1.0.bn2.weight", "layer1.0.bn2.bias"} <= resnet
+    assert not any("conv1" in name or "shortcut" in name for name in resnet)
+    # The first block of a later stage is no alike one.
+    assert not any(name.startswith("layer2.0.") for name in resnet)
+
+
+def test_deeper_branches_are_finer_steps() -> None:
+    space = space_of("plain")
+    for blocks in range(1, 8):
+        architecture = space.architecture(1.0, [blocks, 3], extrapolate=True)
+        ends = branch_ends(space.graph_of(architecture))
+        gains = [
+            site.gain
+            for name, site in sites(space, architecture).items()
+            if name in ends and name.startswith("stage1.") and name.endswith(".weight")
+        ]
+        assert len(gains) == blocks
+        assert sum(gains) == pytest.approx(2)  # the source's two blocks
+
+
+def test_blocks_share_roles_and_lie_side_by_side() -> None:
+    space = space_of("plain")
+    source = roles(space)
+    assert "stage1.n.conv1.weight" in source and "stem.weight" in source
+    for depth in ([1, 2], [3, 5]):
+        found = sites(space, space.architecture(1.0, depth))
+        assert {site.role for site in found.values()} == set(source)
+        cells = [found[f"stage2.{block}.conv1.weight"].cell for block in range(depth[1])]
+        assert cells == [(n / depth[1], (n + 1) / depth[1]) for n in range(depth[1])]
+        assert found["stem.weight"].length == 1
+        deeper = 2 * (depth[1] - 3) / (depth[1] + 3)
+        assert found["stage2.0.conv1.bias"].deeper == pytest.approx(deeper)
+
+
+def test_cells_may_be_given() -> None:
+    space = space_of("plain")
+    found = sites(space, space.full, {"stage1": {0: (0.0, 0.2), 1: (0.2, 1.0)}})
+    assert found["stage1.0.conv2.weight"].cell == (0.0, 0.2)
+    assert found["stage1.1.conv2.weight"].gain == pytest.approx(2 * 0.8)
+    assert found["stage2.0.conv2.weight"].gain == pytest.approx(1)
+
+
+def test_only_the_scope_that_morphs_is_made() -> None:
+    graph = traced("resnet")[1].morphing(["layer3.2.conv1"], depth=False)
+    space = Space("resnet", graph, (0.5, 1.0))
+    assert {name.rpartition(".")[0] for name in roles(space)} == {
+        "layer3.2.conv1", "layer3.2.bn1", "layer3.2.conv2"
+    }  # fmt: skip
+    assert space.architecture(0.5).channels == (4,)
+    assert "layer1.0.conv1.weight" in kept(graph)
+    with pytest.raises(ValueError, match="'none' matches none of"):
+        traced("resnet")[1].morphing(["none"])
