@@ -76,6 +76,7 @@ def main(kills: int) -> None:
         bad += last != 0 or out.read_bytes() != GOOD
         litter = len(list(Path(folder).iterdir())) - 2
     server.shutdown()
+    assert Slow.began, "the client asked for nothing"
     resumed = [first for first in Slow.began if first]
     print(
         json.dumps(

@@ -4,7 +4,6 @@ measure on without torchvision. Knows no benchmark.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,13 +66,11 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def resnet18(seed: int = 0, classes: int = 1000) -> ResNet:
+def resnet18(classes: int = 1000) -> ResNet:
     """11.7 million random parameters."""
-    torch.manual_seed(seed)
     return ResNet((2, 2, 2, 2), False, classes)
 
 
-def resnet50(seed: int = 0, classes: int = 1000) -> ResNet:
+def resnet50(classes: int = 1000) -> ResNet:
     """25.6 million random parameters."""
-    torch.manual_seed(seed)
     return ResNet((3, 4, 6, 3), True, classes)

@@ -4,6 +4,7 @@ and costs as much to make. Knows no benchmark, no data and no training.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -29,18 +30,20 @@ SHAPES: dict[str, tuple[int, int, int]] = {
 """The networks there are, and one image of each."""
 
 
-def module(name: str) -> nn.Module:
+BUILD: dict[str, Callable[[], nn.Module]] = {
+    "lenet": networks.lenet,
+    "resnet-mnist": networks.resnet_mnist,
+    "resnet20": networks.resnet_cifar,
+    "resnet56": lambda: networks.resnet_cifar((9, 9, 9)),
+    "resnet18": imagenet.resnet18,
+    "resnet50": imagenet.resnet50,
+}
+
+
+def module(name: str, seed: int = 0) -> nn.Module:
     """A network of this name with random weights."""
-    made = {
-        "lenet": networks.lenet,
-        "resnet-mnist": networks.resnet_mnist,
-        "resnet20": networks.resnet_cifar,
-        "resnet56": lambda: networks.resnet_cifar((9, 9, 9)),
-        "resnet18": imagenet.resnet18,
-        "resnet50": imagenet.resnet50,
-    }[name]()
-    assert isinstance(made, nn.Module)
-    return made
+    torch.manual_seed(seed)
+    return BUILD[name]()
 
 
 @cache

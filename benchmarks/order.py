@@ -75,8 +75,7 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(2)
     graph = graph_of(asked.network)
-    torch.manual_seed(asked.seed)
-    weights, sides_of = weights_of(module(asked.network), graph), cliques(graph.folded)
+    weights, sides_of = weights_of(module(asked.network, asked.seed), graph), cliques(graph.folded)
     rows: list[dict[str, object]] = []
 
     print("| channels | cliques | none | layer-greedy | layer-2opt | mshp | seconds of mshp |")

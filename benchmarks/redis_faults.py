@@ -62,7 +62,7 @@ class Load:
         good = [row for row in rows if isinstance(row, Answer) and row.status == 200]
         times = sorted(1000 * row.seconds for row in good)
         tiers = [row.headers["x-neumeta-cache"] for row in good]
-        found = {"requests": len(rows), "failed": len(rows) - len(good)}
+        found: dict[str, float] = {"requests": len(rows), "failed": len(rows) - len(good)}
         first = sorted(1000 * row.first for row in good)
         if good:
             found["p50_ms"] = round(times[len(times) // 2], 1)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from neumeta.family import parameters
 
+from benchmarks import imagenet, size, statistics, versions
+from benchmarks.life import body
+from benchmarks.manifolds import random_manifold, served, space
 from benchmarks.published import flops, published
-from benchmarks.scale import RESNET18
+from benchmarks.redis_faults import SIZES, smallest
 from benchmarks.step import plain_generated
+from neumeta import wire
+from neumeta.manifold import Contract, Manifold
 from neumeta.sample import sample
-from tests.conftest import lenet
-from training import fit
+from neumeta.space import Space
+from neumeta.statistics import Statistics
+from training import fit, networks
+from training import statistics as measured
+from training.data import Dataset
+from training.trace import trace
 
 
 @pytest.mark.parametrize("width", [1.0, 0.4])
 def test_the_published_way_makes_the_same_weights(width: float) -> None:
     """Algorithm 3 from every pair's own six coordinates, without noise, against per-axis sampling."""
-    manifold = lenet()
+    manifold = served()
     architecture = manifold.space.architecture(width)
     theirs, ours = (
         published(manifold, architecture, 1),
@@ -31,36 +45,155 @@ def test_the_published_way_makes_the_same_weights(width: float) -> None:
 
 def test_the_means_of_both_ways_are_the_same_mean() -> None:
     """With many samples both come near one another: the noise has the same distribution."""
-    manifold = lenet()
+    manifold = served()
     architecture = manifold.space.architecture(0.25)
     torch.manual_seed(0)
-    theirs = published(manifold, architecture, 1500)
+    theirs = published(manifold, architecture, 300)
     ours = dict(sample(manifold, architecture, samples=64))
     once = dict(sample(manifold, architecture, samples=1))
     flat = [torch.cat([each[name].flatten() for name in ours]) for each in (theirs, ours, once)]
     mean, even, exact = flat
-    # 1,500 independent samples leave 1/40 of the noise; the noise-free one is further away.
+    # 300 independent samples leave 1/17 of the noise; the noise-free one is further away.
     assert (even - mean).norm() < 0.5 * (exact - mean).norm()
 
 
 def test_a_training_step_is_the_same_both_ways() -> None:
-    manifold = lenet()
+    manifold = served()
     full = manifold.space.full
     plain = plain_generated(manifold, full, 0.5, torch.Generator().manual_seed(3))
     ours = fit.generated(manifold, full, 0.5, torch.Generator().manual_seed(3))
+    assert plain.keys() == ours.keys()
     for name, value in ours.items():
         torch.testing.assert_close(plain[name], value, atol=1e-4, rtol=1e-3)  # as above
 
 
-def test_the_table_of_the_large_network_is_resnet_18() -> None:
-    sizes = {**RESNET18.full_sizes((2, 2, 2, 2), 1000), "image": 3}
-    # torchvision's resnet18 has 11,689,512: its batch norm holds twice the biases of folding.
-    biases = sum(sizes[layer.output_axis] for layer in RESNET18.layers((2, 2, 2, 2)))
-    counted = parameters(RESNET18.tensors((2, 2, 2, 2)), sizes)
-    assert counted - biases == 11_689_512 - 2 * (biases - 1000) - 1000
+@pytest.mark.parametrize(
+    ("build", "count"), [(imagenet.resnet18, 11_689_512), (imagenet.resnet50, 25_557_032)]
+)
+def test_the_large_networks_have_as_many_parameters_as_torchvisions(
+    build: Callable[[], torch.nn.Module], count: int
+) -> None:
+    assert sum(parameter.numel() for parameter in build().parameters()) == count
 
 
 def test_splitting_the_first_layer_saves_work() -> None:
-    manifold = lenet()
+    manifold = served()
     full = manifold.space.full
     assert flops(manifold, full, split=True) < flops(manifold, full, split=False)
+
+
+def test_a_body_that_answers_are_compared_with_is_the_planned_one() -> None:
+    manifold = random_manifold("resnet-mnist", deviation=0.1)
+    plan = wire.plan(manifold, manifold.space.architecture(0.5), "float32")
+    made = body(manifold, 0.5)
+    assert made.startswith(plan.header) and len(made) == plan.length
+    assert made != body(random_manifold("resnet-mnist", deviation=0.1, seed=1), 0.5)
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet-mnist"])
+def test_the_widths_asked_for_while_redis_fails_are_different_small_files(name: str) -> None:
+    over = space(name)
+    asked = [over.architecture([*map(float, text.split(","))]) for text in smallest(over)]
+    assert len({each.key for each in asked}) == len(asked) == SIZES
+    assert all(each.channels[0] < over.full.channels[0] / 2 for each in asked)
+
+
+def normed(carried: int) -> tuple[Manifold, Dataset]:
+    """A small manifold with batch norm, and its data: two classes, bright and dark."""
+    torch.manual_seed(0)
+    net = networks.resnet_cifar((1, 1, 1), 2, (4, 4, 8))
+    graph, _ = trace(net, torch.zeros(1, 3, 8, 8))
+    covered = Space("small", graph.morphing(["*"], depth=False), (0.25, 1.0))
+    manifold = random_manifold(covered, deviation=0.2)
+    labels = torch.arange(120) % 2
+    images = torch.randint(0, 128, (120, 3, 8, 8)) + 127 * labels[:, None, None, None]
+    images = images.to(torch.uint8)
+    half = 60
+    data = Dataset(
+        "small", images[:half], labels[:half], images[half:], labels[half:], ("dark", "bright"),
+        [0.5] * 3, [0.25] * 3, False, 0,
+    )  # fmt: skip
+    contract = Contract((0.5,) * 3, (0.25,) * 3, ("dark", "bright"))
+    kept = Statistics(images[:carried])
+    return replace(manifold, contract=contract, statistics=kept), data
+
+
+def test_kept_statistics_score_as_recalibration_on_the_images_they_were_measured_on() -> None:
+    manifold, data = normed(4)
+    architecture = manifold.space.full
+    images = measured.training_images(data, 60, 5)
+    kept = {architecture.key: measured.exact(manifold, architecture, images)}
+    manifold.statistics = replace(manifold.statistics, kept=kept)
+    scores = statistics.Scores(manifold, data, 60, 5)
+    again = scores.recalibrated(architecture)
+    for name, value in sample(manifold, architecture):
+        torch.testing.assert_close(value, again[name])
+    row = scores.row("full", architecture)
+    assert row["kept"] == row["served"] == row["recalibrated"]
+    # The batch of four images is another one, and its statistics are not taken for kept ones.
+    batch = dict(sample(scores.without_kept, architecture))
+    assert any(not torch.allclose(batch[name], again[name]) for name in again)
+
+
+def test_differences_are_counted_from_recalibration_and_the_worst_is_a_loss() -> None:
+    rows = [{"recalibrated": 70.0, "batch": 69.0}, {"recalibrated": 60.0, "batch": 60.5}]
+    better = statistics.against(rows, "batch", 1)
+    assert better is not None
+    assert (better["mean_difference"], better["worst_difference"]) == (-0.25, -1.0)
+    lower = statistics.against(rows, "batch", -1)
+    assert lower is not None and lower["worst_difference"] == -0.5
+    assert statistics.against(rows, "kept", 1) is None
+
+
+def test_a_report_of_statistics_has_every_random_and_scalar_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(statistics, "WIDTHS", (0.1, 0.5))  # the first is not served
+    manifold, data = normed(16)
+    report = statistics.measure(manifold, data, sizes=1, calibration=30, seed=1)
+    assert report["random"]["served"]["sizes"] == report["scalar"]["batch"]["sizes"] == 1
+    assert report["random"]["kept"] is None
+    (row,) = (row for row in report["rows"] if row["kind"] == "random")
+    assert row["size"] == json.dumps(statistics.request(manifold.space, random.Random(1)))
+
+
+MODULE = '''"""Says
+something."""
+
+import os
+
+# a comment
+LIMIT: int = 3
+_own = 4
+
+
+class Thing:
+    """A thing."""
+
+    size = 1
+
+    def grow(self) -> str:
+        """Grow."""
+        return """two
+lines"""
+
+    def _hidden(self) -> None: ...
+'''
+
+
+def test_lines_are_counted_without_blanks_and_comments_and_code_without_docstrings() -> None:
+    assert size.lines(MODULE) == (13, 9)
+    counted = size.counted({"neumeta/thing.py": MODULE, "service/a.py": "x = 1\n"})
+    # LIMIT, Thing, Thing.size and Thing.grow; x
+    assert counted["neumeta"]["public_names"] == 4
+    assert counted["all"] == {"files": 2, "lines": 14, "code": 10, "public_names": 5}
+
+
+def test_only_manifolds_that_both_versions_have_are_compared(tmp_path: Path) -> None:
+    folders = {"old": tmp_path / "old", "new": tmp_path / "new"}
+    for name, sizes in (("old", {"a": 100, "b": 7}), ("new", {"a": 50, "c": 7})):
+        (folders[name] / "models").mkdir(parents=True)
+        for stem, count in sizes.items():
+            (folders[name] / "models" / f"{stem}.safetensors").write_bytes(bytes(count))
+    found = versions.files(folders)
+    assert found == {"a.safetensors": {"old_bytes": 100, "new_bytes": 50, "ratio": 0.5}}
