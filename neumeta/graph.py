@@ -87,6 +87,11 @@ class Stage:
         """The fewest children: the ones that are not repeated, and at least one."""
         return max(1, self.children - self.blocks)
 
+    @property
+    def alike(self) -> range:
+        """The children that are alike."""
+        return range(self.first, self.first + self.blocks)
+
     def repeats(self, depth: int) -> int:
         """How many alike blocks a network of this depth has."""
         return depth - self.children + self.blocks
@@ -100,6 +105,10 @@ class Stage:
         # No other way to write the number: a path must follow from it.
         plain = index.isascii() and index.isdigit() and str(int(index)) == index
         return int(index) if plain else None
+
+    def path(self, child: int) -> str:
+        """The path of one child."""
+        return f"{self.name}.{self.prefix}{child}"
 
     def within(self, path: str, child: str) -> str:
         """A path inside one child, with the child's number replaced by this text."""
