@@ -1,6 +1,7 @@
 """The user's own network: `module:function` or `file.py:function` -> a torch module.
 
-The function takes no arguments. Its code is run: a name comes from the user's own command or recipe.
+The function takes the arguments that a recipe gives, or none. Its code is run: a name comes from the
+user's own command or recipe.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 
-def resolve(name: str) -> nn.Module:
+def resolve(name: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """The network that the function (or class) of this name makes.
 
     A file may import its neighbours, a module may lie in the working folder.
@@ -40,7 +42,7 @@ def resolve(name: str) -> nn.Module:
         known = f"; it has {', '.join(sorted(made)[:8])}" if made else ""
         raise ValueError(f"{name}: {path} has no function {function!r}{known}")
     try:
-        found = build()
+        found = build(**(arguments or {}))
     except (Exception, SystemExit) as error:  # as above
         raise ValueError(f"{name}: failed: {_line(error)}") from None
     if not isinstance(found, nn.Module):

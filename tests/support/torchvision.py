@@ -6,8 +6,9 @@ are declared here before it is imported. Nothing that is run calls them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
+import sys
 from types import ModuleType
 
 import pytest
@@ -19,14 +20,16 @@ OPERATORS = ("nms", "qnms")
 @functools.cache
 def models() -> ModuleType:
     """The module torchvision.models."""
-    with contextlib.suppress(RuntimeError):  # declared already: the whole library is at hand
+    try:
+        return importlib.import_module("torchvision.models")
+    except RuntimeError:  # the operator torchvision::nms does not exist
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept.append(library)  # its operators go when it does
-    import torchvision.models
-
-    return torchvision.models
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    return importlib.import_module("torchvision.models")
 
 
 _kept: list[torch.library.Library] = []
