@@ -324,19 +324,20 @@ def served(subject: Subject, manifold: Manifold, width: float, images: Tensor) -
                 file.write(part)
         seconds = time.perf_counter() - began
         net = network.load(path)
-        made = value(net, images)
+        # In float64: how each way computes, not how it rounds.
+        made = value(net.double(), images.double())
         row: dict[str, Any] = {
             "width": width,
             "bytes": path.stat().st_size,
             "finite": bool(made.isfinite().all()),
             "macs": space.cost(architecture)["macs"],
-            "macs_equal": 2 * space.cost(architecture)["macs"] == flops(net, images[:1]),
+            "macs_equal": 2 * space.cost(architecture)["macs"] == flops(net.float(), images[:1]),
             "seconds": seconds,
         }
         if module is not None:
             filled = network.load(path, into=module)
-            row["into"] = error(value(filled, images), made)
-            row["macs_equal"] &= flops(filled, images[:1]) == 2 * row["macs"]
+            row["into"] = error(value(filled.double(), images.double()), made)
+            row["macs_equal"] &= flops(filled.float(), images[:1]) == 2 * row["macs"]
     return row
 
 
