@@ -1,4 +1,4 @@
-"""Networks that nobody here wrote, from the module to a device: what tracing finds and whether it holds.
+"""Networks that nobody here wrote, from the module to a device: what tracing finds, and if it holds.
 
     python -m benchmarks.networks [NAME ...] [--run runs/networks] [--checkpoints FOLDER]
 

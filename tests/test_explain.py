@@ -143,6 +143,19 @@ def test_a_module_is_found_in_the_working_folder(
     assert type(resolve("mine.py:Mine")).__name__ == "Mine"
 
 
+def test_arguments_are_given_to_the_function(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from torch import nn\ndef build(classes=3):\n    return nn.Linear(2, classes)\n"
+    )
+    net = resolve(f"{path}:build", {"classes": 5})
+    assert isinstance(net, nn.Linear) and net.out_features == 5
+    with pytest.raises(
+        ValueError, match="failed: TypeError: .*unexpected keyword argument 'width'"
+    ):
+        resolve(f"{path}:build", {"width": 2})
+
+
 def test_a_file_does_not_replace_a_module_of_its_name(tmp_path: Path) -> None:
     path = tmp_path / "json.py"
     path.write_text("from torch import nn\ndef build():\n    return nn.Identity()\n")
