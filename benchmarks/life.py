@@ -217,7 +217,8 @@ def hup(seconds: float, clients: int = 8, reloads: int = 6) -> dict[str, Any]:
         }
 
     with tempfile.TemporaryDirectory() as folder:
-        raws, wholes = [], set()
+        raws: list[bytes] = []
+        wholes: set[str] = set()
         file = Path(folder) / "m.safetensors"
         for seed in (1, 0):
             held = manifold(seed=seed)
