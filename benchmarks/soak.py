@@ -118,7 +118,7 @@ async def disturb(redis: RedisServer, service: int, chance: random.Random, until
     return count
 
 
-async def soak(minutes: float, rate: float, seed: int) -> dict[str, object]:
+async def soak(models: Path, minutes: float, rate: float, seed: int) -> dict[str, object]:
     """The whole run."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         redis = RedisServer(
@@ -126,7 +126,7 @@ async def soak(minutes: float, rate: float, seed: int) -> dict[str, object]:
         )
         stack.callback(redis.kill)
         flags = ("--redis-url", redis.url, "--cache-bytes", str(4 << 20))
-        (service,) = stack.enter_context(replicas(1, MODELS, *flags))
+        (service,) = stack.enter_context(replicas(1, models, *flags))
         pid, until = service.process.pid, time.monotonic() + 60 * minutes
         clients, visits = Soak(service.port, seed), set()
         faults = asyncio.create_task(disturb(redis, pid, random.Random(seed), until))
@@ -165,11 +165,12 @@ async def soak(minutes: float, rate: float, seed: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=Path, default=MODELS)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--rate", type=float, default=20, help="visits per second")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    print(json.dumps(asyncio.run(soak(asked.minutes, asked.rate, asked.seed))))
+    print(json.dumps(asyncio.run(soak(asked.models, asked.minutes, asked.rate, asked.seed))))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from training import statistics as measured
 from training.task import TASKS, Task
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
+SOURCES = ("recalibrated", "served", "batch", "kept")
+"""Where a size's statistics are from; `served` is what a request gets."""
 
 
 def request(space: Space, chance: random.Random) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class Scores:
         if architecture.key in self.manifold.statistics.kept:
             found["kept"] = self.score(architecture, dict(sample(self.manifold, architecture)))
         found["served"] = found.get("kept", found["batch"])
-        return found
+        return {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
 
 
 def against(rows: list[dict[str, Any]], kind: str, better: int) -> dict[str, float] | None:
@@ -117,14 +119,13 @@ def measure(
     for kind, size in wanted:
         row = {"kind": kind, **scores.row(json.dumps(size), space.architecture(**size))}
         rows.append(row)
-        told = {name: round(value, 2) for name, value in row.items() if isinstance(value, float)}
+        told = {name: row[name] for name in SOURCES if name in row}
         print(kind, row["size"], told, flush=True)
     better = 1 if manifold.contract.higher else -1
     report: dict[str, Any] = {"metric": manifold.contract.metric, "rows": rows}
     for kind in ("random", "scalar"):
         chosen = [row for row in rows if row["kind"] == kind]
-        sources = ("recalibrated", "served", "batch", "kept")
-        report[kind] = {each: against(chosen, each, better) for each in sources} if chosen else {}
+        report[kind] = {each: against(chosen, each, better) for each in SOURCES} if chosen else {}
     return report
 
 
