@@ -334,7 +334,8 @@ def report(run: Path, asked: recipe.Recipe, figure: Path) -> None:
         for method, rows in found.items()
         if any(row["depth"] != [3, 3, 3] for row in rows)
     }
-    plots.depth_curve(deep, asked, figure.with_name(f"{figure.stem}-depth{figure.suffix}"))
+    if deep:
+        plots.depth_curve(deep, asked, figure.with_name(f"{figure.stem}-depth{figure.suffix}"))
     hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(
         json.dumps(
