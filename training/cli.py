@@ -97,10 +97,8 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _explain(name: str, shape: tuple[int, ...]) -> int:
-    if name in networks.BUILT_IN:
-        net = networks.BUILT_IN[name](10, shape[0])
-    else:
-        net = modules.resolve(name)
+    built = networks.BUILT_IN.get(name)
+    net = built(10, shape[0]) if built else modules.resolve(name)
     print(explain(net, shape))
     return DONE
 

@@ -65,5 +65,7 @@ def morph(
         resume=resume,
         module=module,
     )
-    assert result is not None  # of several processes only the first has one: use neumeta-train there
+    assert (
+        result is not None
+    )  # of several processes only the first has one: use neumeta-train there
     return result

@@ -27,7 +27,6 @@ Weight = Float[Tensor, "..."]
 Orders = dict[str, Int64[Tensor, " axis"]]
 
 
-
 class Side(NamedTuple):
     """Dimension `dimension` of a tensor, along which channel c of an axis is the `repeat` indices from
     `offset` + c * `repeat` on: a flattened C x H x W repeats H * W times, a concatenation has an
@@ -58,9 +57,7 @@ FEWEST = 1000
 
 def cliques(graph: Graph) -> dict[str, tuple[Side, ...]]:
     """Every axis of a graph, with the sides that must be permuted together."""
-    return {
-        axis: tuple(Side(*side) for side in sides) for axis, sides in graph.cliques().items()
-    }
+    return {axis: tuple(Side(*side) for side in sides) for axis, sides in graph.cliques().items()}
 
 
 def tv_out(weight: Float[Tensor, "O ..."]) -> float:

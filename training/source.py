@@ -206,7 +206,9 @@ def fill(net: nn.Module, path: Path) -> None:
 def save(net: nn.Module, path: Path) -> None:
     """Write the trained network as safetensors, whole or not at all."""
     # Copies: modules may share a tensor, which safetensors would refuse.
-    tensors = {name: value.detach().clone().contiguous() for name, value in net.state_dict().items()}
+    tensors = {
+        name: value.detach().clone().contiguous() for name, value in net.state_dict().items()
+    }
     atomic.write(path, serialised(tensors))
 
 

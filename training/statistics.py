@@ -144,7 +144,7 @@ def pixels(x: Float[Tensor, "N C H W"], data: Data) -> Tensor:
     mean, std = torch.tensor(data.mean).view(around), torch.tensor(data.std).view(around)
     values = (x * std + mean) * 255
     whole = values.round()
-    if bool(((values - whole).abs() < 0.05).all()) and 0 <= whole.min() and whole.max() <= 255:
+    if bool(((values - whole).abs() < 0.05).all()) and whole.min() >= 0 and whole.max() <= 255:
         return whole.to(torch.uint8)
     return x.half()
 

@@ -23,9 +23,7 @@ def source(asked: Recipe, loaded: data.Data, folder: Path) -> nn.Module:
     return pipeline.trained_source(asked, loaded, net, Path("none"), folder)
 
 
-def prepared(
-    asked: Recipe, loaded: data.Data, folder: Path
-) -> tuple[Manifold, dict[str, Tensor]]:
+def prepared(asked: Recipe, loaded: data.Data, folder: Path) -> tuple[Manifold, dict[str, Tensor]]:
     """The manifold before its fit, and the tensors of the smoothed source."""
     net = source(asked, loaded, folder)
     return pipeline.prepare(asked, loaded, pipeline.traced(asked, loaded, net).graph, net)
