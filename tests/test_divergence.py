@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import runs
+from tests.support.runs import prepared
 from training import cli, data, divergence, fit, pipeline, recipe, source
 from training.divergence import Diverged
+from training.task import TASKS
+
+TASK = TASKS["classification"]
 
 SMALL = {"layers": 3, "hidden": 16, "num_freq": 4}
 TINY = recipe.load("tiny").changed(
@@ -69,18 +74,17 @@ def test_a_rate_that_is_too_high_is_one_line_and_no_file(
 def test_the_last_good_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = TINY.changed(fit={"epochs": 4.0})
     digits = data.load("digits")
-    net = pipeline.trained_source(asked, digits, Path("none"), tmp_path)
-    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
-    real = source.task_loss
+    manifold, smoothed = prepared(asked, digits, tmp_path)
+    real = source.mixed
 
     def broken(*given: Any) -> torch.Tensor:
         calls.append(1)
         return real(*given) * (math.nan if len(calls) == 6 else 1.0)
 
     calls: list[int] = []
-    monkeypatch.setattr(fit, "task_loss", broken)
+    monkeypatch.setattr(fit, "mixed", broken)
     with pytest.raises(Diverged, match="step 6 of"):
-        fit.fit(manifold, targets, smoothed, digits, asked, tmp_path, save_every=2)
+        fit.fit(manifold, smoothed, digits, TASK, asked, tmp_path, save_every=2)
     kept = torch.load(tmp_path / "fit.pt", weights_only=True)
     assert kept["step"] == 4 and all(t.isfinite().all() for t in kept["model"].values())
     # The step that diverged changed nothing.
@@ -92,12 +96,11 @@ def test_weights_that_overflow_in_the_last_step_are_not_kept(
 ) -> None:
     asked = TINY.changed(fit={"epochs": 0.01})
     digits = data.load("digits")
-    net = pipeline.trained_source(asked, digits, Path("none"), tmp_path)
-    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
+    manifold, smoothed = prepared(asked, digits, tmp_path)
     first = next(manifold.representation.parameters()).data
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda _: first.fill_(math.inf))
     with pytest.raises(Diverged, match=r"after step 1 of 1: .*values are not finite"):
-        fit.fit(manifold, targets, smoothed, digits, asked, tmp_path)
+        fit.fit(manifold, smoothed, digits, TASK, asked, tmp_path)
     assert not (tmp_path / "fit.pt").exists()
 
 
@@ -105,31 +108,31 @@ def test_weights_that_overflow_in_the_last_step_are_not_kept(
 def test_a_source_that_is_not_finite_is_refused_by_tensor(tmp_path: Path, bad: float) -> None:
     asked = TINY
     digits = data.load("digits")
-    net = pipeline.trained_source(asked, digits, Path("none"), tmp_path)
-    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
+    manifold, smoothed = prepared(asked, digits, tmp_path)
+    net = runs.source(asked, digits, tmp_path)
+    graph = pipeline.traced(asked, digits, net).graph
     with torch.no_grad():
-        smoothed.get_parameter("conv1.bias")[0] = bad
+        smoothed["conv1.bias"][0] = bad
         net.get_parameter("conv2.weight")[0, 0, 0, 0] = bad
     with pytest.raises(Diverged, match="source: conv2.weight: 1 of .* not finite"):
-        source.train(net, digits, epochs=1, lr=0.1)
+        source.train(net, digits, TASK, epochs=1, lr=0.1)
     with pytest.raises(Diverged, match="source: conv2.weight: .* not finite"):
-        pipeline.prepare(asked, digits, net)
+        pipeline.prepare(asked, digits, graph, net)
     with pytest.raises(Diverged, match="source: conv1.bias: .* not finite"):
-        fit.fit(manifold, targets, smoothed, digits, asked, tmp_path)
+        fit.fit(manifold, smoothed, digits, TASK, asked, tmp_path)
 
 
 def test_a_broken_state_is_not_resumed(tmp_path: Path) -> None:
     asked = TINY
     digits = data.load("digits")
-    net = pipeline.trained_source(asked, digits, Path("none"), tmp_path)
-    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
-    fit.fit(manifold, targets, smoothed, digits, asked, tmp_path)
+    manifold, smoothed = prepared(asked, digits, tmp_path)
+    fit.fit(manifold, smoothed, digits, TASK, asked, tmp_path)
     kept = torch.load(tmp_path / "fit.pt", weights_only=True)
     name = next(iter(kept["average"]))
     kept["average"][name].view(-1)[0] = math.inf
     torch.save(kept, tmp_path / "fit.pt")
     with pytest.raises(Diverged, match=rf"fit.pt: {name}: 1 of"):
-        fit.fit(manifold, targets, smoothed, digits, asked, tmp_path, resume=True)
+        fit.fit(manifold, smoothed, digits, TASK, asked, tmp_path, resume=True)
 
 
 def test_the_norm_is_of_all_gradients_together() -> None:

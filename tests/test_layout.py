@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from neumeta.architecture import Space
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neumeta.coordinates import sites
-from neumeta.manifold import Manifold, representation
-from neumeta.network import Network
-from training import data, fit, recipe, source
+from tests.support import runs
+from training import data, fit, networks, recipe, source
 from training.layout import SoundConvolutions
+from training.task import TASKS
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,37 +81,27 @@ def test_an_exported_graph_runs_no_strided_pixel_backwards() -> None:
 
 def test_fit_and_source_training_run_no_strided_pixel_backwards(tmp_path: Path) -> None:
     asked = recipe.load("cifar10-resnet")
-    space = Space("resnet-cifar", "resnet20", 10, ("*",), (0.25, 1.0))
     digits = data.load("digits")
     few = data.Dataset(
         "few", digits.train_images[:8].expand(-1, 3, -1, -1).contiguous(), digits.train_labels[:8],
         digits.test_images[:8].expand(-1, 3, -1, -1).contiguous(), digits.test_labels[:8],
         digits.classes, [0.3] * 3, [0.4] * 3, pad=0, flips=False,
     )  # fmt: skip
-    sizes = space.sizes(space.architecture(0.3))  # 5 channels before a shortcut
-    net = Network("resnet-cifar", space.depth, sizes, norm=True)
+    task = TASKS["classification"]
+    net = networks.resnet_cifar(widths=(5, 10, 19))  # 5 channels before a shortcut
     with Backwards() as seen:
-        source.train(net, few, epochs=1, lr=0.01, batch=8)
+        source.train(net, few, task, epochs=1, lr=0.01, batch=8)
     assert len(seen.seen) == 21 and seen.strided_pixels() == 0
-    manifold = Manifold(
-        space, representation("grid", space, {}, norm=True), "grid", {}, True, 0.0, 1, 64,
-        {"mean": [0.0], "std": [1.0]}, list("0123456789"),
-    )  # fmt: skip
     fitted = asked.changed(
-        representation={"kind": "grid", "options": {}},
+        network={"weights": "", "train": {"epochs": 0}, "named": {}},
+        representation={"options": {}, "anchored": None, "corrected": None},
         fit={"width": (0.25, 1.0), "blocks": None, "epochs": 1.0, "batch": 8, "full_weight": 1.0,
              "distill": "none", "widths": ()},
         evaluate={"blocks": None},
     )  # fmt: skip
-    zeros = {
-        site.name: torch.zeros(
-            (site.outputs, site.inputs, *site.spatial) if site.kind == "weight" else (site.outputs,)
-        )
-        for layer in space.table.layers(space.depth)
-        for site in sites(space, space.full, layer, norm=True)
-    }
+    manifold, smoothed = runs.prepared(fitted, few, tmp_path)
     with Backwards() as seen:
-        fit.fit(manifold, zeros, net, few, fitted, tmp_path)
+        fit.fit(manifold, smoothed, few, task, fitted, tmp_path)
     assert len(seen.seen) == 3 * 21 and seen.strided_pixels() == 0
 
 

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from neumeta.family import FAMILIES
 from torch import Tensor, nn
 
-from neumeta.network import Network
 from training import networks, weights
 
 BUILT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -49,29 +47,6 @@ def test_the_exported_program_computes_the_same(name: str) -> None:
     exported = torch.export.export(net, (x,)).module()
     with torch.no_grad():
         torch.testing.assert_close(exported(x), net(x))
-
-
-@pytest.mark.parametrize(
-    ("family", "depth", "built"),
-    [
-        ("resnet-cifar", (3, 3, 3), lambda: networks.resnet_cifar()),
-        ("resnet-cifar", (1, 2, 3), lambda: networks.resnet_cifar((1, 2, 3))),
-        ("resnet-mnist", (2, 2), lambda: networks.resnet_mnist()),
-        ("resnet-mnist", (1, 3), lambda: networks.resnet_mnist((1, 3))),
-        ("lenet-mnist", (), lambda: networks.lenet()),
-    ],
-)
-def test_each_family_has_its_module(
-    family: str, depth: tuple[int, ...], built: Callable[[], nn.Module]
-) -> None:
-    table = FAMILIES[family]
-    theirs = scrambled(Network(family, depth, table.full_sizes(depth, 10), norm=True))
-    mine = built().eval()
-    state = {k: v for k, v in theirs.state_dict().items() if k not in ("mean", "std")}
-    mine.load_state_dict(state)  # strict: the same names and shapes
-    x = torch.randn(3, table.input_channels, table.input_size, table.input_size)
-    with torch.no_grad():
-        torch.testing.assert_close(mine(x), theirs(x), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("widths", [(8, 16), (4, 7), (6, 6)])

@@ -7,27 +7,26 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from neumeta.family import FAMILIES
 from torch import Tensor
-from training.cliques import Side, cliques
-from training.folded import network_from
 
-from neumeta.network import Network
+from neumeta.program import Program, output
+from training import networks
 from training import order as channels
-from training.order import STRATEGIES, order, total_variation, tv_in, tv_out
+from training.order import STRATEGIES, Side, cliques, order, total_variation, tv_in, tv_out
+from training.trace import trace
 
 SEEDS = st.integers(0, 2**32 - 1)
-CIFAR, DEPTH = FAMILIES["resnet-cifar"], (3, 3, 3)
+GRAPH = trace(networks.resnet_cifar(), torch.zeros(1, 3, 32, 32))[0].folded
+PROGRAM = Program(GRAPH, GRAPH.full)
 
 
 def resnet20(seed: int) -> dict[str, Tensor]:
     """Random folded weights, biases included, scaled so that logits are of order one."""
-    net = Network(CIFAR.name, DEPTH, CIFAR.full_sizes(DEPTH, 10))
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, value in net.state_dict().items():
-        drawn = torch.randn(value.shape, generator=generator)
-        weights[name] = drawn * (2 / max(1, value[0].numel())) ** 0.5 * 0.7
+    for name in GRAPH.tensors:
+        drawn = torch.randn(GRAPH.shape(name, GRAPH.full), generator=generator)
+        weights[name] = drawn * (2 / max(1, drawn[0].numel())) ** 0.5 * 0.7
     return weights
 
 
@@ -42,7 +41,7 @@ def orders(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(channels, "KICKS", 1)
         patch.setattr(channels, "FEWEST", 30)
-        return {name: order(weights, cliques(CIFAR, DEPTH), name, seed=1) for name in STRATEGIES}
+        return {name: order(weights, cliques(GRAPH), name, seed=1) for name in STRATEGIES}
 
 
 def matrix(seed: int, n: int) -> np.ndarray:
@@ -321,13 +320,13 @@ def _rng() -> np.random.Generator:
 def test_the_network_computes_the_same(
     strategy: str, weights: dict[str, Tensor], orders: dict[str, dict[str, Tensor]]
 ) -> None:
-    groups = cliques(CIFAR, DEPTH)
+    groups = cliques(GRAPH)
     assert set(orders[strategy]) == set(groups)
     permuted = channels.apply(weights, groups, orders[strategy])
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        before = network_from(weights, CIFAR.name, DEPTH)(images)
-        after = network_from(permuted, CIFAR.name, DEPTH)(images)
+        before = output(PROGRAM.run(weights, images))
+        after = output(PROGRAM.run(permuted, images))
     assert before.std() > 0.1  # else agreement would say nothing
     assert (after - before).abs().max() < 1e-4
     # Every layer really has a new order, unless nothing was asked for.
@@ -338,7 +337,7 @@ def test_the_network_computes_the_same(
 def test_total_variation_falls_from_strategy_to_strategy(
     weights: dict[str, Tensor], orders: dict[str, dict[str, Tensor]]
 ) -> None:
-    groups = cliques(CIFAR, DEPTH)
+    groups = cliques(GRAPH)
     reached = {
         name: total_variation(channels.apply(weights, groups, found))
         for name, found in orders.items()
@@ -356,7 +355,7 @@ def test_layer_2opt_is_no_longer_than_greedy_along_its_own_layer(
     weights: dict[str, Tensor], orders: dict[str, dict[str, Tensor]]
 ) -> None:
     shorter = 0
-    for axis, sides in cliques(CIFAR, DEPTH).items():
+    for axis, sides in cliques(GRAPH).items():
         distance = channels.distances(weights, sides[:1])
         assert sides[0].dimension == 0
         greedy, improved = (
@@ -374,23 +373,23 @@ def test_equal_seeds_give_equal_orders_whichever_axes_are_asked_for(
 ) -> None:
     monkeypatch.setattr(channels, "KICKS", 1)
     monkeypatch.setattr(channels, "FEWEST", 30)
-    groups = cliques(CIFAR, DEPTH)
-    pair = order(weights, groups, strategy, 5, axes=["layer1.0.inner", "layer2.1.inner"])
-    alone = order(weights, groups, strategy, 5, axes=["layer2.1.inner"])
-    assert set(pair) == {"layer1.0.inner", "layer2.1.inner"}
-    assert set(alone) == {"layer2.1.inner"}
-    assert torch.equal(pair["layer2.1.inner"], alone["layer2.1.inner"])
+    groups = cliques(GRAPH)
+    pair = order(weights, groups, strategy, 5, axes=["layer1.0.conv1", "layer2.1.conv1"])
+    alone = order(weights, groups, strategy, 5, axes=["layer2.1.conv1"])
+    assert set(pair) == {"layer1.0.conv1", "layer2.1.conv1"}
+    assert set(alone) == {"layer2.1.conv1"}
+    assert torch.equal(pair["layer2.1.conv1"], alone["layer2.1.conv1"])
 
 
 def test_another_seed_gives_another_random_order(weights: dict[str, Tensor]) -> None:
-    groups = cliques(CIFAR, DEPTH)
-    first, second = (order(weights, groups, "random", seed, ["layer3"]) for seed in (0, 1))
-    assert not torch.equal(first["layer3"], second["layer3"])
+    groups = cliques(GRAPH)
+    first, second = (order(weights, groups, "random", seed, ["layer3.0.conv2"]) for seed in (0, 1))
+    assert not torch.equal(first["layer3.0.conv2"], second["layer3.0.conv2"])
 
 
 def test_axes_not_asked_for_keep_their_order(weights: dict[str, Tensor]) -> None:
-    groups = cliques(CIFAR, DEPTH)
-    found = order(weights, groups, "random", axes=["layer3.2.inner"])
+    groups = cliques(GRAPH)
+    found = order(weights, groups, "random", axes=["layer3.2.conv1"])
     permuted = channels.apply(weights, groups, found)
     changed = {name for name in weights if not torch.equal(weights[name], permuted[name])}
     assert changed == {"layer3.2.conv1.weight", "layer3.2.conv1.bias", "layer3.2.conv2.weight"}
@@ -398,8 +397,8 @@ def test_axes_not_asked_for_keep_their_order(weights: dict[str, Tensor]) -> None
 
 
 def test_unknown_strategies_and_axes_are_named(weights: dict[str, Tensor]) -> None:
-    groups = cliques(CIFAR, DEPTH)
+    groups = cliques(GRAPH)
     with pytest.raises(ValueError, match="'best'.*layer-2opt"):
         order(weights, groups, "best")
-    with pytest.raises(ValueError, match=r"'classes'.*layer1\.0\.inner"):
+    with pytest.raises(ValueError, match=r"'classes'.*layer1\.0\.conv1"):
         order(weights, groups, "mshp", axes=["classes"])

@@ -82,7 +82,7 @@ def test_a_finished_run_is_evaluated_again_by_another_title_and_other_sizes(
     manifold = checkpoint.read(place / "run" / "manifold.safetensors")
     assert manifold.about["title"] == "renamed" and manifold.samples == 2
     assert [row["width"] for row in manifold.about["evaluation"]] == [0.5, 0.3]
-    assert manifold.space.image == (8, 8)
+    assert manifold.contract.classes == tuple("0123456789")
     after = load_file(place / "run" / "manifold.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -110,7 +110,7 @@ def test_other_images_may_not_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -
     images = digits.train_images.clone()
     images[7, 0, 3, 3] ^= 1
     other = replace(digits, train_images=images)
-    monkeypatch.setattr(pipeline, "dataset", lambda section, root: other)
+    monkeypatch.setattr(pipeline, "dataset", lambda asked, root: other)
     code, (line,) = run("--resume")
     assert code == 2 and "data.sha256" in line and other.digest() in line
 
@@ -169,11 +169,15 @@ def test_damaged_state_is_named_with_what_to_do_and_doing_it_helps(
     [
         ("batch = 512", "batch = 5000", ["fit.batch: 5000 is not allowed; at most 1297"]),
         ("batch = 256", "batch = 5000", ["network.train.batch: 5000 is not allowed; at most 1297"]),
-        ('"lenet"', '"resnet20"', ["network.network: 'resnet20' is not allowed; .*3 channels"]),
+        ('"lenet"', '"nowhere:net"', ["network.network: nowhere:net: cannot be imported"]),
+        ('"lenet"', '"torch.nn:Flatten"', ["network.network: 'torch.nn:Flatten' is not allowed"]),
+        ("width = [0.25, 1.0]", "width = [0.25, 1.0]\nmorph = ['conv9']", ["fit.morph: 'conv9'"]),
+        ("width = [0.25, 1.0]", "width = [0.25, 1.0]\nblocks = [1, 2]", ["fit.blocks: .*no stages"]),
+        ("[network]", "task = 'segmentation'\n[network]", ["segmentation", "segmentation"]),
         (
             'network = "lenet"\ntrain = { epochs = 1, lr = 0.1, batch = 256 }',
-            'network = "resnet20"\ntrain = { epochs = 1, batch = 5000 }',
-            ["network.network: .*channels", "network.train.batch: 5000"],
+            'network = "nowhere:net"\ntrain = { epochs = 1, batch = 5000 }',
+            ["network.train.batch: 5000", "network.network: .*nowhere"],
         ),
         ("widths = [1.0]", "widths = [3.0]", [r"evaluate.widths\[0\]: 3.0 is not allowed"]),
         ('"digits"', '"imagenet"', ["imagenet"]),
@@ -205,9 +209,10 @@ def test_the_classes_of_a_manifold_are_the_folders_that_the_recipe_names(
     text = FOLDERS.replace("\n[representation]", more)
     assert run("--data", str(place), text=text, folder="new") == (0, [])
     manifold = checkpoint.read(place / "new" / "manifold.safetensors")
-    assert manifold.labels == ["finch", "owl", "wren"]
-    assert (manifold.space.classes, manifold.space.image) == (3, (6, 6))
-    assert manifold.normalisation == {"mean": [0.5], "std": [0.25]}
+    contract = manifold.contract
+    assert contract.classes == ("finch", "owl", "wren")
+    assert (contract.mean, contract.std) == ((0.5,), (0.25,))
+    assert [sum(r for _, r in dim) for dim in manifold.space.graph.input[1:]] == [1, 6, 6]
     bound = json.loads((place / "new" / "recipe.json").read_text())["depends"]["source"]
     assert (bound["data.flips"], bound["data.pad"]) == (True, 1)
     code, (line,) = run("--data", str(place), "--resume", text=FOLDERS, folder="new")
@@ -220,7 +225,6 @@ def test_the_classes_of_a_manifold_are_the_folders_that_the_recipe_names(
         (classes("wren", "owl") | {"train/owl/1.png": b""}, "birds", "owl/1.png"),
         (classes("owl"), "birds", "two class folders or more are needed"),
         ({f"{i}.png": encoded(pixels(i)) for i in range(11)}, "birds", "classification needs"),
-        (classes("wren", "owl"), 'birds"\nstream = true #', "in memory"),
         ({}, "birds", "data set 'birds' is not under"),
     ],
 )
@@ -237,9 +241,9 @@ def test_images_that_cannot_be_trained_on_are_one_line_before_anything_is_writte
 def test_images_that_are_too_small_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = data.load("digits")
     small = replace(digits, train_images=digits.train_images[:, :, :3, :])
-    monkeypatch.setattr(pipeline, "dataset", lambda section, root: small)
+    monkeypatch.setattr(pipeline, "dataset", lambda asked, root: small)
     code, (line,) = run(folder="new")
-    assert code == 2 and "4x4 pixels or more" in line and "3x8" in line
+    assert code == 2 and "network.network" in line and "lenet" in line
 
 
 def test_missing_weights_are_told_with_where_they_were_looked_for(place: Path) -> None:
@@ -314,7 +318,7 @@ def test_a_manifold_that_is_not_finite_is_not_evaluated(
 
     monkeypatch.setattr(fit, "fit", diverged)
     code, (line,) = run("--resume", "--out", str(place / "new.safetensors"))
-    assert code == 2 and "lenet-mnist//32.64.64: sampled weights of conv1" in line
+    assert code == 2 and "/32.64.64: sampled weights of conv1" in line
     assert "not finite" in line and not (place / "new.safetensors").exists()
 
 
@@ -374,5 +378,5 @@ def test_the_readmes_line_for_several_processes_works_word_for_word(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     folder = tmp_path / words[words.index("--folder") + 1]
     held = checkpoint.read(folder / "manifold.safetensors")
-    assert held.about["title"] == "small" and held.space.image == (8, 8)
+    assert held.about["title"] == "small"
     assert done.stdout.count("width 1") == 1  # the first process alone tells and writes

@@ -1,4 +1,4 @@
-"""Importing and folding: the imported network computes what the published one does."""
+"""Importing and training: the imported network computes what the published one does."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from neumeta.family import FAMILIES
 from torch import Tensor
-from training.folded import fold, network_from
-from training.imported import import_resnet_cifar
 
-from neumeta.network import Network
-from training import data, source, state
+from training import data, networks, source, state
+from training.task import TASKS
 
 FILES = {
     "resnet20-12fca82f.th": 3,
@@ -54,45 +51,25 @@ def test_import_equals_the_published_network(file: str, n: int, data_root: Path)
             "state_dict"
         ].items()
     }
-    net = import_resnet_cifar(path)
-    folded = network_from(fold(net), "resnet-cifar", net.depth)
+    net = networks.resnet_cifar((n, n, n)).eval()
+    source.fill(net, path)
     images = data.load("cifar10", data_root)
     x = data.to_float(images.test_images[:64], images)
     with torch.no_grad():
         expected = published_forward(state, n, x)
-        # 1e-4 on logits of magnitude 10: float32 rounding through up to 56 folded layers.
+        # 1e-4 on logits of magnitude 10: float32 rounding through up to 56 layers.
         torch.testing.assert_close(net(x), expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(folded(x), expected, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_folding_changes_nothing(family: str) -> None:
-    torch.manual_seed(1)
-    table = FAMILIES[family]
-    depth = next(iter(table.architectures.values()))
-    net = Network(family, depth, table.full_sizes(depth, 10), norm=True).eval()
-    for name, value in [*net.named_parameters(), *net.named_buffers()]:
-        if name.endswith("running_var"):
-            value.data.uniform_(0.5, 2)
-        elif "bn" in name and value.dtype.is_floating_point:
-            value.data.normal_()
-    x = torch.randn(4, table.input_channels, table.input_size, table.input_size)
-    folded = network_from(fold(net), family, depth)
-    with torch.no_grad():
-        expected = net(x)
-        scale = expected.abs().max().item()
-        torch.testing.assert_close(folded(x), expected, atol=1e-5 * max(scale, 1), rtol=1e-4)
 
 
 def test_training_resumes_to_the_same_network(tmp_path: Path) -> None:
     digits = data.load("digits")
-    table = FAMILIES["lenet-mnist"]
+    task = TASKS["classification"]
 
-    def fresh() -> Network:
+    def fresh() -> torch.nn.Module:
         torch.manual_seed(0)
-        return Network("lenet-mnist", (), table.full_sizes((), 10), norm=True)
+        return torch.nn.Sequential(networks.lenet(), torch.nn.Dropout(0.2))
 
-    whole = source.train(fresh(), digits, epochs=2, lr=0.05)
+    whole = source.train(fresh(), digits, task, epochs=2, lr=0.05)
 
     class Killed(Exception):
         pass
@@ -104,9 +81,9 @@ def test_training_resumes_to_the_same_network(tmp_path: Path) -> None:
     real, state.save = state.save, killed_after_one
     try:
         with pytest.raises(Killed):
-            source.train(fresh(), digits, epochs=2, lr=0.05, state=tmp_path / "s.pt")
+            source.train(fresh(), digits, task, epochs=2, lr=0.05, state=tmp_path / "s.pt")
     finally:
         state.save = real
-    resumed = source.train(fresh(), digits, epochs=2, lr=0.05, state=tmp_path / "s.pt")
+    resumed = source.train(fresh(), digits, task, epochs=2, lr=0.05, state=tmp_path / "s.pt")
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from neumeta.architecture import Space
 
-from training import data, fit, pipeline, recipe, source
+from neumeta.program import Program
+from neumeta.representation import Anchored
+from tests.support import runs
+from training import data, fit, recipe, source
+from training.task import TASKS
+
+TASK = TASKS["classification"]
 
 
 def tiny(**changes: Any) -> recipe.Recipe:
@@ -25,9 +30,8 @@ def tiny(**changes: Any) -> recipe.Recipe:
 def fitted(folder: Path, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """The manifold after a fit, and the state that the fit left."""
     asked, digits = tiny(**changes), data.load("digits")
-    net = pipeline.trained_source(asked, digits, Path("none"), folder)
-    manifold, targets, smoothed = pipeline.prepare(asked, digits, net)
-    assert fit.fit(manifold, targets, smoothed, digits, asked, folder)
+    manifold, smoothed = runs.prepared(asked, digits, folder)
+    assert fit.fit(manifold, smoothed, digits, TASK, asked, folder)
     return manifold, torch.load(folder / "fit.pt", weights_only=True)
 
 
@@ -48,10 +52,10 @@ def test_the_weight_is_of_the_teacher_and_the_rest_of_the_labels() -> None:
     hard = -(p[0, 0].log() + p[1, 1].log()) / 2
     soft = (q * (q.log() - p.log())).sum() / 2
     for weight in (0.0, 0.25, 1.0):
-        found = source.task_loss(logits, labels, teacher, weight)
+        found = source.mixed(TASK, logits, labels, teacher, weight)
         assert float(found) == pytest.approx(float((1 - weight) * hard + weight * soft))
-    assert float(source.task_loss(logits, labels, None, 0.9)) == pytest.approx(float(hard))
-    assert float(source.task_loss(teacher, labels, teacher, 1.0)) == pytest.approx(0, abs=1e-6)
+    assert float(source.mixed(TASK, logits, labels, None, 0.9)) == pytest.approx(float(hard))
+    assert float(source.mixed(TASK, teacher, labels, teacher, 1.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_manifold_is_the_moving_average_of_its_steps(
@@ -60,11 +64,12 @@ def test_the_manifold_is_the_moving_average_of_its_steps(
     states: list[dict[str, torch.Tensor]] = []
     finish = fit._finish
 
-    def recorded(model: torch.nn.Module, *rest: Any) -> None:
+    def recorded(model: torch.nn.Module, *rest: Any) -> bool:
         if not states:
             states.append({n: v.clone() for n, v in model.state_dict().items()})
-        finish(model, *rest)
+        late = finish(model, *rest)
         states.append({n: v.clone() for n, v in model.state_dict().items()})
+        return late
 
     monkeypatch.setattr(fit, "_finish", recorded)
     manifold, kept = fitted(tmp_path, epochs=2.0, ema=0.3)
@@ -105,9 +110,9 @@ def test_warm_is_the_share_of_steps_that_the_rate_rises(
     rates: list[float] = []
     finish = fit._finish
 
-    def recorded(model: Any, optimiser: Any, *rest: Any) -> None:
+    def recorded(model: Any, optimiser: Any, *rest: Any) -> bool:
         rates.append(optimiser.param_groups[0]["lr"])
-        finish(model, optimiser, *rest)
+        return finish(model, optimiser, *rest)
 
     monkeypatch.setattr(fit, "_finish", recorded)
     fitted(tmp_path, epochs=2.0, warm=0.5, lr=0.01)
@@ -131,34 +136,49 @@ def test_cells_of_a_stage_cover_it_whatever_the_noise() -> None:
     assert min(moved) < -0.38 and max(moved) > 0.38 and abs(sum(moved) / len(moved)) < 0.03
 
 
-def test_the_share_of_widths_by_stage_is_per_stage() -> None:
-    space: Space = tiny().space(10)
+def test_the_share_of_widths_by_group_is_per_group() -> None:
+    space = runs.space(tiny(), data.load("digits"))
     generator = torch.Generator().manual_seed(0)
     even = {space.architecture(w / 1000).channels for w in range(250, 1001)}
     for share, least, most in ((0.0, 0, 0), (0.5, 150, 250), (1.0, 380, 400)):
-        asked = tiny(per_stage=share)
+        asked = tiny(per_group=share)
         uneven = sum(
             fit.choose(asked, space, generator)[0].channels not in even for _ in range(400)
         )
         assert least <= uneven <= most
 
 
-def test_frozen_features_are_what_the_first_segments_make(tmp_path: Path) -> None:
+def test_frozen_features_are_what_the_first_operations_make(tmp_path: Path) -> None:
     digits = data.load("digits")
-    net = pipeline.trained_source(tiny(), digits, Path("none"), tmp_path)
-    net.normalise([0.2], [0.5])
-    net.eval()
+    asked = tiny(morph=("conv3",), feature_views=3)
+    manifold, smoothed = runs.prepared(asked, digits, tmp_path)
+    first = fit.frozen_steps(manifold.space)
+    assert manifold.space.graph.nodes[first].name == "conv3"
     digits = replace(digits, train_images=digits.train_images[:64], flips=True, pad=1)
-    views = fit.frozen_features(net, 2, digits, tiny(feature_views=3))
-    assert len(views) == 3 and all(view.dtype == torch.float16 for view in views)
-    x = (data.to_float(digits.train_images, digits) - 0.2) / 0.5
-    with torch.no_grad():
-        for _, segment in net.segments()[:2]:
-            x = segment(x)
-    torch.testing.assert_close(views[0].float(), x, atol=1e-2, rtol=1e-2)
-    assert not torch.equal(views[1], views[0]) and not torch.equal(views[2], views[1])
-    again = fit.frozen_features(net, 2, digits, tiny(feature_views=3))
-    assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
+    given = (manifold.space, smoothed, first, digits, asked, torch.device("cpu"))
+    views = fit.frozen_features(*given)
+    assert len(views) == 3
+    program = Program(manifold.space.graph, manifold.space.graph.full)
+    x = data.to_float(digits.train_images, digits)
+    (name,) = views[0]
+    assert all(view[name].dtype == torch.float16 for view in views)
+    held = program.leading(smoothed, x, first)
+    torch.testing.assert_close(views[0][name].float(), held[name], atol=1e-2, rtol=1e-2)
+    rest = program.run(smoothed, {name: held[name]}, first=first)
+    torch.testing.assert_close(rest, program.run(smoothed, x))
+    assert not torch.equal(views[1][name], views[0][name])
+    assert not torch.equal(views[2][name], views[1][name])
+    again = fit.frozen_features(*given)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(views, again, strict=True))
+
+
+def test_growth_counts_fully_while_training_and_as_before_afterwards() -> None:
+    model = runs.representation("grid", {"anchored": {"reach": 0.5, "growth": 0.25}})
+    (anchored,) = [each for each in model.modules() if isinstance(each, Anchored)]
+    with pytest.raises(RuntimeError), fit.whole_growth(model):
+        assert anchored.growth == 1.0
+        raise RuntimeError
+    assert anchored.growth == 0.25
 
 
 def test_reconstruction_is_the_mean_of_relative_errors() -> None:

@@ -15,12 +15,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from neumeta.network import Network
 from tests.test_networks import scrambled
-from training import networks, weights
-from training.imported import import_resnet_cifar
+from training import networks, source, weights
 
 State = dict[str, Tensor]
+
+
+def filled(path: Path, depth: tuple[int, ...], classes: int) -> networks.ResNetCifar:
+    """The built-in network with what the file holds."""
+    net = networks.resnet_cifar(depth, classes)
+    source.fill(net, path)
+    return net.eval()
 
 
 def prefixed(*prefixes: str) -> Callable[[State], State]:
@@ -94,8 +99,7 @@ def test_every_layout_gives_the_same_logits(
     scrambled(theirs)
     FILES[file](LAYOUTS[layout](theirs.state_dict()), tmp_path / "w.pth")
     x = torch.randn(2, 3, 16, 16)
-    mine = import_resnet_cifar(tmp_path / "w.pth")
-    assert mine.depth == (1, 2, 1)
+    mine = filled(tmp_path / "w.pth", (1, 2, 1), 7)
     with torch.no_grad():
         torch.testing.assert_close(mine(x), theirs(x), atol=2e-5, rtol=1e-5)
 
@@ -120,7 +124,7 @@ def test_any_precision_becomes_float32(
     read = weights.read(path)
     assert {tensor.dtype for tensor in read.values()} == {torch.float32}
     with torch.no_grad():
-        torch.testing.assert_close(import_resnet_cifar(path)(x), theirs(x), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(filled(path, (1, 1, 1), 100)(x), theirs(x), atol=2e-5, rtol=1e-5)
 
 
 def test_only_the_weights_are_read(tmp_path: Path) -> None:
@@ -213,10 +217,10 @@ MISFITS: dict[str, tuple[State, str]] = {
         {**resnet(), "aux.weight": torch.zeros(2)},
         r"unexpected: aux\.weight",
     ),
-    "another network": (networks.lenet().state_dict(), "not a CIFAR ResNet.*conv2.weight"),
+    "another network": (networks.lenet().state_dict(), "missing: .*unexpected: conv2.weight"),
     "a strange classifier": (
         {**resnet(), "linear.weight": torch.tensor(1.0)},
-        "not a CIFAR ResNet",
+        "different: linear.weight",
     ),
 }
 
@@ -227,7 +231,7 @@ def test_a_misfit_is_told_by_what_was_expected_and_found(kind: str, tmp_path: Pa
     path = tmp_path / "misfit.th"
     torch.save(state, path)
     with pytest.raises(ValueError, match=match) as refused:
-        import_resnet_cifar(path, (1, 1, 1), 10)
+        filled(path, (1, 1, 1), 10)
     assert str(refused.value).startswith(f"{path}: ") and "\n" not in str(refused.value)
 
 
@@ -310,10 +314,3 @@ def test_a_header_whose_length_looks_like_a_zip_is_read(tmp_path: Path) -> None:
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         weights.read(tmp_path / "none.pt")
-
-
-def test_imported_network_is_ready_to_train(tmp_path: Path) -> None:
-    torch.save(resnet(shortcut="A"), tmp_path / "w.pt")
-    net = import_resnet_cifar(tmp_path / "w.pt")
-    assert isinstance(net, Network) and net.norm and not net.training
-    assert all(parameter.requires_grad for parameter in net.parameters())

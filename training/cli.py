@@ -97,8 +97,8 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _explain(name: str, shape: tuple[int, ...]) -> int:
-    built_in = networks.BUILT_IN.get(name)
-    net = modules.resolve(name) if built_in is None else built_in(10, shape[0])
+    built = networks.BUILT_IN.get(name)
+    net = built(10, shape[0]) if built else modules.resolve(name)
     print(explain(net, shape))
     return DONE
 

@@ -15,7 +15,7 @@ def test_tiny_from_digits_to_a_pulled_network(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert cli.main(["tiny", "--run", str(run)]) == 0
     report = json.loads((run / "evaluation.json").read_text())
-    accuracy = {row["width"]: row["accuracy"] for row in report["evaluation"]}
+    accuracy = {row["width"]: row["score"] for row in report["evaluation"]}
     assert accuracy[1.0] >= 97 and accuracy[0.5] >= 85 and accuracy[0.25] >= 75
     assert (run / "evaluation.svg").read_text().startswith("<?xml")
     path = run / "manifold.safetensors"

@@ -60,9 +60,9 @@ calibration = 32
 corrected = {}
 [fit]
 width = [0.5, 1.0]
-epochs = 6
+epochs = 15
 batch = 20
-lr = 5e-3
+lr = 1e-2
 sandwich = true
 distill = "inplace"
 distill_weight = 0.5
@@ -107,7 +107,9 @@ def test_a_strangers_network_is_trained_pulled_and_run_without_a_change_here(
 
     pulled = tmp_path / "half.safetensors"
     # A width that is none of the table's: its statistics come with the file, or from its images.
-    architecture = manifold.space.architecture([0.6, 0.9, 0.5, 0.7, 0.8][: len(manifold.space.groups)])
+    architecture = manifold.space.architecture(
+        [0.6, 0.9, 0.5, 0.7, 0.8][: len(manifold.space.groups)]
+    )
     plan = wire.plan(manifold, architecture, "float32")
     pulled.write_bytes(b"".join(wire.stream(plan, sample(manifold, architecture))))
     photos = data.load_from(str(tmp_path / "photos"))

@@ -1,0 +1,41 @@
+"""A recipe's stages up to the fit, for tests that train nothing or little."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neumeta.manifold import Manifold, roles
+from neumeta.representation import build
+from neumeta.representation.base import Representation
+from neumeta.space import Space
+from training import data, networks, pipeline
+from training.recipe import Recipe
+from training.trace import trace
+
+
+def source(asked: Recipe, loaded: data.Data, folder: Path) -> nn.Module:
+    """The source network of a recipe, trained as it says."""
+    net = pipeline.network(asked, loaded)
+    return pipeline.trained_source(asked, loaded, net, Path("none"), folder)
+
+
+def prepared(asked: Recipe, loaded: data.Data, folder: Path) -> tuple[Manifold, dict[str, Tensor]]:
+    """The manifold before its fit, and the tensors of the smoothed source."""
+    net = source(asked, loaded, folder)
+    return pipeline.prepare(asked, loaded, pipeline.traced(asked, loaded, net).graph, net)
+
+
+def space(asked: Recipe, loaded: data.Data) -> Space:
+    """The architectures that a recipe's manifold covers on this data."""
+    net = pipeline.network(asked, loaded)
+    return pipeline.space(asked, pipeline.traced(asked, loaded, net).graph)
+
+
+def representation(kind: str, options: dict[str, Any]) -> Representation:
+    """An untrained representation of LeNet's widths."""
+    graph, _ = trace(networks.lenet(), torch.zeros(1, 1, 8, 8))
+    return build(kind, options, roles(Space("lenet", graph, (0.25, 1.0))))
