@@ -1,3 +1,3 @@
 """NeuMeta's shared core: what training and serving must agree on, and nothing of either."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
