@@ -150,6 +150,8 @@ def test_the_documents_curl_lines_resume_and_verify(tmp_path: Path) -> None:
 
 def test_what_no_digest_vouches_for_is_refused(url: str, tmp_path: Path) -> None:
     def silent(answer: bytes, _: socket.socket) -> bytes:
+        # In the header, and in what POST /plan tells, whose length stays.
+        answer = answer.replace(b'"repr_digest"', b'"none_digest"')
         return re.sub(rb"(?i)repr-digest: [^\r]*\r\n", b"", answer)
 
     class Mute(Proxy):
