@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from training import pipeline, recipe
+from training.data import KNOWN
 
 
 def morph(
@@ -42,7 +43,7 @@ def morph(
     target = Path(out)
     data = images
     if not isinstance(data, Mapping):
-        data = {"name" if str(images) in recipe.KNOWN else "path": str(images)}
+        data = {"name" if str(images) in KNOWN else "path": str(images)}
     given: dict[str, Any] = {
         "name": target.stem,
         "title": target.stem,
