@@ -40,21 +40,21 @@ def measure(
     The variance is the unbiased one, as torch keeps it for inference.
     """
     found: dict[str, Moments] = {}
-    norms = {node.name for node in graph.nodes if node.op == "batch_norm"}
-    dropped = {
-        node.tensors[key]
-        for node in graph.nodes
-        if node.op == "batch_norm"
-        for key in ("mean", "variance")
-    }
+    norms = {node.name: node for node in graph.nodes if node.op == "batch_norm"}
+    measured = {node.tensors[key] for node in norms.values() for key in ("mean", "variance")}
+    held = {name: tensor for name, tensor in tensors.items() if name not in measured}
 
     def watch(name: str, value: Tensor) -> None:
         if name in norms:
-            spatial = [d for d in range(value.ndim) if d != 1]
-            variance, mean = torch.var_mean(value, spatial)
+            across = [dimension for dimension in range(value.ndim) if dimension != 1]
+            variance, mean = torch.var_mean(value, across)
             found[name] = (mean, variance)
+            # The step that is about to run normalises by them, and need not measure them again.
+            names = norms[name].tensors
+            held[names["mean"]], held[names["variance"]] = mean, variance
 
-    held = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    if x.ndim == 4:  # the layout in which a CPU convolves fastest
+        x = x.contiguous(memory_format=torch.channels_last)
     Program(graph, sizes).run(held, x, watch=watch)
     return found
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from neumeta.program import Program
-from neumeta.representation import Anchored
+from neumeta.representation.wrappers import Anchored
 from tests.support import runs
 from training import data, fit, recipe, source
 from training.task import TASKS

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold
 from neumeta.program import Program
-from neumeta.representation import Anchored, Corrected, ResidualMLP
+from neumeta.representation.mlp import ResidualMLP
+from neumeta.representation.wrappers import Anchored, Corrected
 from neumeta.sample import seed_of
 from neumeta.sites import made, sites
 from neumeta.space import Architecture, Space
@@ -221,12 +222,9 @@ def frozen_features(
     for view in range(recipe.fit.feature_views):
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
         parts: dict[str, list[Tensor]] = {}
-        bar = tqdm(
-            torch.split(torch.arange(len(data)), 500),
-            desc=f"frozen part, view {view + 1}",
-            mininterval=2,
-        )
-        for rows in bar:
+        starts = range(0, len(data), 500)
+        for at in tqdm(starts, desc=f"frozen part, view {view + 1}", mininterval=2):
+            rows = torch.arange(at, min(at + 500, len(data)))
             x, _ = data.batch(rows, generator, augment=bool(view))
             for name, value in program.leading(source, x.to(device), first).items():
                 parts.setdefault(name, []).append(value.half().cpu())

@@ -386,7 +386,7 @@ def _ordered(key: str, ends: tuple[float, float]) -> Iterator[str]:
 
 def _representation_conflicts(recipe: Recipe) -> Iterator[str]:
     held, fit = recipe.representation, recipe.fit
-    parts: dict[str, tuple[Any, Any, str]] = {
+    parts: dict[str, tuple[Any, dict[str, Any], str]] = {
         "options": (KINDS[held.kind], held.options, held.kind)
     }
     for name, wrapper in WRAPPERS.items():

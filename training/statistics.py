@@ -153,7 +153,8 @@ def training_images(data: Data, count: int, seed: int) -> Float[Tensor, "N C H W
     """Augmented training images, normalised."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(data), generator=generator)[:count]
-    parts = [data.batch(some, generator)[0] for some in torch.split(rows, 250)]
+    # Not all at once: augmenting takes several copies.
+    parts = [data.batch(rows[at : at + 250], generator)[0] for at in range(0, len(rows), 250)]
     return torch.cat(parts)
 
 
