@@ -155,37 +155,76 @@ def coordinates(
     if not 0 <= noise <= 0.5:
         raise ValueError(f"noise: {noise} is not within [0, 0.5]")
 
-    def draw(column: int, count: int) -> Tensor:
-        if not noise:
-            return torch.zeros(samples, count)
-        if points is None:
-            drawn = (torch.rand(samples, count, generator=generator) * 2 - 1) * noise
+    if not noise and samples == 1:
+        where = (site.cell, site.length, site.rows, site.columns)
+        return _exact(*where, scale, torch.get_default_dtype())
+    drawn = _Noise(noise, samples, generator, noise_free_first, points)
+    length = site.length + drawn(0, 1) if site.length > 1 else torch.ones(samples, 1)
+    # One draw per sample moves the block within its own cell, never into the next one.
+    low, high = site.cell
+    within = 0.5 + drawn(1, 1) if site.length > 1 else torch.full((samples, 1), 0.5)
+    layer = torch.cat((low + (high - low) * within, length / scale), -1)
+    inputs = _along(2, site.columns, scale, drawn)
+    outputs = _along(4, site.rows, scale, drawn)
+    return Coordinates(layer, inputs, outputs, scale, exact=not noise)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Draws of one tensor's noise, in the order in which they are asked for."""
+
+    size: float
+    samples: int
+    generator: torch.Generator | None
+    noise_free_first: bool
+    points: Tensor | None
+
+    def __call__(self, column: int, count: int) -> Tensor:
+        """(samples, count) draws for one of the six coordinates."""
+        if not self.size:
+            return torch.zeros(self.samples, count)
+        if self.points is None:
+            uniform = torch.rand(self.samples, count, generator=self.generator)
+            drawn = (uniform * 2 - 1) * self.size
         else:
-            mirrored = torch.randint(0, 2, (1, count), generator=generator) * 2 - 1
-            drawn = points[:, column, None].to(torch.get_default_dtype()) * mirrored * noise
-        if noise_free_first:
+            mirrored = torch.randint(0, 2, (1, count), generator=self.generator) * 2 - 1
+            column_of = self.points[:, column, None].to(torch.get_default_dtype())
+            drawn = column_of * mirrored * self.size
+        if self.noise_free_first:
             drawn[0] = 0
         return drawn
 
-    def channels(column: int, span: Span) -> Along:
-        still = whole(span, scale, torch.get_default_dtype())
-        if not noise:
-            fields = (still.pairs, still.index, still.place)
-            return Along(span, *(each.expand(samples, *each.shape[1:]) for each in fields))
-        count = span.count
-        moved = draw(column, count)
-        total = count + draw(column + 1, 1) if count > 1 else torch.ones(samples, 1)
-        place = still.pairs[..., 0] * count + moved
-        pairs = torch.stack((place / total, (total / scale).expand(samples, count)), -1)
-        return Along(span, pairs, still.index + moved, still.place + moved / count)
 
-    length = site.length + draw(0, 1) if site.length > 1 else torch.ones(samples, 1)
-    # One draw per sample moves the block within its own cell, never into the next one.
-    low, high = site.cell
-    within = 0.5 + draw(1, 1) if site.length > 1 else torch.full((samples, 1), 0.5)
-    layer = torch.cat((low + (high - low) * within, length / scale), -1)
-    inputs, outputs = channels(2, site.columns), channels(4, site.rows)
-    return Coordinates(layer, inputs, outputs, scale, exact=not noise)
+def _along(column: int, span: Span, scale: int, noise: _Noise) -> Along:
+    """One dimension's coordinates, the noise on its indices and then on its size drawn."""
+    still = whole(span, scale, torch.get_default_dtype())
+    samples, count = noise.samples, span.count
+    moved = noise(column, count)
+    size = count + noise(column + 1, 1) if count > 1 else torch.ones(samples, 1)
+    if not noise.size:
+        fields = (still.pairs, still.index, still.place)
+        return Along(span, *(each.expand(samples, *each.shape[1:]) for each in fields))
+    place = still.pairs[..., 0] * count + moved
+    pairs = torch.stack((place / size, (size / scale).expand(samples, count)), -1)
+    return Along(span, pairs, still.index + moved, still.place + moved / count)
+
+
+@lru_cache(maxsize=4096)
+def _exact(
+    cell: tuple[float, float],
+    length: int,
+    rows: Span,
+    columns: Span,
+    scale: int,
+    dtype: torch.dtype,
+) -> Coordinates:
+    """Coordinates without noise: the same at every step of training."""
+    low, high = cell
+    middle = low + (high - low) * torch.full((1, 1), 0.5, dtype=dtype)
+    layer = torch.cat((middle, torch.full((1, 1), length / scale, dtype=dtype)), -1)
+    return Coordinates(
+        layer, whole(columns, scale, dtype), whole(rows, scale, dtype), scale, exact=True
+    )
 
 
 @lru_cache(maxsize=1024)
