@@ -67,10 +67,11 @@ def generated(
             if stage.blocks > 1:
                 drawn = partition(stage.blocks, depth_noise, generator)
                 cells[stage.name] = dict(enumerate(drawn))
-    found = {name: value.to(manifold.device) for name, value in manifold.frozen.items()}
+    device = manifold.device
+    found = {name: value.to(device) for name, value in manifold.frozen.items()}
     for name, site in sites(manifold.space, architecture, cells or None).items():
         at = coordinates(site, manifold.scale, noise=noise, generator=generator)
-        weights: Tensor = manifold.representation(site, at.to(manifold.device))
+        weights: Tensor = manifold.representation(site, at.to(device))
         if site.gain != 1:
             weights = weights * site.gain
         found[name] = weights.reshape(site.shape)
