@@ -162,7 +162,7 @@ def check(
     try:
         TASKS[asked.task].check(loaded)
     except ValueError as error:
-        problems.append(str(error))
+        raise BadRecipe(asked.file, [*problems, str(error)]) from None
     found = None
     try:
         # A network that is given stays as it is: a copy is trained.
