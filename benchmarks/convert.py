@@ -53,9 +53,9 @@ def renamed(role: str) -> str:
 
 def account(about: dict[str, Any], space: Space) -> dict[str, Any]:
     """The file's account of itself in the words of 0.2: scores, and channels by extent."""
-    about["source"]["score"] = about["source"].pop("accuracy")
+    about["source"] |= {"score": about["source"].pop("accuracy"), "metric": "accuracy"}
     for row in about["evaluation"]:
-        row["score"] = row.pop("accuracy")
+        row |= {"score": row.pop("accuracy"), "metric": "accuracy"}
         width = row["width"] if space.extents else 1.0
         here = space.architecture(width, row["depth"] or None, extrapolate=True)
         row["channels"] = list(here.channels)

@@ -15,7 +15,12 @@ def test_a_module_from_python_becomes_a_manifold_and_stays_as_it_is(tmp_path: Pa
     net = networks.lenet()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     result = morph(
-        net, "digits", tmp_path / "mine.safetensors", width=(0.5, 1.0), epochs=0.2, fit={"batch": 64}
+        net,
+        "digits",
+        tmp_path / "mine.safetensors",
+        width=(0.5, 1.0),
+        epochs=0.2,
+        fit={"batch": 64},
     )
     manifold = checkpoint.read(tmp_path / "mine.safetensors")
     assert manifold.space.name == "mine" and manifold.digest == result.digest

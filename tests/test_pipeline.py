@@ -172,8 +172,12 @@ def test_damaged_state_is_named_with_what_to_do_and_doing_it_helps(
         ('"lenet"', '"nowhere:net"', ["network.network: nowhere:net: cannot be imported"]),
         ('"lenet"', '"torch.nn:Flatten"', ["network.network: 'torch.nn:Flatten' is not allowed"]),
         ("width = [0.25, 1.0]", "width = [0.25, 1.0]\nmorph = ['conv9']", ["fit.morph: 'conv9'"]),
-        ("width = [0.25, 1.0]", "width = [0.25, 1.0]\nblocks = [1, 2]", ["fit.blocks: .*no stages"]),
-        ("[network]", "task = 'segmentation'\n[network]", ["segmentation", "segmentation"]),
+        (
+            "width = [0.25, 1.0]",
+            "width = [0.25, 1.0]\nblocks = [1, 2]",
+            ["fit.blocks: .*no stages"],
+        ),
+        ("[network]", "task = 'segmentation'\n[network]", ["segmentation needs a mask"]),
         (
             'network = "lenet"\ntrain = { epochs = 1, lr = 0.1, batch = 256 }',
             'network = "nowhere:net"\ntrain = { epochs = 1, batch = 5000 }',

@@ -115,7 +115,9 @@ def traced(asked: Recipe, loaded: data.Data, module: nn.Module) -> Traced:
         wanted = (count, *loaded.shape[1:])
     found = tuple((outputs[0] if isinstance(outputs, tuple) else outputs).shape[1:])
     if found != wanted:
-        allowed = f"for {asked.task} on {loaded.name!r} each image's output is {wanted}, not {found}"
+        allowed = (
+            f"for {asked.task} on {loaded.name!r} each image's output is {wanted}, not {found}"
+        )
         raise BadRecipe(asked.file, [refused("network.network", name, allowed)])
     return Traced(module, graph)
 
@@ -160,7 +162,7 @@ def check(
     try:
         TASKS[asked.task].check(loaded)
     except ValueError as error:
-        problems.append(str(error))
+        raise BadRecipe(asked.file, [*problems, str(error)]) from None
     found = None
     try:
         # A network that is given stays as it is: a copy is trained.

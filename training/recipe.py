@@ -374,7 +374,7 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if fit.feature_views and (recipe.data.stream or recipe.task != "classification"):
         allowed = "0 where data.stream is true or the task is not classification"
         yield refused("fit.feature_views", fit.feature_views, allowed)
-    if fit.blocks is None and not recipe.wide:
+    if fit.blocks is None and fit.width[0] == fit.width[1]:
         yield refused("fit.width", fit.width, "a range, unless fit.blocks lets depth morph")
     yield from _representation_conflicts(recipe)
 
