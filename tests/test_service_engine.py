@@ -386,7 +386,8 @@ def test_a_width_is_a_number_a_list_or_an_object_by_group(engine: Engine) -> Non
 def rows_of_convolutions(count: int) -> Space:
     """A network of so many groups: one for each of its layers."""
     layers = [torch.nn.Conv2d(3 if not n else 2, 2, 1) for n in range(count + 1)]
-    graph, _ = trace(torch.nn.Sequential(*layers), torch.zeros(1, 3, 4, 4))
+    groups = [str(n) for n in range(count)]
+    graph, _ = trace(torch.nn.Sequential(*layers), torch.zeros(1, 3, 4, 4), groups=groups)
     return Space("long", graph, (0.25, 1.0))
 
 
