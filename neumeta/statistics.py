@@ -49,9 +49,11 @@ def measure(
             across = [dimension for dimension in range(value.ndim) if dimension != 1]
             variance, mean = torch.var_mean(value, across)
             found[name] = (mean, variance)
-            # The step that is about to run normalises by them, and need not measure them again.
-            names = norms[name].tensors
-            held[names["mean"]], held[names["variance"]] = mean, variance
+            # The step that is about to run normalises by them, and need not measure them again: by the
+            # biased variance, as a batch norm does in training.
+            names, count = norms[name].tensors, value.numel() // value.shape[1]
+            held[names["mean"]] = mean
+            held[names["variance"]] = variance * ((count - 1) / count)
 
     if x.ndim == 4:  # the layout in which a CPU convolves fastest
         x = x.contiguous(memory_format=torch.channels_last)
