@@ -118,9 +118,10 @@ def kept(graph: Graph) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=DEPTHS)
-def _normed(graph: Graph) -> frozenset[str]:
-    """The nodes whose output a batch norm rescales."""
-    return frozenset(graph.folds)
+def _normed(graph: Graph) -> bool:
+    """Whether batch norms give values their scale: a sum over fewer inputs then needs no larger terms,
+    the classifier's behind them neither."""
+    return any(node.op == "batch_norm" for node in graph.nodes)
 
 
 def sites(
@@ -177,7 +178,7 @@ def _sites(
         # The transposed convolution's rows are its inputs.
         inputs = rows if owner.op == "conv_transpose" else columns
         is_weight = owner.tensors.get("weight") == name and len(shape) > 1
-        if is_weight and owner.name not in normed and inputs.count:
+        if is_weight and not normed and inputs.count:
             gain *= inputs.full / inputs.count
         found.append(
             Site(
