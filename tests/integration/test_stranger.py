@@ -60,7 +60,7 @@ calibration = 32
 corrected = {}
 [fit]
 width = [0.5, 1.0]
-epochs = 15
+epochs = 30
 batch = 20
 lr = 1e-2
 sandwich = true
@@ -101,7 +101,8 @@ def test_a_strangers_network_is_trained_pulled_and_run_without_a_change_here(
     assert manifold.space.name == "odd" and manifold.contract.classes == ("cold", "striped", "warm")
     table = {row["width"]: row for row in manifold.about["evaluation"]}
     assert all(row["metric"] == "accuracy" for row in table.values())
-    assert table[1.0]["score"] > 85 and table[0.5]["score"] > 70  # of three classes
+    assert table[1.0]["score"] > 85 and table[0.75]["score"] > 85
+    assert table[0.5]["score"] > 60  # of three classes: chance is 33
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert report["checkpoint"] == manifold.digest
 
