@@ -84,7 +84,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             temporary.replace(at)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(at.parent)
+        sync_folder(at.parent)
     except OSError as error:
         if error.errno is not None and error.filename2 is None:
             error.filename = str(path)
@@ -97,7 +97,8 @@ def write(path: Path, raw: bytes | memoryview | str) -> None:
         file.write(raw.encode() if isinstance(raw, str) else raw)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last: what was renamed there survives a power cut."""
     if os.name == "nt":  # there a folder cannot be opened, and its entries need no sync
         return
     descriptor = os.open(folder, os.O_RDONLY)

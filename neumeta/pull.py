@@ -25,6 +25,7 @@ from urllib.parse import quote
 import httpx
 from filelock import FileLock, Timeout
 
+from neumeta import atomic
 from neumeta.notation import BadGraph, sized
 
 RETRIED = {408, 429, 500, 502, 503, 504}
@@ -109,7 +110,7 @@ def pull(
                 transfer.path.unlink()
                 raise
             transfer.path.replace(out)
-            _sync_folder(out.parent)
+            atomic.sync_folder(out.parent)
             digest = transfer.hash.hexdigest()
             _write(record, {"kept": source, "etag": transfer.etag, "sha256": digest})
             return digest
@@ -238,16 +239,6 @@ def _kept(out: Path, state: dict[str, Any], source: list[Any]) -> str:
     with out.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return digest if digest == state.get("sha256") else ""
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class _Retry(Exception):

@@ -533,30 +533,22 @@ def _group_norm(t: _Tracing, a: dict[str, Any]) -> str:
             t.axes.fix(given, f"feeds {t.where()}, whose groups cut across it")
         else:
             expression = tuple((axis, repeat // each) for axis, repeat in whole)
-    spans = (given,)
+    return _grouped(t, a, x, expression)
+
+
+def _grouped(t: _Tracing, a: dict[str, Any], x: str, groups: Dim) -> str:
+    """A group norm of `x` whose number of groups follows from a dimension."""
+    spans = (t.dims[x][1],)
     held = {"weight": (t.held(a["weight"]), spans), "bias": (t.held(a["bias"]), spans)}
-    return t.add(
-        "group_norm",
-        (x,),
-        t.dims[x],
-        held,
-        {"groups": _Spans(expression), "eps": float(a["eps"])},
-    )
+    values = {"groups": _Spans(groups), "eps": float(a["eps"])}
+    return t.add("group_norm", (x,), t.dims[x], held, values)
 
 
 def _instance_norm(t: _Tracing, a: dict[str, Any]) -> str:
     if not a["use_input_stats"]:
         raise t._error("uses running statistics: use track_running_stats=False")
     x = t.read(a["input"])
-    spans = (t.dims[x][1],)
-    held = {"weight": (t.held(a["weight"]), spans), "bias": (t.held(a["bias"]), spans)}
-    return t.add(
-        "group_norm",
-        (x,),
-        t.dims[x],
-        held,
-        {"groups": _Spans(t.dims[x][1]), "eps": float(a["eps"])},
-    )
+    return _grouped(t, a, x, t.dims[x][1])
 
 
 def _layer_norm(t: _Tracing, a: dict[str, Any]) -> str:
