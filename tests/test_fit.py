@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from neumeta.sample import sample
 from tests.support.runs import prepared, space
 from training import data, fit, recipe
-from training.data import Dataset
+from training.data import Dataset, to_float
+from training.data.dataset import moved
 from training.task import TASKS
+from training.teacher import Views
 
 TASK = TASKS["classification"]
 
@@ -104,16 +107,95 @@ def test_a_size_that_is_kept_is_not_trained(digits: Dataset) -> None:
     covered, generator = space(kept, colour), torch.Generator().manual_seed(0)
     assert kept.representation.anchored and kept.fit.full_weight == 0
     steps = [fit.choose(kept, covered, generator) for _ in range(200)]
-    for smallest, wide, _, other, shallow in steps:
+    for smallest, wide, _ in steps:
         assert smallest == covered.architecture(0.25)
-        assert shallow == covered.architecture(1.0, [1, 1, 1])
-        assert wide.depth == other.depth == covered.depth
+        assert wide.depth == covered.depth
     # What is drawn covers widths, each stage's own widths, and every trained depth.
     assert any(len({c / f for c, f in zip(wide.channels, (16, 32, 64), strict=True)}) > 1
-               for _, wide, *_ in steps)  # fmt: skip
-    assert {deep.depth for _, _, deep, *_ in steps} >= {(n, n, n) for n in range(1, 6)}
-    widths = {other.channels[2] for *_, other, _ in steps}
+               for _, wide, _ in steps)  # fmt: skip
+    widths = {wide.channels[2] for _, wide, _ in steps}
     assert min(widths) < 20 and max(widths) > 60 and len(widths) > 36  # of 49
+    deep = [last for *_, last in steps]
+    assert {each.depth for each in deep} >= {(n, n, n) for n in range(1, 6)}
+    assert {len(set(each.depth)) for each in deep} >= {1, 2, 3}
+    assert {each.channels == covered.full.channels for each in deep} == {True, False}
+
+
+GROWING = TINY.changed(
+    network={"network": "resnet20"},
+    fit={"distill": "source", "teacher_views": 2, "resolutions": (0.5, 1.0), "epochs": 1},
+)
+
+
+def test_images_grow_in_equal_parts_of_the_steps() -> None:
+    asked = TINY.changed(fit={"resolutions": (0.5, 0.75, 1.0)})
+    shares = [fit.resolution(asked, step, 9) for step in range(9)]
+    assert shares == [0.5] * 3 + [0.75] * 3 + [1.0] * 3
+    assert fit.resolution(asked, 0, 1) == 0.5 and fit.resolution(TINY, 5, 9) == 1.0
+
+
+def test_shrunk_images_keep_their_brightness_and_lose_what_is_too_fine() -> None:
+    flat = torch.full((2, 3, 8, 12), 0.7)
+    torch.testing.assert_close(fit.shrunk(flat, 0.5), torch.full((2, 3, 4, 6), 0.7))
+    stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 1, 32, 32)
+    # Sampling every second pixel would give 1 or -1 everywhere.
+    assert fit.shrunk(stripes, 0.5)[..., 2:-2].abs().max() < 0.2
+    assert fit.shrunk(flat, 1.0) is flat
+
+
+def test_growing_images_and_a_teachers_views_train_and_resume_to_the_same_result(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    results = []
+    for name, minutes in (("a", (float("inf"),)), ("b", (1e-9, float("inf")))):
+        for each in minutes:
+            made, smoothed = prepared(GROWING, digits, tmp_path / "source")
+            done = fit.fit(
+                made,
+                smoothed,
+                digits,
+                TASK,
+                GROWING,
+                tmp_path / name,
+                resume=True,
+                max_minutes=each,
+            )
+            assert done == (each > 1)
+        results.append(made.representation.state_dict())
+    whole, resumed = results
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_teachers_views_are_moved_images_with_its_outputs_for_them(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    seen: list[Tensor] = []
+
+    def teacher(x: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.stack((x.flatten(1).sum(1), x[:, 0, 0, 0]), 1)
+
+    state = tmp_path / "teacher.pt"
+    views = Views(digits, teacher, 2, 0, state)
+    rows = torch.tensor([7, 3, 900])
+    first, labels, outputs = views.batch(rows, 0)
+    second, _, _ = views.batch(rows, 1)
+    assert torch.equal(labels, digits.train_labels[rows].long())
+    torch.testing.assert_close(outputs, teacher(first).half().float())
+    assert not torch.equal(first, second)  # each pass moves the images in its own way
+    shifts = {(dy, dx) for dy in range(3) for dx in range(3)}
+    for row, image in zip(rows, first, strict=True):
+        one = digits.train_images[row : row + 1]
+        ways = [
+            to_float(moved(one, 1, torch.tensor([[dy]]), torch.tensor([[dx]]), None), digits)[0]
+            for dy, dx in shifts
+        ]
+        assert any(torch.equal(image, way) for way in ways)
+    seen.clear()
+    again = Views(digits, teacher, 3, 0, state)  # two passes are kept, the third is made
+    assert sum(len(x) for x in seen) == len(digits)
+    assert torch.equal(again.batch(rows, 0)[2], outputs)
 
 
 SCRIPT = """

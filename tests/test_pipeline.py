@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neumeta import checkpoint
+from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
 from training import cli, data, fit, pipeline, recipe
 
@@ -120,6 +121,57 @@ def test_a_stage_that_has_not_begun_binds_to_nothing(run: Run, place: Path) -> N
     assert run("--resume", text=SMALL.replace("lr = 1e-2", "lr = 2e-2")) == (0, [])
     held = json.loads((place / "run" / "recipe.json").read_text())
     assert held["depends"]["fit"]["fit.lr"] == 0.02
+
+
+AGAIN = (
+    SMALL.replace("train = { epochs = 1, lr = 0.1, batch = 256 }\n", "")
+    .replace("[fit]", '[fit]\nstart = "run/manifold.safetensors"')
+    .replace("lr = 1e-2", "lr = 1e-12\nweight_decay = 0.0")
+)
+
+
+def test_a_run_goes_on_from_a_manifold_in_place_of_a_source(run: Run, place: Path) -> None:
+    assert run(text=AGAIN, folder="again") == (0, [])
+    before, after = (
+        checkpoint.read(place / folder / "manifold.safetensors") for folder in ("run", "again")
+    )
+    old, new = (dict(sample(each, each.space.architecture(0.5))) for each in (before, after))
+    for name, value in old.items():  # at this learning rate nothing moves
+        torch.testing.assert_close(new[name], value, atol=1e-6, rtol=0)
+    assert after.about["permutation"] == before.about["permutation"]
+    (row,) = before.about["evaluation"]
+    assert after.about["source"] == {
+        "kind": "manifold",
+        "file": "run/manifold.safetensors",
+        "score": row["score"],
+        "metric": "accuracy",
+    }
+    assert not (place / "again" / "source.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("run/manifold", "run/nowhere", "fit.start: .*nowhere.* neither in "),
+        ("run/manifold.safetensors", "small.toml", "fit.start: .*small.toml"),
+        ('"lenet"', '"resnet20"', "network.network: .*another network"),
+        ('kind = "grid"', 'kind = "integral"', "fit.start|representation|another network"),
+        ("samples = 1", "samples = 1\ncorrected = {}", "representation: .*'corrected'.* has "),
+    ],
+)
+def test_a_manifold_that_does_not_fit_is_no_start(
+    run: Run, place: Path, old: str, new: str, told: str
+) -> None:
+    code, lines = run(text=AGAIN.replace(old, new), folder="new")
+    assert code == 2 and any(re.search(told, line) for line in lines), lines
+    assert not (place / "new").exists()
+
+
+def test_images_too_small_for_the_network_are_told(run: Run, place: Path) -> None:
+    text = SMALL.replace("[fit]", "[fit]\nresolutions = [0.25, 1.0]")
+    code, lines = run(text=text, folder="new")
+    assert code == 2 and "fit.resolutions: 0.25" in lines[0] and "(2, 2) pixels" in lines[0]
+    assert not (place / "new").exists()
 
 
 def test_an_earlier_run_is_not_overwritten_and_an_unknown_one_not_resumed(

@@ -217,7 +217,10 @@ MISFITS: dict[str, tuple[State, str]] = {
         {**resnet(), "aux.weight": torch.zeros(2)},
         r"unexpected: aux\.weight",
     ),
-    "another network": (networks.lenet().state_dict(), "missing: bn1.weight.*unexpected: conv1.bias"),
+    "another network": (
+        networks.lenet().state_dict(),
+        "missing: bn1.weight.*unexpected: conv1.bias",
+    ),
     "a strange classifier": (
         {**resnet(), "linear.weight": torch.tensor(1.0)},
         "different: linear.weight",

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -34,6 +36,7 @@ from training.layout import SoundConvolutions
 from training.recipe import Recipe
 from training.source import epoch_plan, mixed, one_cycle
 from training.task import Task
+from training.teacher import Views
 
 Tensors = Mapping[str, Tensor]
 """Tensors of the graph by name: those of the smoothed source, or generated ones."""
@@ -185,13 +188,12 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         deep = blocks() or []
         if uniform() < 0.5:  # the same for all stages; as often as not the fewest
             deep = [space.blocks[0] if uniform() < 0.5 else deep[0]] * len(deep)
-        wide = high if uniform() < 0.5 else low + (high - low) * uniform()
+        wide: float | list[float] = high
+        if uniform() < 0.5:
+            wide = [low + (high - low) * uniform() for _ in space.groups]
         others = (space.architecture(low), drawn, space.architecture(wide, deep))
-        if recipe.fit.full_weight:
-            return (space.full, *others)
-        # The source's own size needs no training: two more take its place.
-        shallow = space.architecture(high, [space.blocks[0]] * len(deep))
-        return (*others, space.architecture(low + (high - low) * uniform()), shallow)
+        # The source's own size needs no training where it is kept as it is.
+        return (space.full, *others) if recipe.fit.full_weight else others
     if space.blocks is not None:
         least, most = space.blocks
         ends = [space.architecture(high, [n] * len(space.depth)) for n in (most, least)]
@@ -231,6 +233,20 @@ def frozen_features(
                 parts.setdefault(name, []).append(value.half().cpu())
         views.append({name: torch.cat(each) for name, each in parts.items()})
     return views
+
+
+def resolution(recipe: Recipe, step: int, steps: int) -> float:
+    """The share of the images' full side that this step trains on."""
+    stages = recipe.fit.resolutions
+    return stages[min(step * len(stages) // steps, len(stages) - 1)]
+
+
+def shrunk(x: Float[Tensor, "N C H W"], share: float) -> Float[Tensor, "N C h w"]:
+    """Images with both sides multiplied by `share`, smoothed so that no frequency folds over."""
+    if share == 1:
+        return x
+    height, width = (max(1, round(side * share)) for side in x.shape[2:])
+    return F.interpolate(x, (height, width), mode="bilinear", antialias=True)
 
 
 def _laid_out(value: Tensor) -> Tensor:
@@ -299,7 +315,7 @@ def _fit(
             model.load_state_dict(kept["model"])
             optimiser.load_state_dict(kept["optimiser"])
             average, start = kept["average"], kept["step"]
-    else:
+    elif not recipe.fit.start:
         error = initialise(manifold, targets, recipe, log)
         average = {name: value.clone() for name, value in model.state_dict().items()}
         if math.isfinite(error):
@@ -312,6 +328,15 @@ def _fit(
         views = frozen_features(space, source, first, data, recipe, device)
     programs: dict[str, Program] = {}
     full = Program(space.graph, space.graph.full)
+    taught: Views | None = None
+    if recipe.fit.teacher_views:
+        assert isinstance(data, Dataset)
+
+        def teach(x: Tensor) -> Tensor:
+            outputs: Tensor = task.read(full.run(source, _laid_out(x.to(device))))
+            return outputs
+
+        taught = Views(data, teach, recipe.fit.teacher_views, recipe.seed, run / "teacher.pt")
     deadline = time.monotonic() + 60 * max_minutes
     began = time.monotonic()
 
@@ -326,10 +351,19 @@ def _fit(
                 x = torch.zeros(len(some), 1)  # classification does not read it
                 yield {name: value[some].float() for name, value in view.items()}, x, y
             return
+        if taught:
+            for step, (some, _) in enumerate(rows, start):
+                x, y, outputs = taught.batch(some, step // per_epoch % len(taught.outputs))
+                yield (
+                    {"input": shrunk(x, resolution(recipe, step, steps)), "teacher": outputs},
+                    x,
+                    y,
+                )
+            return
         if not isinstance(data, Dataset):  # each process reads its own images alone
             rows = ((some[rank::world], seed + rank) for some, seed in rows)
-        for x, y in data.batches(rows, recipe.fit.augment):
-            yield {"input": x}, x, y
+        for step, (x, y) in enumerate(data.batches(rows, recipe.fit.augment), start):
+            yield {"input": shrunk(x, resolution(recipe, step, steps))}, x, y
 
     def save(step: int) -> None:
         check_tensors(f"fit, after step {step} of {steps}", model.state_dict())
@@ -363,8 +397,8 @@ def _fit(
         for group in optimiser.param_groups:
             group["lr"] = rate * group["factor"]
         optimiser.zero_grad()
-        teacher = None
-        if recipe.fit.distill == "source":
+        teacher = values.pop("teacher", None)
+        if recipe.fit.distill == "source" and teacher is None:
             with torch.no_grad():
                 teacher = task.read(full.run(source, values, first=first))
         total = torch.zeros((), device=device)

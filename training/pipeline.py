@@ -21,6 +21,8 @@ from neumeta import atomic, checkpoint
 from neumeta.fold import fold
 from neumeta.graph import Graph
 from neumeta.manifold import Contract, Manifold, roles
+from neumeta.notation import pack
+from neumeta.program import Program
 from neumeta.representation import build
 from neumeta.sites import kept
 from neumeta.space import Space
@@ -30,7 +32,8 @@ from training.recipe import BadRecipe, Recipe, refused
 from training.task import TASKS
 from training.trace import trace
 
-STATE = ("source.pt", "source.safetensors", "fit.pt")
+FITTED = ("teacher.pt", "fit.pt")
+STATE = ("source.pt", "source.safetensors", *FITTED)
 """What stages leave in a run's folder to go on with."""
 
 
@@ -169,6 +172,7 @@ def check(
         own = network(asked, loaded) if module is None else copy.deepcopy(module)
         found = traced(asked, loaded, own)
         space(asked, found.graph)
+        _check_resolutions(asked, loaded, found)
     except BadRecipe as error:
         told = str(error).splitlines()
         problems += [line.removeprefix(f"{asked.file}: ") for line in told]
@@ -176,7 +180,23 @@ def check(
         raise BadRecipe(asked.file, problems)
     if asked.network.weights and not (run / "source.safetensors").exists():
         source.weights_file(asked, checkpoints)
+    if asked.fit.start:
+        begun(asked, loaded, found.graph, checkpoints)
     return found
+
+
+def _check_resolutions(asked: Recipe, loaded: data.Data, found: Traced) -> None:
+    """Raises BadRecipe if the network cannot take images as small as fit.resolutions says."""
+    program = Program(found.graph, found.graph.full)
+    tensors = source.tensors(found.module, found.graph.tensors)
+    for share in sorted(set(asked.fit.resolutions) - {1.0}):
+        x = fit.shrunk(torch.zeros(2, *loaded.shape), share)
+        try:
+            program.run(tensors, x)
+        except RuntimeError:
+            allowed = f"{asked.network.network!r} cannot take images of {tuple(x.shape[2:])} pixels"
+            told = refused("fit.resolutions", share, allowed)
+            raise BadRecipe(asked.file, [told]) from None
 
 
 def _misfits(asked: Recipe, loaded: data.Data) -> Iterator[str]:
@@ -232,7 +252,7 @@ def begin(asked: Recipe, loaded: data.Data, run: Path, *, resume: bool) -> None:
         raise ValueError(f"{run} holds an earlier run: add --resume, or choose another --folder")
     if left:
         before = _bound(path)
-        for stage in ("source", "fit") if "fit.pt" in left else ("source",):
+        for stage in ("source", "fit") if {*FITTED} & {*left} else ("source",):
             held = before.get(stage, {})
             for key in {**held, **now[stage]}:
                 old, new = held.get(key), now[stage].get(key)
@@ -338,6 +358,60 @@ def prepare(
     return manifold, smoothed
 
 
+def begun(
+    asked: Recipe, loaded: data.Data, graph: Graph, checkpoints: Path
+) -> tuple[Manifold, dict[str, Tensor]]:
+    """The manifold that `fit.start` names, as this recipe goes on with it, and all tensors of its full
+    size: the source, smoothed.
+
+    Raises BadRecipe if the file is none, or of another network, data set or representation.
+    """
+    places = [Path(asked.file).parent, checkpoints, Path()]
+    path = next((p / asked.fit.start for p in places if (p / asked.fit.start).is_file()), None)
+    if path is None:
+        where = " nor in ".join(str(place.resolve()) for place in places)
+        raise BadRecipe(
+            asked.file, [refused("fit.start", asked.fit.start, f"it is neither in {where}")]
+        )
+    try:
+        held = checkpoint.read(path)
+    except checkpoint.BadCheckpoint as error:
+        raise BadRecipe(asked.file, [f"fit.start: {error}"]) from None
+    covered, built = space(asked, graph), asked.representation
+    problems = []
+    if pack(held.space.graph) != pack(covered.graph):
+        allowed = f"{path} is a manifold of another network, or of other axes (fit.morph)"
+        problems.append(refused("network.network", asked.network.network, allowed))
+    if held.contract.classes != tuple(loaded.classes) or held.contract.task != asked.task:
+        allowed = (
+            f"{path} was made for {held.contract.task} of {len(held.contract.classes)} classes"
+        )
+        problems.append(refused("data", loaded.name, allowed))
+    if problems:
+        raise BadRecipe(asked.file, problems)
+    model = build(built.kind, built.built, roles(covered))
+    try:
+        model.load_state_dict(held.representation.state_dict())
+    except RuntimeError:
+        now = {"kind": held.kind, **held.options}
+        told = refused("representation", {"kind": built.kind, **built.built}, f"{path} has {now}")
+        raise BadRecipe(asked.file, [told]) from None
+    manifold = replace(
+        held,
+        space=covered,
+        representation=model,
+        kind=built.kind,
+        options=built.built,
+        noise=built.noise,
+        samples=built.samples,
+        scale=built.scale,
+        contract=replace(held.contract, mean=tuple(loaded.mean), std=tuple(loaded.std)),
+        about={"permutation": held.about.get("permutation", {})},
+        digest="",
+    )
+    return manifold, statistics.whole(held, held.space.full)
+
+
 def run(
     asked: Recipe,
     loaded: data.Data,
@@ -361,9 +435,15 @@ def run(
     if dist.is_initialized():
         dist.barrier()
     task = TASKS[asked.task]
-    net = trained_source(asked, loaded, found.module, checkpoints, folder)
-    before = source.score(net, loaded, task) if _rank() == 0 else 0.0
-    manifold, smoothed = prepare(asked, loaded, found.graph, net)
+    if asked.fit.start:
+        manifold, smoothed = begun(asked, loaded, found.graph, checkpoints)
+        covered, whole = manifold.space, smoothed
+        program = Program(covered.graph, covered.graph.full)
+        own: source.Run = lambda x: program.run(whole, x)  # noqa: E731
+    else:
+        own = trained_source(asked, loaded, found.module, checkpoints, folder)
+        manifold, smoothed = prepare(asked, loaded, found.graph, own)
+    before = source.score(own, loaded, task) if _rank() == 0 else 0.0
     if torch.cuda.is_available():
         manifold.representation.to(f"cuda:{_rank() % torch.cuda.device_count()}")
     done = fit.fit(
@@ -399,6 +479,8 @@ def _finish(
     train, weights = asked.network.train, asked.network.weights
     metric = manifold.contract.metric
     began = ("fine-tune" if train else "import") if weights else "train" if train else "given"
+    if asked.fit.start:
+        began, weights = "manifold", asked.fit.start
     manifold.about.update(
         title=asked.title,
         recipe=asked.as_dict(),

@@ -38,6 +38,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Noise = Annotated[float, Field(ge=0, le=0.5)]
 Width = Annotated[float, Field(gt=0, le=MAX_WIDTH)]
 Count = Annotated[int, Field(ge=1)]
+Resolution = Annotated[float, Field(ge=0.25, le=1)]
 Range = tuple[Count, Count]
 
 
@@ -166,6 +167,13 @@ class FitSection(_Section):
     blocks, in blocks. `warm`: the share of steps in which the learning rate rises; `ema`: of the moving
     average; `clip`: of a gradient's entries, 0 for none. `feature_views`: activations of the frozen
     leading part computed once for this many augmented passes (0: run it in every step).
+
+    `start` is a manifold's file to go on from, of the same network and representation, in place of a
+    source network: its channel orders stay, and its own full size is the source. `resolutions`: sides
+    of the training images as shares of the full ones, each for an equal part of the steps, e.g. [0.5,
+    0.75, 1.0]: most of what a network learns it learns from small images, at a third of the cost.
+    `teacher_views`: the source's outputs computed once for this many augmented passes, of whole images
+    (0: the source runs in every step).
     """
 
     morph: tuple[str, ...] = ("*",)
@@ -194,6 +202,9 @@ class FitSection(_Section):
     depth_noise: Noise = 0.0
     augment: bool = True
     feature_views: Annotated[int, Field(ge=0)] = 0
+    start: str = ""
+    resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1.0,)
+    teacher_views: Annotated[int, Field(ge=0)] = 0
 
 
 class EvaluateSection(_Section):
@@ -340,7 +351,12 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         allowed = f"one of {known}, or 'file.py:function' or 'module:function'"
         yield refused("network.network", network.network, allowed)
         return
-    if network.network in NETWORKS and not network.weights and network.train is None:
+    if fit.start and (network.weights or network.train):
+        key = "weights" if network.weights else "train"
+        allowed = "it must be left out beside fit.start: the manifold holds the source"
+        yield refused(f"network.{key}", network.model_dump()[key], allowed)
+    bare = not network.weights and network.train is None and not fit.start
+    if network.network in NETWORKS and bare:
         yield (
             "network.train: is missing; without network.weights the network is trained, which"
             " needs network.train.epochs"
@@ -371,9 +387,21 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         yield refused("evaluate.blocks", listed.blocks, "it needs fit.blocks: depth must morph")
     if network.named and not fit.blocks:
         yield refused("network.named", network.named, "it needs fit.blocks: depth must morph")
-    if fit.feature_views and (recipe.data.stream or recipe.task != "classification"):
-        allowed = "0 where data.stream is true or the task is not classification"
-        yield refused("fit.feature_views", fit.feature_views, allowed)
+    whole = recipe.data.stream or recipe.task != "classification"
+    for key, views in (("feature", fit.feature_views), ("teacher", fit.teacher_views)):
+        if views and whole:
+            allowed = "0 where data.stream is true or the task is not classification"
+            yield refused(f"fit.{key}_views", views, allowed)
+    if fit.teacher_views and (fit.distill != "source" or fit.feature_views or not fit.augment):
+        allowed = "0 unless fit.distill = 'source', fit.augment and no fit.feature_views"
+        yield refused("fit.teacher_views", fit.teacher_views, allowed)
+    smaller = fit.resolutions != (1.0,)
+    if smaller and (fit.feature_views or recipe.task != "classification"):
+        allowed = "[1.0] unless the task is classification without fit.feature_views"
+        yield refused("fit.resolutions", fit.resolutions, allowed)
+    if smaller and fit.distill == "source" and not fit.teacher_views:
+        allowed = "[1.0] with fit.distill = 'source', unless fit.teacher_views is given"
+        yield refused("fit.resolutions", fit.resolutions, allowed)
     if fit.blocks is None and fit.width[0] == fit.width[1]:
         yield refused("fit.width", fit.width, "a range, unless fit.blocks lets depth morph")
     yield from _representation_conflicts(recipe)

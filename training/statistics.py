@@ -17,7 +17,7 @@ from neumeta.program import Program
 from neumeta.sample import sample_site, seed_of
 from neumeta.sites import sites
 from neumeta.space import Architecture
-from neumeta.statistics import Statistics, flatten, measure
+from neumeta.statistics import Statistics, flatten, measure, unflatten
 from training import data as sets
 from training.data import Data
 from training.divergence import check_tensors
@@ -37,6 +37,22 @@ def raw(manifold: Manifold, architecture: Architecture) -> dict[str, Tensor]:
     made = sites(manifold.space, architecture)
     drawn = {name: sample_site(manifold, site, manifold.samples, 0) for name, site in made.items()}
     return {**manifold.frozen, **drawn}
+
+
+@torch.no_grad()
+def whole(manifold: Manifold, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors of this size before folding with the batch norms' kept statistics among them.
+
+    Raises KeyError if the manifold keeps none for it.
+    """
+    graph, sizes = manifold.space.graph_of(architecture), manifold.space.sizes(architecture)
+    found = raw(manifold, architecture)
+    norms = [node for node in graph.nodes if node.op == "batch_norm"]
+    moments = unflatten(graph, sizes, manifold.statistics.kept[architecture.key]) if norms else {}
+    for node in norms:
+        mean, variance = moments[node.name]
+        found |= {node.tensors["mean"]: mean, node.tensors["variance"]: variance}
+    return found
 
 
 def exact(
