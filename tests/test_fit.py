@@ -127,22 +127,6 @@ GROWING = TINY.changed(
 )
 
 
-def test_images_grow_in_equal_parts_of_the_steps() -> None:
-    asked = TINY.changed(fit={"resolutions": (0.5, 0.75, 1.0)})
-    shares = [fit.resolution(asked, step, 9) for step in range(9)]
-    assert shares == [0.5] * 3 + [0.75] * 3 + [1.0] * 3
-    assert fit.resolution(asked, 0, 1) == 0.5 and fit.resolution(TINY, 5, 9) == 1.0
-
-
-def test_shrunk_images_keep_their_brightness_and_lose_what_is_too_fine() -> None:
-    flat = torch.full((2, 3, 8, 12), 0.7)
-    torch.testing.assert_close(fit.shrunk(flat, 0.5), torch.full((2, 3, 4, 6), 0.7))
-    stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 1, 32, 32)
-    # Sampling every second pixel would give 1 or -1 everywhere.
-    assert fit.shrunk(stripes, 0.5)[..., 2:-2].abs().max() < 0.2
-    assert fit.shrunk(flat, 1.0) is flat
-
-
 def test_growing_images_and_a_teachers_views_train_and_resume_to_the_same_result(
     digits: Dataset, tmp_path: Path
 ) -> None:

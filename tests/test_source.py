@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from training import data, networks, source, state
 from training.task import TASKS
+from training.teacher import Views
 
 FILES = {
     "resnet20-12fca82f.th": 3,
@@ -61,15 +63,24 @@ def test_import_equals_the_published_network(file: str, n: int, data_root: Path)
         torch.testing.assert_close(net(x), expected, atol=1e-4, rtol=0)
 
 
-def test_training_resumes_to_the_same_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_training_resumes_to_the_same_network(tmp_path: Path, taught: bool) -> None:
     digits = data.load("digits")
     task = TASKS["classification"]
+    more: dict[str, Any] = {}
+    if taught:  # by a teacher's answers for fixed views, on growing images
+        more["teacher"] = Views(digits, lambda x: x.flatten(1)[:, :10], 2, 0, tmp_path / "t.pt")
+        more["resolutions"] = (0.5, 1.0)
 
     def fresh() -> torch.nn.Module:
         torch.manual_seed(0)
-        return torch.nn.Sequential(networks.lenet(), torch.nn.Dropout(0.2))
+        first = networks.resnet_cifar((1, 1), 10, (4, 8), 1) if taught else networks.lenet()
+        return torch.nn.Sequential(first, torch.nn.Dropout(0.2))
 
-    whole = source.train(fresh(), digits, task, epochs=2, lr=0.05)
+    def train(**where: Any) -> torch.nn.Module:
+        return source.train(fresh(), digits, task, epochs=2, lr=0.05, **more, **where)
+
+    whole = train()
 
     class Killed(Exception):
         pass
@@ -81,9 +92,36 @@ def test_training_resumes_to_the_same_network(tmp_path: Path) -> None:
     real, state.save = state.save, killed_after_one
     try:
         with pytest.raises(Killed):
-            source.train(fresh(), digits, task, epochs=2, lr=0.05, state=tmp_path / "s.pt")
+            train(state=tmp_path / "s.pt")
     finally:
         state.save = real
-    resumed = source.train(fresh(), digits, task, epochs=2, lr=0.05, state=tmp_path / "s.pt")
+    resumed = train(state=tmp_path / "s.pt")
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_network_learns_from_small_images_and_its_teacher_sees_whole_ones() -> None:
+    digits, seen = data.load("digits"), []
+
+    class Watched(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                seen.append(x.shape[-1])
+            return self.bias.expand(len(x), 10)
+
+    taught: list[int] = []
+
+    def teacher(x: Tensor) -> Tensor:
+        taught.append(x.shape[-1])
+        return torch.zeros(len(x), 10)
+
+    source.train(
+        Watched(), digits, TASKS["classification"], epochs=2, lr=0.1, teacher=teacher,
+        resolutions=(0.5, 0.75, 1.0),
+    )  # fmt: skip
+    assert len(seen) == 2 * (len(digits) // 128) and sorted(seen) == seen
+    assert set(seen) == {4, 6, 8} and set(taught) == {8}

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -34,6 +32,7 @@ from training.data import Data, Dataset
 from training.divergence import check_step, check_tensors, gradient_norm
 from training.layout import SoundConvolutions
 from training.recipe import Recipe
+from training.resolution import resolution, shrunk
 from training.source import epoch_plan, mixed, one_cycle
 from training.task import Task
 from training.teacher import Views
@@ -235,20 +234,6 @@ def frozen_features(
     return views
 
 
-def resolution(recipe: Recipe, step: int, steps: int) -> float:
-    """The share of the images' full side that this step trains on."""
-    stages = recipe.fit.resolutions
-    return stages[min(step * len(stages) // steps, len(stages) - 1)]
-
-
-def shrunk(x: Float[Tensor, "N C H W"], share: float) -> Float[Tensor, "N C h w"]:
-    """Images with both sides multiplied by `share`, smoothed so that no frequency folds over."""
-    if share == 1:
-        return x
-    height, width = (max(1, round(side * share)) for side in x.shape[2:])
-    return F.interpolate(x, (height, width), mode="bilinear", antialias=True)
-
-
 def _laid_out(value: Tensor) -> Tensor:
     # Channels-last convolutions are faster on CPUs.
     return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
@@ -340,6 +325,9 @@ def _fit(
     deadline = time.monotonic() + 60 * max_minutes
     began = time.monotonic()
 
+    def at_size(x: Tensor, step: int) -> Tensor:
+        return shrunk(x, resolution(recipe.fit.resolutions, step, steps))
+
     def batches() -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
         """What the operations from `first` on read, and the images and targets of the data."""
         rows = epoch_plan(recipe.seed, "fit", len(data), recipe.fit.batch, start, steps)
@@ -355,7 +343,7 @@ def _fit(
             for step, (some, _) in enumerate(rows, start):
                 x, y, outputs = taught.batch(some, step // per_epoch % len(taught.outputs))
                 yield (
-                    {"input": shrunk(x, resolution(recipe, step, steps)), "teacher": outputs},
+                    {"input": at_size(x, step), "teacher": outputs},
                     x,
                     y,
                 )
@@ -363,7 +351,7 @@ def _fit(
         if not isinstance(data, Dataset):  # each process reads its own images alone
             rows = ((some[rank::world], seed + rank) for some, seed in rows)
         for step, (x, y) in enumerate(data.batches(rows, recipe.fit.augment), start):
-            yield {"input": shrunk(x, resolution(recipe, step, steps))}, x, y
+            yield {"input": at_size(x, step)}, x, y
 
     def save(step: int) -> None:
         check_tensors(f"fit, after step {step} of {steps}", model.state_dict())

@@ -29,6 +29,7 @@ from neumeta.space import Space
 from training import data, evaluate, fit, modules, networks, order, plots, source, statistics
 from training.divergence import check_tensors
 from training.recipe import BadRecipe, Recipe, refused
+from training.resolution import shrunk
 from training.task import TASKS
 from training.trace import trace
 
@@ -186,17 +187,22 @@ def check(
 
 
 def _check_resolutions(asked: Recipe, loaded: data.Data, found: Traced) -> None:
-    """Raises BadRecipe if the network cannot take images as small as fit.resolutions says."""
+    """Raises BadRecipe if the network cannot take images as small as its training shall have them."""
     program = Program(found.graph, found.graph.full)
     tensors = source.tensors(found.module, found.graph.tensors)
-    for share in sorted(set(asked.fit.resolutions) - {1.0}):
-        x = fit.shrunk(torch.zeros(2, *loaded.shape), share)
-        try:
-            program.run(tensors, x)
-        except RuntimeError:
-            allowed = f"{asked.network.network!r} cannot take images of {tuple(x.shape[2:])} pixels"
-            told = refused("fit.resolutions", share, allowed)
-            raise BadRecipe(asked.file, [told]) from None
+    wanted = {"fit": asked.fit.resolutions}
+    if asked.network.train:
+        wanted["network.train"] = asked.network.train.resolutions
+    for section, shares in wanted.items():
+        for share in sorted(set(shares) - {1.0}):
+            x = shrunk(torch.zeros(2, *loaded.shape), share)
+            try:
+                program.run(tensors, x)
+            except RuntimeError:
+                size = tuple(x.shape[2:])
+                allowed = f"{asked.network.network!r} cannot take images of {size} pixels"
+                told = refused(f"{section}.resolutions", share, allowed)
+                raise BadRecipe(asked.file, [told]) from None
 
 
 def _misfits(asked: Recipe, loaded: data.Data) -> Iterator[str]:
@@ -298,6 +304,7 @@ def trained_source(
                 epochs=asked.network.train.epochs,
                 lr=asked.network.train.lr,
                 batch=asked.network.train.batch,
+                resolutions=asked.network.train.resolutions,
                 seed=asked.seed,
                 state=run / "source.pt",
             )

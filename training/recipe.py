@@ -60,11 +60,12 @@ class _Section(BaseModel):
 
 class Training(_Section):
     """How the source network is trained: epochs of the training set, the peak of the learning rate,
-    images per step."""
+    images per step, and `resolutions` as in [fit]."""
 
     epochs: Annotated[int, Field(ge=0)]
     lr: Rate = 0.05
     batch: Count = 128
+    resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1.0,)
 
 
 class NetworkSection(_Section):
@@ -395,6 +396,9 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if fit.teacher_views and (fit.distill != "source" or fit.feature_views or not fit.augment):
         allowed = "0 unless fit.distill = 'source', fit.augment and no fit.feature_views"
         yield refused("fit.teacher_views", fit.teacher_views, allowed)
+    if network.train and network.train.resolutions != (1.0,) and recipe.task != "classification":
+        allowed = "[1.0] unless the task is classification"
+        yield refused("network.train.resolutions", network.train.resolutions, allowed)
     smaller = fit.resolutions != (1.0,)
     if smaller and (fit.feature_views or recipe.task != "classification"):
         allowed = "[1.0] unless the task is classification without fit.feature_views"

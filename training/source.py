@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from training.data import Data
 from training.divergence import check_step, check_tensors, gradient_norm
 from training.layout import SoundConvolutions
 from training.recipe import BadRecipe, Recipe, refused
+from training.resolution import resolution, shrunk
 from training.task import Task
+from training.teacher import Views
 
 Run = Callable[[Tensor], Any]
 """A network: a batch of normalised images -> its outputs."""
@@ -91,13 +93,15 @@ def train(
     seed: int = 0,
     state: Path | None = None,
     label: str = "source",
-    teacher: Run | None = None,
+    teacher: Run | Views | None = None,
     teacher_weight: float = 0.8,
+    resolutions: Sequence[float] = (1.0,),
 ) -> nn.Module:
     """Train `net` in place: SGD with Nesterov momentum, one cycle, augmented; resumes from `state`.
 
     `state` is written after each epoch; a run started again with it goes on after the last whole
-    epoch to the same result as an uninterrupted one. `teacher` distils (see `mixed`).
+    epoch to the same result as an uninterrupted one. `teacher` distils (see `mixed`); what it is given
+    are whole images, whatever their `resolutions` for the network (see `resolution`).
 
     Raises Diverged, with the last good state left on disk, at the first loss, gradient or weight
     that is not finite, and before the first step if `net` comes with such a weight.
@@ -125,21 +129,23 @@ def train(
         began, first = time.monotonic(), epoch * per_epoch
         plan = epoch_plan(seed, label, len(data), batch, first, first + per_epoch)
         bar = tqdm(
-            data.batches(plan),
+            _taught(data, plan, teacher, epoch),
             desc=f"{label} {epoch + 1}/{epochs}",
             total=per_epoch,
             mininterval=5,
         )
-        for step, (x, y) in enumerate(bar, first):
+        for step, (x, y, soft) in enumerate(bar, first):
             x, y = x.to(device), y.to(device)
             factor = one_cycle(step, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
             if x.ndim == 4:
                 x = x.contiguous(memory_format=torch.channels_last)
-            with torch.no_grad():
-                soft = task.read(teacher(x)) if teacher else None
+            if soft is None and callable(teacher):
+                with torch.no_grad():
+                    soft = task.read(teacher(x))
             targets = task.targets(x, y, data)
+            x = shrunk(x, resolution(resolutions, step, epochs * per_epoch))
             loss = mixed(task, task.read(net(x)), targets, soft, teacher_weight)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -164,6 +170,18 @@ def train(
             }
             states.save(held, state)
     return net.cpu().eval()
+
+
+def _taught(
+    data: Data, plan: Iterator[tuple[Tensor, int]], teacher: Run | Views | None, epoch: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Images, targets, and what the teacher said of them where that is known."""
+    if isinstance(teacher, Views):
+        for rows, _ in plan:
+            yield teacher.batch(rows, epoch % len(teacher.outputs))
+        return
+    for x, y in data.batches(plan):
+        yield x, y, None
 
 
 def weights_file(asked: Recipe, checkpoints: Path) -> Path:

@@ -6,7 +6,7 @@ Knows no manifold and no recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from neumeta.sample import seed_of
 from training import state as states
 from training.data import Dataset, to_float
 from training.data.dataset import draw, moved
-from training.source import Run
 
 
 class Views:
@@ -28,7 +27,9 @@ class Views:
     done are kept in the file `state`.
     """
 
-    def __init__(self, data: Dataset, teacher: Run, count: int, seed: int, state: Path) -> None:
+    def __init__(
+        self, data: Dataset, teacher: Callable[[Tensor], Tensor], count: int, seed: int, state: Path
+    ) -> None:
         self.data = data
         self.moves = [
             draw(len(data), data, torch.Generator().manual_seed(seed_of(seed, f"teacher/{view}")))
@@ -43,7 +44,9 @@ class Views:
             states.save({"outputs": self.outputs}, state)
 
     @torch.no_grad()
-    def _taught(self, teacher: Run, view: int) -> Iterator[Float[Tensor, "N K"]]:
+    def _taught(
+        self, teacher: Callable[[Tensor], Tensor], view: int
+    ) -> Iterator[Float[Tensor, "N K"]]:
         starts = range(0, len(self.data), 250)
         for at in tqdm(starts, desc=f"teacher, view {view + 1}", mininterval=5):
             rows = torch.arange(at, min(at + 250, len(self.data)))

@@ -1,0 +1,111 @@
+"""Networks trained individually until they have converged: what one manifold has to be as good as.
+
+    python -m benchmarks.converged --size 3.3.3/8.16.32 --epochs 60
+
+One network of one size from scratch, taught by the manifold's own source, with the manifold's
+optimiser, augmentation and growing images. The row (size, seed, epochs, scores on raw and on JPEG
+test images, passes, seconds) goes to RESULTS/individual.json, so that no run is made twice; training
+resumes from RUN. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.local import hardware
+from benchmarks.reach import raw
+from neumeta import atomic, checkpoint
+from neumeta.program import Program
+from training import data, networks, recipe, source, statistics
+from training.task import TASKS
+from training.teacher import Views
+
+LR, VIEWS, RESOLUTIONS = 0.1, 5, (0.5, 0.75, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--manifold", type=Path, default=Path("models/resnet20-cifar10.safetensors")
+    )
+    parser.add_argument("--size", required=True, help="blocks/channels by stage: 3.3.3/8.16.32")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", type=Path, default=Path("runs/converged"))
+    parser.add_argument("--data", type=Path, help="default $NEUMETA_DATA")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    arguments = parser.parse_args()
+    path = arguments.results / "individual.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    depth, channels = ([int(n) for n in part.split(".")] for part in arguments.size.split("/"))
+    named = {
+        "channels": channels,
+        "depth": depth,
+        "seed": arguments.seed,
+        "epochs": arguments.epochs,
+    }
+    if any(named.items() <= row.items() for row in rows):
+        print(json.dumps({"benchmark": "converged", "kept": named}))
+        return
+    manifold = checkpoint.read(arguments.manifold)
+    space, task = manifold.space, TASKS[manifold.contract.task]
+    asked = recipe.parse(manifold.about["recipe"], str(arguments.manifold))
+    jpeg = data.load_from(asked.data.name, arguments.data, **asked.data.options())
+    assert isinstance(jpeg, data.Dataset)
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    program, weights = (
+        Program(space.graph, space.graph.full),
+        statistics.whole(manifold, space.full),
+    )
+
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        held: torch.Tensor = task.read(program.run(weights, x))
+        return held
+
+    views = Views(jpeg, teacher, VIEWS, arguments.seed, arguments.run / "teacher.pt")
+    torch.manual_seed(arguments.seed)
+    net = networks.resnet_cifar(tuple(depth), len(jpeg.classes), tuple(channels))
+    label = f"{arguments.size.replace('/', '-')}-{arguments.epochs}-{arguments.seed}"
+    began = time.monotonic()
+    source.train(
+        net,
+        jpeg,
+        task,
+        epochs=arguments.epochs,
+        lr=LR,
+        seed=arguments.seed,
+        state=arguments.run / f"{label}.pt",
+        label=label,
+        teacher=views,
+        teacher_weight=asked.fit.distill_weight,
+        resolutions=RESOLUTIONS,
+    )
+    cost = space.cost(space.architecture([c / f for c, f in zip(channels, (16, 32, 64), strict=True)],
+                                         depth, extrapolate=True))  # fmt: skip
+    share = sum(r**2 for r in RESOLUTIONS) / len(RESOLUTIONS)
+    relative = cost["macs"] / space.cost(space.full)["macs"]
+    root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
+    row = {
+        **named,
+        "macs": cost["macs"],
+        "raw": round(source.score(net, raw(jpeg, root), task), 2),
+        "jpeg": round(source.score(net, jpeg, task), 2),
+        "passes": round(arguments.epochs * len(jpeg) * relative * share),
+        "seconds": round(time.monotonic() - began),
+        "hardware": hardware(),
+    }
+    # Another run may have written a row meanwhile.
+    rows = json.loads(path.read_text()) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, json.dumps([*rows, row], indent=1))
+    print(json.dumps({"benchmark": "converged", **row}))
+
+
+if __name__ == "__main__":
+    main()
