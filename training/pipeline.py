@@ -191,12 +191,16 @@ def _misfits(asked: Recipe, loaded: data.Data) -> Iterator[str]:
         yield refused("fit.batch", asked.fit.batch, allowed)
 
 
-def depends(asked: Recipe, loaded: data.Data) -> dict[str, dict[str, Any]]:
-    """What the result of each stage that keeps state depends on, by stage and dotted key."""
+def depends(asked: Recipe, loaded: data.Data, weights: str | None) -> dict[str, dict[str, Any]]:
+    """What the result of each stage that keeps state depends on, by stage and dotted key.
+
+    `weights` is the digest of those that the source network begins with.
+    """
     whole = asked.as_dict()
     held, built = whole["representation"], whole["network"]
     del held["samples"]  # of evaluation and use, not of the fit
     del built["name"], built["named"]  # of use, likewise
+    built["weights_sha256"] = weights
     images = {
         "sha256": loaded.digest(),
         "classes": list(loaded.classes),
@@ -220,18 +224,21 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{above}{key}", value
 
 
-def begin(asked: Recipe, loaded: data.Data, run: Path, *, resume: bool) -> None:
+def begin(
+    asked: Recipe, loaded: data.Data, weights: str | None, run: Path, *, resume: bool
+) -> None:
     """Write `run/recipe.json`, what this run is bound to; on resume only what no stage's result that
     is there depends on may have changed.
 
     Raises ValueError naming the first key that differs, with both values.
     """
-    path, now = run / "recipe.json", depends(asked, loaded)
+    path, now = run / "recipe.json", depends(asked, loaded, weights)
     left = [name for name in STATE if (run / name).exists()]
     if not resume and (path.exists() or left):
         raise ValueError(f"{run} holds an earlier run: add --resume, or choose another --folder")
     if left:
         before = _bound(path)
+        _same_weights(before["source"], now["source"])
         for stage in ("source", "fit") if "fit.pt" in left else ("source",):
             held = before.get(stage, {})
             for key in {**held, **now[stage]}:
@@ -243,6 +250,13 @@ def begin(asked: Recipe, loaded: data.Data, run: Path, *, resume: bool) -> None:
                     )
     told = {"recipe": asked.as_dict(), "depends": now}
     atomic.write(path, json.dumps(told, indent=1, sort_keys=True))
+
+
+def _same_weights(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A file of weights that is gone since is as it was, and so is one whose digest was not written."""
+    key = "network.weights_sha256"
+    now[key] = now[key] or before.get(key)
+    before.setdefault(key, now[key])
 
 
 def _bound(path: Path) -> dict[str, dict[str, Any]]:
@@ -357,7 +371,8 @@ def run(
     """
     found = check(asked, loaded, checkpoints, folder, module)
     if _rank() == 0:
-        begin(asked, loaded, folder, resume=resume)
+        given = source.weights_digest(asked, checkpoints, module)
+        begin(asked, loaded, given, folder, resume=resume)
     if dist.is_initialized():
         dist.barrier()
     task = TASKS[asked.task]
