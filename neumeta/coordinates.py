@@ -66,9 +66,9 @@ class Site:
     columns: Span
     spatial: tuple[int, ...]
     gain: float
-    deeper: float = 0.0
-    distance: float = 0.0
-    growth: float = 0.0
+    deeper: float
+    distance: float
+    growth: float
 
     @property
     def vector(self) -> bool:
@@ -111,7 +111,7 @@ class Coordinates:
     inputs: Along
     outputs: Along
     scale: int
-    exact: bool = False
+    exact: bool
 
     def to(self, device: torch.device) -> Coordinates:
         """The same coordinates on this device. Noise is drawn on the CPU: equal on every device."""

@@ -442,7 +442,8 @@ def _repeated(graph: Graph, index: int, stage: Stage, repeats: int) -> Graph:
         before = given if child == first else _in_child(made, stage, lambda _: child - 1)
 
         def rename(name: str) -> str:
-            return _in_child(name, stage, lambda _: child)
+            # What lies in a child before the alike ones, an axis named after it say, is one for all.
+            return _in_child(name, stage, lambda at: child if at == first else at)
 
         return rename, lambda value: before if value == given else rename(value)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neumeta.coordinates import Span, coordinates, whole
+from neumeta.coordinates import ONE, Span, coordinates, whole
 from neumeta.sample import evenly
 from neumeta.sites import sites
 from neumeta.space import Space
@@ -60,6 +60,52 @@ def test_each_channel_mirrors_the_points_by_its_own_seed() -> None:
     mirrored = (made + column).abs().amax(0) < 1e-4
     assert (kept ^ mirrored).all() and kept.any() and mirrored.any()
     assert not torch.equal(made, noise(1))
+
+
+def test_a_single_noisy_copy_is_noisy_and_exact_ones_are_as_many_as_asked_for() -> None:
+    space = lenet().space
+    site = sites(space, space.architecture(0.5))["conv2.weight"]
+    generator = torch.Generator().manual_seed(0)
+    noisy = coordinates(site, 64, noise=0.5, samples=1, generator=generator)
+    exact = coordinates(site, 64, samples=3)
+    assert not noisy.exact and exact.exact
+    assert len(noisy.vectors()) == 1 and len(exact.vectors()) == 3
+    one = coordinates(site, 64).vectors()
+    assert torch.equal(exact.vectors(), one.expand(3, -1, -1, -1))
+    moved = (noisy.vectors() - one)[0].abs().amax((0, 1))
+    # The one block of the layer has no place to move to, and a network no other length.
+    assert moved[0] == moved[3] == 0 and all(moved[at] > 1e-4 for at in (1, 2, 4, 5))
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_in_a_stage_of_several_blocks_place_and_length_move_too(blocks: int) -> None:
+    site = sites(PLAIN, PLAIN.architecture(1.0, [blocks, 2]))["stage1.1.conv1.weight"]
+    generator = torch.Generator().manual_seed(0)
+    at = coordinates(site, 64, noise=0.5, samples=200, generator=generator)
+    place, length = at.layer[:, 0] * blocks, at.layer[:, 1] * 64
+    for values, middle in ((place, 1.5), (length, float(blocks))):
+        assert middle - 0.5 - 1e-4 <= values.min() < middle - 0.4
+        assert middle + 0.4 < values.max() <= middle + 0.5 + 1e-4
+    assert (at.layer[:, 0] - at.layer[0, 0]).abs().max() > 0  # each copy its own
+
+
+def test_a_vector_has_one_column_in_the_middle_of_everything() -> None:
+    along = whole(ONE, 64, torch.float32)
+    assert along.pairs.tolist() == [[[0.0, 1 / 64]]]
+    assert along.index.tolist() == [[0.0]] and along.place.tolist() == [[0.5]]
+    assert not ONE.morphs and ONE.leading
+
+
+def test_indices_are_the_sources_first_ones_in_a_dimension_of_one_part_that_is_no_larger() -> None:
+    for parts, leading in (
+        (((4, 6, 3),), True),
+        (((6, 6, 1),), True),
+        (((7, 6, 1),), False),
+        (((4, 6, 1), (3, 5, 1)), False),
+    ):
+        span = Span(parts, True)
+        index = whole(span, 64, torch.float32).index[0]
+        assert span.leading == leading == torch.equal(index, torch.arange(span.count).float())
 
 
 @pytest.mark.parametrize("noise", [-0.1, 0.6])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from neumeta import checkpoint
 from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
-from training import cli, data, fit, pipeline, recipe
+from training import cli, data, fit, networks, pipeline, recipe, source
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -116,6 +117,52 @@ def test_other_images_may_not_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert code == 2 and "data.sha256" in line and other.digest() in line
 
 
+def test_a_run_is_bound_to_the_weights_that_it_began_with(run: Run, place: Path) -> None:
+    def published(seed: int) -> None:
+        torch.manual_seed(seed)
+        torch.save(networks.lenet().state_dict(), place / "w.pt")
+
+    text = SMALL.replace("train = { epochs = 1, lr = 0.1, batch = 256 }", 'weights = "w.pt"')
+    text = text.replace("batch = 512", "batch = 32")
+    brief = ("--max-minutes", "1e-9")  # one step of the fit's forty
+    published(0)
+    assert run(*brief, text=text, folder="new")[0] == 3
+    assert run(*brief, "--resume", text=text, folder="new")[0] == 3
+    published(1)
+    code, (line,) = run(*brief, "--resume", text=text, folder="new")
+    assert code == 2 and "network.weights_sha256" in line and str(place / "new") in line
+    # A file that is gone is no obstacle, and what it was is not forgotten.
+    (place / "w.pt").unlink()
+    assert run(*brief, "--resume", text=text, folder="new")[0] == 3
+    published(1)
+    assert run(*brief, "--resume", text=text, folder="new")[0] == 2
+    published(0)
+    assert run(*brief, "--resume", text=text, folder="new")[0] == 3
+    # A run of 0.2.0, which wrote no digest down, goes on and has one from then on.
+    written = json.loads((place / "new" / "recipe.json").read_text())
+    del written["depends"]["source"]["network.weights_sha256"]
+    (place / "new" / "recipe.json").write_text(json.dumps(written))
+    assert run(*brief, "--resume", text=text, folder="new")[0] == 3
+    published(1)
+    assert run(*brief, "--resume", text=text, folder="new")[0] == 2
+
+
+def test_a_module_that_is_given_is_bound_by_its_own_weights(place: Path) -> None:
+    net = networks.lenet()
+    told = {"network": {"network": "python:LeNet"}, "data": {"name": "digits"}, "name": "x"}
+    asked = recipe.parse(told | {"title": "x", "fit": {"width": [0.5, 1.0]}}, "morph")
+    before = source.weights_digest(asked, Path(), net)
+    assert source.weights_digest(asked, Path(), copy.deepcopy(net)) == before is not None
+    next(net.parameters()).data[0] += 1e-3
+    after = source.weights_digest(asked, Path(), net)
+    loaded, folder = data.load("digits"), place / "given"
+    pipeline.begin(asked, loaded, before, folder, resume=False)
+    (folder / "source.safetensors").write_bytes(b"")
+    pipeline.begin(asked, loaded, before, folder, resume=True)
+    with pytest.raises(ValueError, match="weights_sha256"):
+        pipeline.begin(asked, loaded, after, folder, resume=True)
+
+
 def test_a_stage_that_has_not_begun_binds_to_nothing(run: Run, place: Path) -> None:
     (place / "run" / "fit.pt").unlink()
     assert run("--resume", text=SMALL.replace("lr = 1e-2", "lr = 2e-2")) == (0, [])
@@ -147,6 +194,10 @@ def test_a_run_goes_on_from_a_manifold_in_place_of_a_source(run: Run, place: Pat
         "metric": "accuracy",
     }
     assert not (place / "again" / "source.safetensors").exists()
+    # Another manifold of that name is another beginning.
+    shutil.copy(place / "again" / "manifold.safetensors", place / "run" / "manifold.safetensors")
+    code, (line,) = run("--resume", text=AGAIN, folder="again")
+    assert code == 2 and "network.weights_sha256" in line
 
 
 @pytest.mark.parametrize(
@@ -418,6 +469,40 @@ def test_no_room_for_a_file_is_one_line_and_leaves_nothing(
     assert {path: after.get(path) for path in before if path.name != "log"} == {
         path: size for path, size in before.items() if path.name != "log"
     }
+
+
+def test_an_error_of_the_whole_run_is_told_by_its_first_process_alone(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(SMALL.replace("batch = 512", "batch = 5000"))
+    words = ["--nproc-per-node", "2", "-m", "training.cli", "small.toml", "--folder", "new"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("neumeta-train:")]
+    assert len(lines) == 1 and "fit.batch: 5000 is not allowed" in lines[0]
+
+
+def test_another_process_tells_what_it_alone_meets(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = list[float]()
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    nowhere = SMALL.replace('name = "digits"', 'path = "nowhere"')
+    assert run(text=nowhere, folder="new") == (2, [])  # the first one does not find them either
+    assert waited and min(waited) >= 10
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "log")
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(pipeline, "run", full)
+    assert run(folder="new") == (2, ["neumeta-train: log: No space left on device"])
 
 
 def test_the_readmes_line_for_several_processes_works_word_for_word(tmp_path: Path) -> None:

@@ -189,3 +189,60 @@ def test_reconstruction_is_the_mean_of_relative_errors() -> None:
     targets = {"a": torch.tensor([2.0, 0.0]), "b": torch.full((3,), 2.0)}
     expected = ((1 + 4) / 4 + 3 / 12) / 2
     assert fit.reconstruction(made, targets).item() == pytest.approx(expected)
+
+
+def test_a_step_follows_all_of_its_losses_with_the_weights_that_the_recipe_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the losses written out: the full size by labels alone, smaller ones mostly by it."""
+    asked = tiny(
+        epochs=0.01, batch=64, sandwich=True, distill="inplace", distill_weight=0.3, augment=False,
+        full_weight=3.0, reconstruction=0.5, regularisation=0.02, clip=0.0,
+    ).changed(representation={"noise": 0.0})  # fmt: skip
+    digits = data.load("digits")
+    manifold, smoothed = runs.prepared(asked, digits, tmp_path)
+    space, model = manifold.space, manifold.representation
+    sizes = (space.full, space.architecture(0.5), space.architecture([0.25, 0.5, 1.0]))
+    before: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
+
+    def recorded(model: torch.nn.Module, *_: Any) -> bool:
+        before.update({name: value.clone() for name, value in model.state_dict().items()})
+        gradients.update({n: p.grad.clone() for n, p in model.named_parameters()})  # type: ignore[union-attr]
+        return False
+
+    def begun(*_: Any) -> float:  # away from the source, where reconstruction would not pull
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        return float("inf")
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(fit, "initialise", begun)
+    monkeypatch.setattr(fit, "choose", lambda *_: sizes)
+    monkeypatch.setattr(fit, "_finish", recorded)
+    assert fit.fit(manifold, smoothed, digits, TASK, asked, tmp_path)
+
+    model.load_state_dict(before)
+    model.zero_grad()
+    ((x, y),) = digits.batches(source.epoch_plan(asked.seed, "fit", len(digits), 64, 0, 1), False)
+    teacher, loss = torch.empty(0), torch.zeros(())
+    for size in sizes:
+        weights = fit.generated(manifold, size, 0.0, torch.Generator(), 0.0)
+        logits = Program(space.graph_of(size), space.sizes(size)).run(weights, x)
+        hard = torch.nn.functional.cross_entropy(logits, y)
+        if size == space.full:
+            teacher = logits.detach().softmax(1)
+            errors = [
+                (weights[name] - smoothed[name]).square().sum() / smoothed[name].square().sum()
+                for name in weights
+            ]
+            loss = loss + 3.0 * hard + 0.5 * torch.stack(errors).mean()
+        else:
+            log = logits.log_softmax(1)
+            soft = (teacher * (teacher.log() - log)).sum(1).mean()
+            loss = loss + 0.7 * hard + 0.3 * soft
+        loss = loss + 0.02 * torch.stack([value.norm() for value in weights.values()]).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert gradients
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)

@@ -19,10 +19,16 @@ import torch.distributed as dist
 
 from neumeta import atomic
 from training import modules, networks, pipeline, recipe
+from training.divergence import Diverged
 from training.explain import explain
+from training.state import BadState
 from training.task import TASKS
 
 DONE, BAD_INPUT, STOPPED, INTERRUPTED = 0, 2, 3, 130
+ALIKE = (recipe.BadRecipe, BadState, Diverged, pipeline.Stopped, KeyboardInterrupt)
+"""What every process of a run meets if one does; so is whatever comes before they know each other."""
+PATIENCE = 20.0
+"""Seconds that another process waits for the first one to tell such an error."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,16 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     threading.excepthook = _in_a_thread
     try:
         return _run(arguments)
-    except KeyboardInterrupt:
-        return _say("interrupted; --resume goes on", INTERRUPTED)
-    except pipeline.Stopped:
+    except KeyboardInterrupt as error:
+        return _say("interrupted; --resume goes on", INTERRUPTED, error)
+    except pipeline.Stopped as error:
         told = f"stopped after {arguments.max_minutes:g} minutes; --resume goes on"
-        return _say(told, STOPPED)
+        return _say(told, STOPPED, error)
     except OSError as error:
         told = f"{error.filename or 'a file of this run'}: {error.strerror}"
-        return _say(told if error.strerror else str(error), BAD_INPUT)
+        return _say(told if error.strerror else str(error), BAD_INPUT, error)
     except ValueError as error:
-        return _say(str(error), BAD_INPUT)
+        return _say(str(error), BAD_INPUT, error)
     finally:
         if dist.is_initialized() and "RANK" in os.environ:
             dist.destroy_process_group()
@@ -103,7 +109,14 @@ def _explain(name: str, shape: tuple[int, ...]) -> int:
     return DONE
 
 
-def _say(message: str, code: int) -> int:
+def _say(message: str, code: int, error: BaseException) -> int:
+    alike = isinstance(error, ALIKE) or not dist.is_initialized()
+    if alike and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        if code != INTERRUPTED:
+            # The machine's first process meets it too, and ends this one once it has told it. Were
+            # this the first one to end, that one would be ended before it could.
+            time.sleep(PATIENCE)
+        return code
     # In one write, so that the lines of several processes do not mix.
     print("".join(f"neumeta-train: {line}\n" for line in message.splitlines()),
           end="", file=sys.stderr, flush=True)  # fmt: skip
@@ -125,6 +138,8 @@ def _run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out or folder / "manifold.safetensors"
     for path in (folder / "recipe.json", out):
         atomic.check(path)
+    # Before the processes meet: what is wrong with the images is the same for all of a machine.
+    loaded = pipeline.dataset(asked, arguments.data)
     if "RANK" in os.environ and not dist.is_initialized():
         # While the first process trains the source or evaluates, the others wait for it.
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -132,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
     root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
     made = pipeline.run(
         asked,
-        pipeline.dataset(asked, arguments.data),
+        loaded,
         arguments.checkpoints or root.parent / "checkpoints",
         folder,
         out,

@@ -7,6 +7,7 @@ no flags and prints nothing.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -217,12 +218,16 @@ def _misfits(asked: Recipe, loaded: data.Data) -> Iterator[str]:
         yield refused("fit.batch", asked.fit.batch, allowed)
 
 
-def depends(asked: Recipe, loaded: data.Data) -> dict[str, dict[str, Any]]:
-    """What the result of each stage that keeps state depends on, by stage and dotted key."""
+def depends(asked: Recipe, loaded: data.Data, weights: str | None) -> dict[str, dict[str, Any]]:
+    """What the result of each stage that keeps state depends on, by stage and dotted key.
+
+    `weights` is the digest of those that the source network begins with.
+    """
     whole = asked.as_dict()
     held, built = whole["representation"], whole["network"]
     del held["samples"]  # of evaluation and use, not of the fit
     del built["name"], built["named"]  # of use, likewise
+    built["weights_sha256"] = weights
     images = {
         "sha256": loaded.digest(),
         "classes": list(loaded.classes),
@@ -246,18 +251,21 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{above}{key}", value
 
 
-def begin(asked: Recipe, loaded: data.Data, run: Path, *, resume: bool) -> None:
+def begin(
+    asked: Recipe, loaded: data.Data, weights: str | None, run: Path, *, resume: bool
+) -> None:
     """Write `run/recipe.json`, what this run is bound to; on resume only what no stage's result that
     is there depends on may have changed.
 
     Raises ValueError naming the first key that differs, with both values.
     """
-    path, now = run / "recipe.json", depends(asked, loaded)
+    path, now = run / "recipe.json", depends(asked, loaded, weights)
     left = [name for name in STATE if (run / name).exists()]
     if not resume and (path.exists() or left):
         raise ValueError(f"{run} holds an earlier run: add --resume, or choose another --folder")
     if left:
         before = _bound(path)
+        _same_weights(before["source"], now["source"])
         for stage in ("source", "fit") if {*FITTED} & {*left} else ("source",):
             held = before.get(stage, {})
             for key in {**held, **now[stage]}:
@@ -269,6 +277,13 @@ def begin(asked: Recipe, loaded: data.Data, run: Path, *, resume: bool) -> None:
                     )
     told = {"recipe": asked.as_dict(), "depends": now}
     atomic.write(path, json.dumps(told, indent=1, sort_keys=True))
+
+
+def _same_weights(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A file of weights that is gone since is as it was, and so is one whose digest was not written."""
+    key = "network.weights_sha256"
+    now[key] = now[key] or before.get(key)
+    before.setdefault(key, now[key])
 
 
 def _bound(path: Path) -> dict[str, dict[str, Any]]:
@@ -365,6 +380,20 @@ def prepare(
     return manifold, smoothed
 
 
+def start_file(asked: Recipe, checkpoints: Path) -> Path:
+    """The manifold that `fit.start` names: beside the recipe, under `checkpoints`, or from here.
+
+    Raises BadRecipe if it is in none of them.
+    """
+    places = [Path(asked.file).parent, checkpoints, Path()]
+    for place in places:
+        if (place / asked.fit.start).is_file():
+            return place / asked.fit.start
+    where = " nor in ".join(str(place.resolve()) for place in places)
+    allowed = f"it is neither in {where}"
+    raise BadRecipe(asked.file, [refused("fit.start", asked.fit.start, allowed)])
+
+
 def begun(
     asked: Recipe, loaded: data.Data, graph: Graph, checkpoints: Path
 ) -> tuple[Manifold, dict[str, Tensor]]:
@@ -373,13 +402,7 @@ def begun(
 
     Raises BadRecipe if the file is none, or of another network, data set or representation.
     """
-    places = [Path(asked.file).parent, checkpoints, Path()]
-    path = next((p / asked.fit.start for p in places if (p / asked.fit.start).is_file()), None)
-    if path is None:
-        where = " nor in ".join(str(place.resolve()) for place in places)
-        raise BadRecipe(
-            asked.file, [refused("fit.start", asked.fit.start, f"it is neither in {where}")]
-        )
+    path = start_file(asked, checkpoints)
     try:
         held = checkpoint.read(path)
     except checkpoint.BadCheckpoint as error:
@@ -438,7 +461,12 @@ def run(
     """
     found = check(asked, loaded, checkpoints, folder, module)
     if _rank() == 0:
-        begin(asked, loaded, folder, resume=resume)
+        if asked.fit.start:
+            raw = start_file(asked, checkpoints).read_bytes()
+            given: str | None = hashlib.sha256(raw).hexdigest()
+        else:
+            given = source.weights_digest(asked, checkpoints, module)
+        begin(asked, loaded, given, folder, resume=resume)
     if dist.is_initialized():
         dist.barrier()
     task = TASKS[asked.task]

@@ -5,6 +5,7 @@ Knows nothing of graphs, permutation or representations.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,6 +199,26 @@ def weights_file(asked: Recipe, checkpoints: Path) -> Path:
     if asked.network.network.startswith("resnet"):
         allowed += "; published at https://github.com/akamaster/pytorch_resnet_cifar10"
     raise BadRecipe(asked.file, [refused("network.weights", asked.network.weights, allowed)])
+
+
+def weights_digest(asked: Recipe, checkpoints: Path, module: nn.Module | None) -> str | None:
+    """sha256 of the weights that are given: the recipe's file, else the module's own.
+
+    None where there are none, or the file is no longer there.
+    """
+    if asked.network.weights:
+        try:
+            with weights_file(asked, checkpoints).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except BadRecipe:
+            return None
+    if module is None:
+        return None
+    sha = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def fill(net: nn.Module, path: Path) -> None:
