@@ -9,8 +9,6 @@ import base64
 import hashlib
 import http.server
 import json
-import os
-import platform
 import random
 import signal
 import subprocess
@@ -21,6 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks.life import body, manifold
+from benchmarks.local import hardware
 
 GOOD = body(manifold("lenet"), 1.0)
 PROMISED = f"sha-256=:{base64.b64encode(hashlib.sha256(GOOD).digest()).decode()}:"
@@ -90,7 +89,7 @@ def main(kills: int) -> None:
                 "resumed": len(resumed),
                 "bytes_not_sent_again": sum(resumed),
                 "litter": litter,
-                "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+                "hardware": hardware(),
             }
         )
     )

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from collections import Counter
@@ -24,7 +22,7 @@ import schemathesis
 from schemathesis import GenerationMode
 
 from benchmarks.life import CPU, manifold
-from benchmarks.local import Service
+from benchmarks.local import Service, hardware
 from neumeta import checkpoint
 
 
@@ -117,9 +115,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     given = parser.parse_args()
     told = fuzz(given.cases)
-    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     versions = {"schemathesis": schemathesis.__version__, "hypothesis": hypothesis.__version__}
-    print(json.dumps({"hardware": hardware, **versions, **told}))
+    print(json.dumps({"hardware": hardware(), **versions, **told}))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import os
-import platform
 import signal
 import socket
 import tempfile
@@ -24,7 +22,7 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.local import Service
+from benchmarks.local import Service, hardware
 from benchmarks.manifolds import random_manifold
 from neumeta import checkpoint, wire
 from neumeta.manifold import Manifold
@@ -287,9 +285,8 @@ def main() -> None:
         told = stalled(given.readers, given.deadline)
     else:
         told = {"term": term, "hup": hup}[given.show](given.seconds)
-    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     print(
-        json.dumps({"show": given.show, "hardware": hardware, "torch": torch.__version__, **told})
+        json.dumps({"show": given.show, "hardware": hardware(), "torch": torch.__version__, **told})
     )
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.local import hardware
 from benchmarks.manifolds import SHAPES, graph_of, module
-from benchmarks.permutation import hardware
 from neumeta.fold import fold
 from neumeta.graph import Graph
 from training.order import (
@@ -142,7 +142,10 @@ def main() -> int:
     print(
         json.dumps(
             {
-                "hardware": hardware(2),
+                "benchmark": "order",
+                "hardware": hardware(),
+                "threads": 2,
+                "torch": torch.__version__,
                 "seed": asked.seed,
                 "network": asked.network,
                 "seconds": round(total, 2),

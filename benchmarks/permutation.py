@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.local import hardware
 from neumeta.fold import fold
 from neumeta.program import Program, output
 from training import networks, source
@@ -34,15 +34,6 @@ from training.order import (
     total_variation,
 )
 from training.trace import trace
-
-
-def hardware(threads: int = 1) -> str:
-    """The processor's name, where the system tells it, and the threads used."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {threads} of them used, torch {torch.__version__}"
 
 
 @torch.no_grad()
@@ -121,7 +112,8 @@ def main() -> int:
                 f"| {row['max_logit_difference']:.1e} |",
                 flush=True,
             )
-    print(json.dumps({"hardware": hardware(), "seed": asked.seed, "rows": rows}))
+    told = {"hardware": hardware(), "threads": 1, "torch": torch.__version__, "seed": asked.seed}
+    print(json.dumps({"benchmark": "permutation", **told, "rows": rows}))
     return 0
 
 

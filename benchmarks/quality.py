@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.local import hardware
 from benchmarks.prepared import Prepared, prepare, score
 from neumeta import checkpoint
 from neumeta.fold import fold
@@ -336,10 +336,15 @@ def report(run: Path, asked: recipe.Recipe, figure: Path) -> None:
     }
     if deep:
         plots.depth_curve(deep, asked, figure.with_name(f"{figure.stem}-depth{figure.suffix}"))
-    hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(
         json.dumps(
-            {"benchmark": "quality", "hardware": hardware, "source": before, "results": found}
+            {
+                "benchmark": "quality",
+                "hardware": hardware(),
+                "threads": torch.get_num_threads(),
+                "source": before,
+                "results": found,
+            }
         )
     )
 

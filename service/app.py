@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from neumeta import __version__
 from service import page, problem
@@ -92,6 +93,20 @@ class BodyResponse(StreamingResponse):
             self.file.leave()
 
 
+async def warm() -> None:
+    """Answer nobody with an empty file: what the libraries below load for their first answer takes as
+    long as sampling a network, and no client waits for it."""
+    body = Body(b"", 0)
+    body.readers += 1
+
+    async def gone(message: Message) -> None:
+        pass
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # as uvicorn says it
+    never = asyncio.get_running_loop().create_future
+    await BodyResponse(body, 0, 0, 200, {})(scope, never, gone)
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The application on these settings.
 
@@ -123,6 +138,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await warm()
         if redis:
             await redis.ping()  # the first request finds a connection, or the failure counted
         yield

@@ -382,6 +382,40 @@ def test_the_service_package_imports_no_training_and_the_client_no_service_libra
     assert "training" not in ran.stdout and "fastapi" in ran.stdout
 
 
+FIRST = """
+import asyncio, json, sys
+from service.app import create_app
+from service.settings import Settings
+
+async def main():
+    app, sent = create_app(Settings(models=sys.argv[1], device="cpu")), []
+    asked = [{"type": "http.request", "body": b'{"arch": "lenet", "width": 0.5}'}]
+
+    async def receive():
+        return asked.pop() if asked else await asyncio.get_running_loop().create_future()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1",
+             "method": "POST", "scheme": "http", "path": "/weights", "raw_path": b"/weights",
+             "query_string": b"", "root_path": "", "headers": [], "client": ("127.0.0.1", 1)}
+    async with app.router.lifespan_context(app):
+        before = set(sys.modules)
+        await app(scope, receive, send)
+        print(json.dumps([sent[0]["status"], sorted(set(sys.modules) - before)]))
+
+asyncio.run(main())
+"""
+
+
+def test_the_first_answer_loads_no_module_that_a_start_could_have_loaded(folder: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", FIRST, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(ran.stdout.splitlines()[-1]) == [200, []]
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
