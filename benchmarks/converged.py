@@ -22,11 +22,12 @@ from benchmarks.local import hardware
 from benchmarks.reach import raw
 from neumeta import atomic, checkpoint
 from neumeta.program import Program
-from training import data, networks, recipe, source, statistics
+from training import data, networks, source, statistics
 from training.task import TASKS
 from training.teacher import Views
 
-LR, VIEWS, RESOLUTIONS = 0.1, 5, (0.5, 0.75, 1.0)
+LR, VIEWS, RESOLUTIONS, TEACHER_WEIGHT = 0.1, 5, (0.5, 0.75, 1.0), 0.8
+"""Those of recipe cifar10-resnet-cycle."""
 
 
 def main() -> None:
@@ -55,9 +56,7 @@ def main() -> None:
         return
     manifold = checkpoint.read(arguments.manifold)
     space, task = manifold.space, TASKS[manifold.contract.task]
-    asked = recipe.parse(manifold.about["recipe"], str(arguments.manifold))
-    jpeg = data.load_from(asked.data.name, arguments.data, **asked.data.options())
-    assert isinstance(jpeg, data.Dataset)
+    jpeg = data.load(manifold.about["data"]["name"], arguments.data)
     arguments.run.mkdir(parents=True, exist_ok=True)
     program, weights = (
         Program(space.graph, space.graph.full),
@@ -83,7 +82,7 @@ def main() -> None:
         state=arguments.run / f"{label}.pt",
         label=label,
         teacher=views,
-        teacher_weight=asked.fit.distill_weight,
+        teacher_weight=TEACHER_WEIGHT,
         resolutions=RESOLUTIONS,
     )
     cost = space.cost(space.architecture([c / f for c, f in zip(channels, (16, 32, 64), strict=True)],

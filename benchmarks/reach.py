@@ -26,7 +26,7 @@ from benchmarks.local import hardware
 from neumeta import atomic, checkpoint
 from neumeta.manifold import Manifold
 from neumeta.space import Architecture
-from training import data, evaluate, recipe
+from training import data, evaluate
 from training.data import pictures, tree
 
 RAW = "cifar10-raw-test-even.tar.xz"
@@ -182,9 +182,7 @@ def main() -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         manifold = checkpoint.read(arguments.manifold)
-        asked = recipe.parse(manifold.about["recipe"], str(arguments.manifold))
-        jpeg = data.load_from(asked.data.name, arguments.data, **asked.data.options())
-        assert isinstance(jpeg, data.Dataset)
+        jpeg = data.load(manifold.about["data"]["name"], arguments.data)
         root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
         sets = {"raw": raw(jpeg, root), "jpeg": jpeg}
         name = arguments.name or arguments.manifold.stem
