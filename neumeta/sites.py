@@ -15,17 +15,6 @@ from neumeta.space import Architecture, Space
 
 STATISTICS = ("mean", "variance")
 """Roles of tensors that are measured, never made."""
-PASSING = {
-    "relu",
-    "relu6",
-    "batch_norm",
-    "affine",
-    "pad",
-    "max_pool",
-    "avg_pool",
-    "resize",
-    "slice",
-}
 
 
 def span(dim: Dim, sizes: Mapping[str, int], full: Mapping[str, int]) -> Span:

@@ -69,8 +69,8 @@ class Baseline:
 
 def mutants(path: Path, wanted: Callable[[list[str]], list[str]], most: int) -> list[Mutant]:
     """The first `most` mutants of a file, among those that `wanted` takes of all their names, in its
-    order, whose program differs in more than annotations, docstrings and what decorators are told (how
-    much is cached, whether a class is frozen)."""
+    order, whose program differs in more than annotations, docstrings, what decorators are told (how
+    much is cached, whether a class is frozen) and whether `zip` is strict."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
@@ -113,6 +113,8 @@ def _program(source: str) -> str:
             node.decorator_list = calls
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node.returns = None
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            node.value = ast.Constant(None)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = None
     return ast.dump(tree)
@@ -214,7 +216,8 @@ class Rounds:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.known = known = forked(lambda: self.unchanged(session), 1200, self.log)
-        if known is None:
+        if not isinstance(known, Baseline):
+            self.known = None
             return True
         functions = [each for each in gc.get_objects() if type(each) is FunctionType]
         own = {
@@ -237,7 +240,15 @@ class Rounds:
     def unchanged(self, session: pytest.Session) -> Baseline:
         watch = Watch(self.path)
         session.config.pluginmanager.register(watch)
-        _run(session.items)
+        for item, after in zip(session.items, [*session.items[1:], None], strict=False):
+            try:
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+            except (
+                Exception,
+                pytest.fail.Exception,
+            ) as error:  # a limit that was reached between a test and its fixtures
+                watch.known.left_out[item.nodeid] = str(error)
+                session._setupstate.teardown_exact(None)
         return watch.known
 
     def tried(self, session: pytest.Session, mutant: Mutant, changed: dict[Any, Any]) -> int:

@@ -108,6 +108,20 @@ def test_indices_are_the_sources_first_ones_in_a_dimension_of_one_part_that_is_n
         assert span.leading == leading == torch.equal(index, torch.arange(span.count).float())
 
 
+def test_each_coordinate_moves_by_its_own_column_of_the_points() -> None:
+    site, points = sites(PLAIN, PLAIN.full)["stage1.1.conv1.weight"], evenly(12, 6)
+    generator = torch.Generator().manual_seed(0)
+    at = coordinates(site, 64, noise=0.5, samples=12, generator=generator, points=points)
+    low, high = site.cell
+    moved = [at.layer[:, 1] * 64 - site.length, (at.layer[:, 0] - low) / (high - low) - 0.5]
+    for along in (at.inputs, at.outputs):
+        moved += [along.index[:, 0], along.pairs[:, 0, 1] * 64 - along.span.count]
+    for column, found in enumerate(moved):
+        expected = 0.5 * points[:, column].float()
+        turned = expected if (found - expected).abs().max() < 0.1 else -expected
+        torch.testing.assert_close(found, turned, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("noise", [-0.1, 0.6])
 def test_noise_beyond_half_a_step_is_refused(noise: float) -> None:
     space = lenet().space

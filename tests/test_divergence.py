@@ -139,7 +139,17 @@ def test_the_norm_is_of_all_gradients_together() -> None:
     one, two, unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
     (one * torch.tensor([3.0, 0.0]) + two * torch.tensor([0.0, 4.0])).sum().backward()  # type: ignore[no-untyped-call]
     assert float(divergence.gradient_norm([one, two, unused])) == 5.0
-    for loss, norm in ((math.inf, 1.0), (1.0, math.nan)):
-        with pytest.raises(Diverged, match="here, learning rate 0.5: .* try that"):
+    for loss, norm in ((math.inf, 1.0), (2.0, math.nan)):
+        told = (
+            rf"here, learning rate 0.5: .*\(loss {loss:.3g}, gradient norm {norm:.3g}\); try that"
+        )
+        with pytest.raises(Diverged, match=told):
             divergence.check_step("here", 0.5, torch.tensor(loss), torch.tensor(norm), "that")
     divergence.check_step("here", 0.5, torch.tensor(1.0), torch.tensor(1.0), "that")
+
+
+def test_the_first_tensor_that_is_not_finite_is_named_with_how_much_of_it_is_not() -> None:
+    good, bad = torch.zeros(2, 3), torch.tensor([1.0, math.nan, math.inf, 2.0])
+    divergence.check_tensors("here", {"a": good, "count": torch.tensor(3)})
+    with pytest.raises(Diverged, match="^here: b: 2 of 4 values are not finite$"):
+        divergence.check_tensors("here", {"a": good, "b": bad, "c": bad[1:2]})

@@ -12,12 +12,13 @@ from tests.support.modules import DEEP, MODULES, flat, images_of, traced
 ALL = [*MODULES, *DEEP]
 
 
-@pytest.mark.parametrize("name", ["resnet", "concatenated", "transposed", "heads"])
+@pytest.mark.parametrize("name", ["resnet", "concatenated", "transposed", "heads", "two outputs"])
 @torch.no_grad()
 def test_a_frozen_part_that_ran_before_goes_on_the_same(name: str) -> None:
     module, graph = traced(name)
     program, tensors, x = Program(graph, graph.full), module.state_dict(), images_of(name)
     whole = program.run(tensors, x)
+    assert type(whole) is type(module(x))  # a tensor, a tuple or a dict
     for first in range(len(graph.nodes) + 1):
         held = program.leading(tensors, x, first)
         needed = {value for node in graph.nodes[first:] for value in node.inputs}

@@ -133,8 +133,11 @@ def test_the_source_keeps_its_own_size_and_fades_with_distance(kind: str) -> Non
         share = 1 - distance / 0.25
         blended = model(replace(site, distance=distance), at)
         torch.testing.assert_close(blended, (1 - share) * free + share * kept)
-    assert torch.equal(model(replace(site, distance=0.25), at), free)
-    # More blocks are as far as `growth` says.
+    for distance in (0.25, 0.3, 0.45):  # beyond its reach the source has no say
+        assert torch.equal(model(replace(site, distance=distance), at), free)
+    # More blocks are as far as `growth` says: as far as channels, unless it is given.
+    apart = [model(replace(site, **{kind: 0.125}), at) for kind in ("growth", "distance")]
+    assert torch.equal(*apart)
     deeper = replace(site, growth=0.5)
     assert torch.equal(model(deeper, at), free)
     model.growth = 0.125
@@ -168,6 +171,16 @@ def test_a_correction_is_nothing_at_full_size_and_a_polynomial_elsewhere() -> No
                         column = model.columns[key][i] @ phi(site.columns.count, site.columns.full)
                         expected = inner[o, i] * (1 + row) * (1 + column)
                     torch.testing.assert_close(found[o, i], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_depth_corrects_nothing_unless_it_is_asked_for() -> None:
+    site = sites(PLAIN, PLAIN.architecture(0.6))["stage1.0.conv1.weight"]
+    at = coordinates(site, 64)
+    for options, alike in (({}, True), ({"depths": True}, False)):
+        model = randomised(build("grid", {"corrected": options}, roles(PLAIN)))
+        for deeper in (0.5, -0.5):
+            assert torch.equal(model(site, at), model(replace(site, deeper=deeper), at)) == alike
 
 
 def test_wrappers_stand_around_each_other_and_unknown_options_are_refused() -> None:

@@ -6,11 +6,14 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from neumeta.manifold import roles
 from neumeta.sites import branch_ends, kept, made, sites
 from neumeta.space import Space
 from tests.support.modules import DEEP, MODULES, traced
+from training.trace import trace
 
 ALL = [*MODULES, *DEEP]
 
@@ -74,6 +77,25 @@ def test_the_ends_of_residual_branches_are_found() -> None:
     assert not any(name.startswith("layer2.0.") for name in resnet)
 
 
+class Nested(nn.Module):
+    """A residual branch with a residual branch in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return x + self.c(torch.relu(y + self.b(y)))
+
+
+def test_an_addition_inside_a_branch_is_no_end_of_it() -> None:
+    net = nn.Sequential(nn.Sequential(Nested(), Nested()), nn.Conv2d(4, 3, 1))
+    graph, _ = trace(net, torch.zeros(1, 4, 5, 5))
+    assert graph.stages
+    assert branch_ends(graph) == {f"0.{n}.c.{kind}" for n in (0, 1) for kind in ("weight", "bias")}
+
+
 def test_deeper_branches_are_finer_steps() -> None:
     space = space_of("plain")
     for blocks in range(1, 8):
@@ -97,9 +119,19 @@ def test_blocks_share_roles_and_lie_side_by_side() -> None:
         assert {site.role for site in found.values()} == set(source)
         cells = [found[f"stage2.{block}.conv1.weight"].cell for block in range(depth[1])]
         assert cells == [(n / depth[1], (n + 1) / depth[1]) for n in range(depth[1])]
-        assert found["stem.weight"].length == 1
+        assert (found["stem.weight"].cell, found["stem.weight"].length) == ((0, 1), 1)
         deeper = 2 * (depth[1] - 3) / (depth[1] + 3)
         assert found["stage2.0.conv1.bias"].deeper == pytest.approx(deeper)
+
+
+def test_alike_blocks_share_their_stage_without_the_child_before_them() -> None:
+    space = space_of("resnet")
+    for depth, cells in (([2, 3, 3], [(0, 0.5), (0.5, 1)]), ([2, 2, 3], [(0, 1)])):
+        found = sites(space, space.architecture(1.0, depth))
+        names = [f"layer2.{n}.conv1.weight" for n in range(1, depth[1])]
+        assert [found[name].cell for name in names] == cells
+        assert [found[name].length for name in names] == [len(cells)] * len(cells)
+        assert found["layer2.0.conv1.weight"].cell == (0, 1)
 
 
 def test_cells_may_be_given() -> None:

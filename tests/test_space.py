@@ -6,9 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from neumeta.graph import BATCH, Axis, Graph, constant
 from neumeta.space import BadArchitecture, Space
 from tests.conftest import lenet
 from tests.support.modules import DEEP, MODULES, traced
@@ -32,6 +33,50 @@ def test_factors_of_an_architecture_ask_for_the_same_one(name: str, widths: list
     assert space.architecture(factors) == architecture
     assert space.architecture(dict(zip(space.groups, asked, strict=True))) == architecture
     assert all(0.25 <= factor <= 1 for factor in factors)
+
+
+def of_sizes(*groups: list[int], width: tuple[float, float] = (0.25, 1.0)) -> Space:
+    """A space of axes of these sizes, without a network: for what it says of sizes alone."""
+    axes = {
+        f"{group}.{place}": Axis(size, f"g{group}")
+        for group, sizes in enumerate(groups)
+        for place, size in enumerate(sizes)
+    }
+    image = (((BATCH, 1),), constant(3), constant(4), constant(4))
+    return Space("sizes", Graph(image, axes, {}, (), (("", "input"),)), width)
+
+
+@given(st.lists(st.integers(1, 48), min_size=1, max_size=4), st.floats(0.02, 1.0))
+@example([2, 24, 40], 0.112)  # of 40 there are 4, and a tenth of 24 would be too few
+@settings(max_examples=200, deadline=None)
+def test_one_factor_gives_every_size_of_a_group_again(sizes: list[int], width: float) -> None:
+    space = of_sizes(sizes, [7], width=(0.02, 1.0))
+    architecture = space.architecture([width, 0.5])
+    assert space.architecture(space.factors(architecture)) == architecture
+
+
+@pytest.mark.parametrize("width", [(0.5, 1.5), (0.25, 2.0), (1.0, 1.0)])
+def test_scaled_are_all_sizes_beyond_the_source_too(width: tuple[float, float]) -> None:
+    space = of_sizes([3, 5], [4], width=width)
+    asked = {space.architecture(width[0] + (width[1] - width[0]) * i / 1000) for i in range(1001)}
+    assert set(space.scaled()) == asked
+
+
+def test_what_is_not_said_is_the_source_and_a_width_is_checked_where_none_morphs() -> None:
+    space = of_sizes([8], [4])
+    assert space.architecture() == space.full
+    assert space.architecture({"g1": 0.5}).channels == (8, 2)
+    with pytest.raises(BadArchitecture, match="width: 5.0 is not allowed"):
+        of_sizes().architecture(5.0)
+    assert of_sizes().architecture(0.5).channels == ()
+
+
+def test_a_list_is_offered_where_there_are_several_groups() -> None:
+    with pytest.raises(BadArchitecture) as one:
+        of_sizes([8]).architecture(0.1)
+    assert one.value.allowed == 'a number from 0.25 to 1 unless "extrapolate" is true'
+    with pytest.raises(BadArchitecture, match=r"or a list of 2 of them, one per group \(g0, g1\)"):
+        of_sizes([8], [4]).architecture(0.1)
 
 
 def test_a_group_that_is_not_named_is_whole_and_an_unknown_one_refused() -> None:

@@ -35,6 +35,7 @@ def test_a_file_tells_its_size_and_graph_at_every_depth() -> None:
     for depth in ([2, 3, 3], [4, 2, 3]):
         architecture = manifold.space.architecture(0.5, depth)
         about = wire.about(manifold, architecture)
+        assert about["format"] == 2  # docs/wire.md: another one would be another file for clients
         assert about["depth"] == depth and about["channels"] == list(architecture.channels)
         graph = unpack(about["graph"])
         deeper = graph.at(tuple(depth))
