@@ -1,4 +1,4 @@
-"""A run's manifold served, pulled at some sizes, loaded as a device does, and scored on the test images.
+"""A run's manifold served, pulled at some sizes, loaded as a device does, and scored on test images.
 
     python -m benchmarks.pulled RUN --data FOLDER [--widths 1.0 0.5 ...] [--mixed 3] [--seed 0]
 
