@@ -5,8 +5,8 @@
 torchvision's models with random weights, and the VAE of --checkpoints. Each network's row is kept in
 the folder RUN: a network that has one is not measured again. Nothing is trained: a manifold is a grid
 that holds the network's own weights, and its batch statistics are measured on 16 images of noise.
-`--channels` bounds the cliques that are ordered. Writes the table in docs/networks.md. Last line: one
-JSON object.
+`--channels` bounds the cliques that are ordered. Seconds are of processor time. Writes the table in
+docs/networks.md. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from training.trace import trace
 WIDTHS = (0.25, 0.5, 0.75)
 IMAGES = 16
 PATIENCE = 180
-"""Seconds that torch-pruning may take."""
+"""Seconds of processor time that torch-pruning may take."""
 DOCUMENT = Path(__file__).parent.parent / "docs" / "networks.md"
 BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 
@@ -191,18 +191,18 @@ def permutations(graph: Graph, tensors: Mapping[str, Tensor], images: Tensor) ->
 
 @contextmanager
 def limit(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in the block after so many seconds."""
+    """Raises TimeoutError in the block after so many seconds of processor time."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def compared(graph: Graph, module: nn.Module, images: Tensor) -> dict[str, Any]:
@@ -262,9 +262,9 @@ def ordered(graph: Graph, tensors: Mapping[str, Tensor], most: int) -> dict[str,
     folded, held = graph.folded, fold(graph, tensors)
     cliques = order.cliques(folded)
     axes = [axis for axis, size in graph.full.items() if size <= most]
-    began = time.perf_counter()
+    began = time.process_time()
     orders = order.order(held, cliques, "mshp", axes=axes)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     before = order.total_variation(held)
     after = order.total_variation(order.apply(held, cliques, orders))
     sizes = [graph.full[axis] for axis in axes]
@@ -318,11 +318,11 @@ def served(subject: Subject, manifold: Manifold, width: float, images: Tensor) -
     plan = wire.plan(manifold, architecture, "float32")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.safetensors"
-        began = time.perf_counter()
+        began = time.process_time()
         with path.open("wb") as file:
             for part in wire.stream(plan, sample(manifold, architecture)):
                 file.write(part)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         net = network.load(path)
         # In float64: how each way computes, not how it rounds.
         made = value(net.double(), images.double())
@@ -343,7 +343,7 @@ def served(subject: Subject, manifold: Manifold, width: float, images: Tensor) -
 
 def measure(name: str, most: int, checkpoints: Path | None) -> dict[str, Any]:
     """A network's row."""
-    subject, began = SUBJECTS[name], time.perf_counter()
+    subject, began = SUBJECTS[name], time.process_time()
     torch.manual_seed(0)
     images = torch.randn(IMAGES, *subject.shape)
     module = subject.make()
@@ -354,9 +354,9 @@ def measure(name: str, most: int, checkpoints: Path | None) -> dict[str, Any]:
         module.eval()
     else:
         roughen(module, images)
-    started = time.perf_counter()
+    started = time.process_time()
     graph, notes = trace(module, images, groups=subject.groups)
-    traced = time.perf_counter() - started
+    traced = time.process_time() - started
     state = module.state_dict()
     tensors = {tensor: state[tensor].detach() for tensor in graph.tensors}
     two = images[:2]
@@ -380,7 +380,7 @@ def measure(name: str, most: int, checkpoints: Path | None) -> dict[str, Any]:
     manifold = manifold_of(name, graph, tensors, images)
     row["widths"] = [served(subject, manifold, width, two) for width in (*WIDTHS, 1.0)]
     row["trace_seconds"] = traced
-    row["seconds"] = time.perf_counter() - began
+    row["seconds"] = time.process_time() - began
     return row
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import imagenet, size, statistics, versions
+from benchmarks import imagenet, size, statistics, streamed, versions
 from benchmarks.life import body
 from benchmarks.manifolds import random_manifold, served, space
 from benchmarks.published import flops, published
@@ -22,9 +27,9 @@ from neumeta.manifold import Contract, Manifold
 from neumeta.sample import sample
 from neumeta.space import Space
 from neumeta.statistics import Statistics
-from training import fit, networks
+from training import fit, networks, recipe
 from training import statistics as measured
-from training.data import Dataset
+from training.data import Dataset, load_from
 from training.trace import trace
 
 
@@ -197,3 +202,37 @@ def test_only_manifolds_that_both_versions_have_are_compared(tmp_path: Path) -> 
             (folders[name] / "models" / f"{stem}.safetensors").write_bytes(bytes(count))
     found = versions.files(folders)
     assert found == {"a.safetensors": {"old_bytes": 100, "new_bytes": 50, "ratio": 0.5}}
+
+
+@pytest.mark.parametrize("name", streamed.RECIPES)
+def test_a_shipped_imagenet_recipe_is_made_small_and_stays_what_it_is(
+    tmp_path: Path, name: str
+) -> None:
+    shipped = recipe.load(name)
+    small = recipe.load(str(streamed.small(name, 1000, 20, tmp_path)))
+    assert round(small.fit.epochs * (1000 // small.fit.batch)) == 20
+    assert small.data.size == (64, 64) and small.data.stream and shipped.data.stream
+    assert small.network.arguments == {"num_classes": 8}
+    ours = {"arguments", "path", "size", "workers", "batch", "epochs"}
+    for section in ("network", "data", "order", "representation", "fit", "evaluate"):
+        one, other = (each.as_dict()[section] for each in (shipped, small))
+        assert {key for key in one if one[key] != other[key]} <= ours
+
+
+def test_memory_is_counted_of_a_process_and_of_what_it_started() -> None:
+    code = "import subprocess, sys; sys.exit(subprocess.run(['sleep', '30']).returncode)"
+    with subprocess.Popen([sys.executable, "-c", code]) as running:
+        while len(there := streamed.tree(running.pid)) < 2:
+            time.sleep(0.02)
+        assert there[0] == running.pid and all(streamed.held(each) > 0 for each in there)
+        for process in there[::-1]:
+            os.kill(process, signal.SIGKILL)
+    assert [streamed.held(each) for each in there] == [0, 0]
+
+
+def test_a_generated_folder_has_its_classes_in_both_halves(tmp_path: Path) -> None:
+    streamed.generate(tmp_path / "images", 24)
+    loaded = load_from("images", tmp_path, kind="classes", stream=True, size=(64, 64), workers=0)
+    assert len(loaded) == 24 and len(loaded.classes) == streamed.CLASSES
+    x, y = next(loaded.test_batches(8))
+    assert x.shape == (8, 3, 64, 64) and sorted(set(y.tolist())) == [0]

@@ -221,3 +221,18 @@ def test_each_task_refuses_data_that_has_not_its_targets() -> None:
                 TASKS[name].check(data)
     for data in (labels, masks, nothing, one):
         TASKS["generation"].check(data)
+
+
+def test_log_variances_that_no_float_can_raise_e_to_are_still_learnt_from() -> None:
+    """A VAE at a quarter of its width that has learnt nothing yet gave -115."""
+    task, x = Generation(), torch.rand(2, 1, 4, 4, generator=seeded(0))
+    log_variance = torch.tensor([[-115.0, 3.0], [200.0, -20.0]], requires_grad=True)
+    mean = torch.full((2, 2), 53.0, requires_grad=True)
+    outputs = (x.clamp(0.1, 0.9), mean, log_variance)
+    teacher = (x.clamp(0.2, 0.8), torch.zeros(2, 2), torch.full((2, 2), -6.0))
+    for loss in (task.loss(outputs, x), task.imitation(outputs, teacher)):
+        assert bool(loss.isfinite())
+        gradient, of_mean = torch.autograd.grad(loss, (log_variance, mean))
+        assert bool(gradient.isfinite().all()) and bool((of_mean >= 0).all())
+        # A step against the gradient brings both nearer.
+        assert gradient[0, 0] < 0 < gradient[1, 0]

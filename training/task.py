@@ -6,6 +6,7 @@ Nothing else knows which one it is. Knows no network and no file.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from neumeta.program import Outputs, output
 from training.data import NO_LABEL, Data
+
+LARGEST = 10.0
+"""A trained network's log variances lie between -LARGEST and LARGEST: deviations of 0.007 to 148."""
 
 
 @runtime_checkable
@@ -186,7 +190,7 @@ class Generation:
 
     def loss(self, outputs: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> Tensor:
         """The negative ELBO in nats, the mean over images."""
-        return -self._elbo(outputs, targets).mean()
+        return -self._elbo(outputs, targets, _exp).mean()
 
     def imitation(
         self, outputs: tuple[Tensor, Tensor, Tensor], teacher: tuple[Tensor, Tensor, Tensor]
@@ -198,29 +202,40 @@ class Generation:
             of_pixels = F.binary_cross_entropy(pixels, pixels_, reduction="none") - entropy
         else:
             of_pixels = (pixels - pixels_).square() / (2 * self.variance)
-        moved = (mean_ - mean).square() * (-log_variance).exp()
+        moved = (mean_ - mean).square() * _exp(-log_variance)
         wider = log_variance_ - log_variance
-        of_codes = 0.5 * (wider.exp() + moved - 1 - wider)
+        of_codes = 0.5 * (_exp(wider) + moved - 1 - wider)
         return (of_pixels.flatten(1).sum(1) + of_codes.flatten(1).sum(1)).mean()
 
     def tally(self, outputs: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> Tensor:
         """(sum of the ELBOs, counted)."""
-        elbo = self._elbo(outputs, targets).double().sum()
+        elbo = self._elbo(outputs, targets, torch.exp).double().sum()
         return torch.stack((elbo, torch.tensor(float(len(targets)), device=elbo.device).double()))
 
     def score(self, tally: Tensor) -> float:
         """The mean ELBO."""
         return float(tally[0] / tally[1])
 
-    def _elbo(self, outputs: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> Tensor:
+    def _elbo(
+        self,
+        outputs: tuple[Tensor, Tensor, Tensor],
+        targets: Tensor,
+        exp: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         pixels, mean, log_variance = outputs
         if self.variance is None:
             likelihood = -F.binary_cross_entropy(pixels, targets, reduction="none")
         else:
             constant = math.log(2 * math.pi * self.variance)
             likelihood = -0.5 * ((pixels - targets).square() / self.variance + constant)
-        divergence = 0.5 * (log_variance.exp() + mean.square() - 1 - log_variance)
+        divergence = 0.5 * (exp(log_variance) + mean.square() - 1 - log_variance)
         return likelihood.flatten(1).sum(1) - divergence.flatten(1).sum(1)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """e^x, and above LARGEST its tangent there. A small network's log variances are far off before it
+    has learnt anything, and their exponentials may be no float32 numbers."""
+    return x.clamp(max=LARGEST).exp() * (1 + (x - LARGEST).clamp(min=0))
 
 
 def _divergence(outputs: Tensor, teacher: Tensor) -> Tensor:
