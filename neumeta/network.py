@@ -12,7 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    told = "neumeta.network runs networks on torch: pip install 'neumeta-serve[torch]'"
+    raise ModuleNotFoundError(told, name="torch") from None
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 

@@ -16,6 +16,7 @@ import random
 import shutil
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,7 +56,7 @@ class PullError(RuntimeError):
 def pull(
     url: str,
     arch: str,
-    out: Path,
+    out: str | Path,
     *,
     parameters: Mapping[str, str] | None = None,
     retries: int = 4,
@@ -83,7 +84,7 @@ def pull(
         raise PullError(
             f"dtype: {asked['dtype'][:40]!r} is not one of {list(DTYPES)}", refused=True
         )
-    out = _target(out)
+    out = _target(Path(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     source = [url, arch, sorted(asked.items())]
     http = client or _client(url, timeout, token)
@@ -119,7 +120,7 @@ def pull(
             http.close()
 
 
-async def apull(url: str, arch: str, out: Path, **options: Any) -> str:
+async def apull(url: str, arch: str, out: str | Path, **options: Any) -> str:
     """`pull` in a thread of its own, for an event loop. Cancelling stops the wait, not the pull."""
     return await asyncio.to_thread(pull, url, arch, out, **options)
 
@@ -236,9 +237,18 @@ def _same(given: object, source: list[Any]) -> bool:
 def _kept(out: Path, state: dict[str, Any], source: list[Any]) -> str:
     if not _same(state.get("kept"), source) or not out.is_file():
         return ""
-    with out.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _hashed(out)[0].hexdigest()
     return digest if digest == state.get("sha256") else ""
+
+
+def _hashed(path: Path) -> tuple[hashlib._Hash, int]:
+    """The sha256 of a file, ready for more, and its size."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest, size
 
 
 class _Retry(Exception):
@@ -277,10 +287,7 @@ class _Transfer:
 
     def _inherit(self, etag: str) -> None:
         """Go on where a process that was killed stopped."""
-        with self.path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                self.hash.update(chunk)
-                self.size += len(chunk)
+        self.hash, self.size = _hashed(self.path)
         self.etag, self.inherited = etag, True
 
     def _restart(self) -> None:
@@ -595,6 +602,16 @@ def _standing(out: Path) -> tuple[bool, str]:
     except (PullError, OSError):
         return False, f"; {out} is there as it was, and is no whole network"
     return True, f"; {out} is still the last good file"
+
+
+class _Callable(types.ModuleType):
+    """So that `neumeta.pull(...)` is `neumeta.pull.pull(...)`."""
+
+    def __call__(self, *given: Any, **options: Any) -> str:
+        return pull(*given, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 if __name__ == "__main__":
