@@ -256,6 +256,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     # safetensors has its header's length first, which may look like either, and then the header.
     if head[8:] != b"{" and head.startswith((b"PK", b"\x80")):
         raise ValueError(f"{path}: a torch or pickle file; a network is a safetensors file")
+    if head[8:] != b"{" and head.startswith(b"\x08"):
+        raise ValueError(f"{path}: an ONNX model, for ONNX Runtime; load reads safetensors files")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -13,7 +13,16 @@ ALLOWED = {
     "service": {"neumeta", "service"},
     "training": {"neumeta", "training"},
 }
-TORCHLESS = ("graph", "operations", "notation", "shapes", "space")
+TORCHLESS = (
+    "graph",
+    "operations",
+    "notation",
+    "shapes",
+    "space",
+    "plan",
+    "protobuf",
+    "onnx",
+)
 
 
 @cache
