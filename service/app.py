@@ -106,7 +106,7 @@ async def warm() -> None:
 
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # as uvicorn says it
     never = asyncio.get_running_loop().create_future
-    await BodyResponse(body, 0, 0, 200, {})(scope, never, gone)
+    await BodyResponse(body, 0, 0, 200, {}, MEDIA["onnx"])(scope, never, gone)
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -10,6 +10,7 @@ import sys
 import venv
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,6 +80,11 @@ def test_a_small_install_pulls_by_command_and_by_function(
     sha256, tensors = told.stdout.split()
     assert f"sha256 {sha256}" in ran.stdout and int(tensors) == 8
     assert (tmp_path / "other.safetensors").read_bytes() == out.read_bytes()
+    model = tmp_path / "net.onnx"
+    asked = ["--arch", "lenet", "--format", "onnx", "--out", str(model), "--url", url]
+    ran = run(device, str(device.parent / "neumeta-pull"), *asked)
+    assert ran.returncode == 0, ran.stderr
+    assert onnxruntime.InferenceSession(model).get_outputs()[0].shape == ["batch", 10]
 
 
 @pytest.mark.parametrize(
