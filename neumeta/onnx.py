@@ -4,8 +4,8 @@ before any weight is.
 The protobuf is written here, in an order that suits a stream: everything about the model first, and
 the weights as the last fields of the graph. Knows no manifold, no torch, and needs no onnx package.
 
-Opset 17 (IR 8) is the lowest that has layer normalization; every runtime since ONNX Runtime 1.12
-(2022) runs it, and what later opsets added (GELU, Mish, group norm) is a few nodes of it here.
+Opset 17 (IR 8) is the lowest that has layer normalization, and so the one that most runtimes on
+devices know; what later opsets added (GELU, Mish, group norm) is a few nodes of it here.
 Weights of half precision are cast to float32 when a runtime loads them: half the bytes, and every
 runtime can compute with them.
 """
