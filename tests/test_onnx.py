@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from neumeta import __version__, checkpoint, network, protobuf, wire
 from neumeta import onnx as written
-from neumeta.graph import Graph
+from neumeta.graph import BATCH, Graph, Node, constant
 from neumeta.operations import OPERATIONS
 from neumeta.program import Program
 from neumeta.pull import PullError, check_file
@@ -199,6 +199,38 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def test_a_layer_is_the_same_in_onnx_runtime(name: str) -> None:
     make, shape = LAYERS[name]
     assert compared(modules.seeded(make), *shape) < CLOSE
+
+
+def resized(mode: str, *size: int, corners: bool = False) -> dict[str, Any]:
+    return {"size": size, "mode": mode, "align_corners": corners}
+
+
+WINDOW = {"stride": (1, 2, 1), "padding": (1, 0, 1), "dilation": (1, 1, 2), "groups": constant(1)}
+UNTRACED: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "bicubic": ("resize", (3, 9, 10), (3, 13, 7), resized("bicubic", 13, 7)),
+    "bicubic between corners": (
+        "resize",
+        (3, 9, 10),
+        (3, 13, 7),
+        resized("bicubic", 13, 7, corners=True),
+    ),
+    "nearest of rows": ("resize", (3, 10), (3, 17), resized("nearest", 17)),
+    "nearest of volumes": ("resize", (3, 3, 4, 5), (3, 6, 8, 5), resized("nearest", 6, 8, 5)),
+    "nearest of volumes, odd": ("resize", (3, 3, 4, 5), (3, 5, 4, 3), resized("nearest", 5, 4, 3)),
+    "conv of volumes": ("conv", (3, 4, 5, 6), (4, 5, 2, 6), WINDOW),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACED)
+def test_what_a_file_may_hold_though_no_trace_makes_it_is_the_same(name: str) -> None:
+    op, given, made, attributes = UNTRACED[name]
+    shapes = [tuple(map(constant, shape)) for shape in (given, made)]
+    batch = ((BATCH, 1),)
+    held = {"weight": "weight"} if op == "conv" else {}
+    tensors = {name: tuple(map(constant, (4, 3, 2, 2, 2))) for name in held}
+    node = Node("node", op, ("input",), held, attributes, (batch, *shapes[1]), "")
+    graph = Graph((batch, *shapes[0]), {}, tensors, (node,), (("", "node"),))
+    assert compare(graph, {}, torch.rand(2, *given)) < CLOSE
 
 
 def test_only_the_largest_values_of_an_adaptive_pool_can_be_read() -> None:
