@@ -17,6 +17,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 from neumeta import __version__
@@ -111,6 +112,7 @@ class Model:
         return self.constants[held]
 
 
+@lru_cache(maxsize=4096, typed=True)  # 1 and 1.0 are two attributes
 def _attribute(name: str, value: int | float | str | Ints) -> bytes:
     held = data(1, name)
     if isinstance(value, float):
