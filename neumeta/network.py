@@ -12,7 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    told = "neumeta.network runs networks on torch: pip install 'neumeta-serve[torch]'"
+    raise ModuleNotFoundError(told, name="torch") from None
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -252,6 +256,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     # safetensors has its header's length first, which may look like either, and then the header.
     if head[8:] != b"{" and head.startswith((b"PK", b"\x80")):
         raise ValueError(f"{path}: a torch or pickle file; a network is a safetensors file")
+    if head[8:] != b"{" and head.startswith(b"\x08"):
+        raise ValueError(f"{path}: an ONNX model, for ONNX Runtime; load reads safetensors files")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

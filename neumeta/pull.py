@@ -16,21 +16,23 @@ import random
 import shutil
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import httpx
 from filelock import FileLock, Timeout
 
-from neumeta import atomic
+from neumeta import atomic, onnx
 from neumeta.notation import BadGraph, sized
 
 RETRIED = {408, 429, 500, 502, 503, 504}
 ITEM = {"F32": 4, "F16": 2, "BF16": 2}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FORMATS = ("safetensors", "onnx")
 LONGEST_WAIT = 60.0
 """Seconds: a Retry-After beyond it is not waited out."""
 LOCK_WAIT = 600.0
@@ -55,7 +57,7 @@ class PullError(RuntimeError):
 def pull(
     url: str,
     arch: str,
-    out: Path,
+    out: str | Path,
     *,
     parameters: Mapping[str, str] | None = None,
     retries: int = 4,
@@ -67,7 +69,7 @@ def pull(
     lock_wait: float = LOCK_WAIT,
     waiting: Callable[[], None] = lambda: None,
 ) -> str:
-    """Download the weights of `arch` to `out`, whole and verified; returns their sha256.
+    """Download the network of `arch` to `out`, whole and verified; returns the file's sha256.
 
     `parameters` are those of `GET /weights/{arch}`. A temporary file in the same folder is hashed
     while it streams; length, digest, header and shapes are checked, then it is synced and renamed
@@ -78,12 +80,11 @@ def pull(
     Raises PullError, or OSError of the file system; `out` is then what it was before.
     """
     asked = dict(parameters or {})
-    dtype = DTYPES.get(asked.get("dtype", "float32"))
-    if dtype is None:
-        raise PullError(
-            f"dtype: {asked['dtype'][:40]!r} is not one of {list(DTYPES)}", refused=True
-        )
-    out = _target(out)
+    dtype, file_format = asked.get("dtype", "float32"), asked.get("format", FORMATS[0])
+    for name, value, allowed in (("dtype", dtype, [*DTYPES]), ("format", file_format, [*FORMATS])):
+        if value not in allowed:
+            raise PullError(f"{name}: {value[:40]!r} is not one of {allowed}", refused=True)
+    out = _target(Path(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     source = [url, arch, sorted(asked.items())]
     http = client or _client(url, timeout, token)
@@ -105,7 +106,7 @@ def pull(
             if transfer.current:
                 return transfer.current
             try:
-                check_file(transfer.path, arch, dtype)
+                check_file(transfer.path, arch, dtype, file_format)
             except PullError:
                 transfer.path.unlink()
                 raise
@@ -119,7 +120,7 @@ def pull(
             http.close()
 
 
-async def apull(url: str, arch: str, out: Path, **options: Any) -> str:
+async def apull(url: str, arch: str, out: str | Path, **options: Any) -> str:
     """`pull` in a thread of its own, for an event loop. Cancelling stops the wait, not the pull."""
     return await asyncio.to_thread(pull, url, arch, out, **options)
 
@@ -236,9 +237,18 @@ def _same(given: object, source: list[Any]) -> bool:
 def _kept(out: Path, state: dict[str, Any], source: list[Any]) -> str:
     if not _same(state.get("kept"), source) or not out.is_file():
         return ""
-    with out.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _hashed(out)[0].hexdigest()
     return digest if digest == state.get("sha256") else ""
+
+
+def _hashed(path: Path) -> tuple[hashlib._Hash, int]:
+    """The sha256 of a file, ready for more, and its size."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest, size
 
 
 class _Retry(Exception):
@@ -277,10 +287,7 @@ class _Transfer:
 
     def _inherit(self, etag: str) -> None:
         """Go on where a process that was killed stopped."""
-        with self.path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                self.hash.update(chunk)
-                self.size += len(chunk)
+        self.hash, self.size = _hashed(self.path)
         self.etag, self.inherited = etag, True
 
     def _restart(self) -> None:
@@ -404,7 +411,7 @@ def _json_values(asked: Mapping[str, str]) -> dict[str, Any]:
     """The parameters of a query as the body of a POST has them."""
     found: dict[str, Any] = {}
     for name, text in asked.items():
-        if name == "dtype":
+        if name in ("dtype", "format"):
             found[name] = text
         elif name == "extrapolate":
             found[name] = text == "true"
@@ -448,33 +455,72 @@ def _reason(answer: httpx.Response) -> str:
         return f"status {answer.status_code}"
 
 
-def check_file(path: Path, arch: str = "", dtype: str = "") -> None:
-    """Raise PullError unless this is a whole file of this architecture (or of any) and this dtype
-    (or of any): the tensors of the graph in its header, at the depth and channels stated there, one
-    after the other."""
+def check_file(path: Path, arch: str = "", dtype: str = "", file_format: str = "") -> None:
+    """Raise PullError unless this is a whole file of this architecture, dtype and format (or of any):
+    the tensors of the graph in its metadata, at the depth and channels stated there, and in a
+    safetensors file one after the other."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        count = int.from_bytes(file.read(8), "little")
-        if size < 8 or count > size - 8:
-            raise PullError("what arrived is no safetensors file")
+        if not file_format:
+            file_format = FORMATS[file.read(9)[8:] != b"{"]
+            file.seek(0)
         try:
-            end, wrong = _laid_out(json.loads(file.read(count)), arch, dtype)
+            if file_format == "onnx":
+                wrong = _held(*onnx.contents(file, size), arch, dtype)
+            else:
+                wrong = _checked(file, size, arch, dtype)
         except BadGraph as error:
             raise PullError(f"what arrived is no network: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise PullError("what arrived has a broken header") from None
+            what = "is no whole ONNX model" if file_format == "onnx" else "has a broken header"
+            raise PullError(f"what arrived {what}") from None
     if wrong:
         raise PullError(f"what arrived is not what was asked for: {wrong}")
-    if 8 + count + end != size:
+
+
+def _checked(file: BinaryIO, size: int, arch: str, dtype: str) -> str:
+    """What is wrong with a safetensors file, if anything."""
+    count = int.from_bytes(file.read(8), "little")
+    if size < 8 or count > size - 8:
+        raise PullError("what arrived is no safetensors file")
+    end, wrong = _laid_out(json.loads(file.read(count)), arch, DTYPES.get(dtype, ""))
+    if not wrong and 8 + count + end != size:
         raise PullError("what arrived does not have the length its header states")
+    return wrong
+
+
+def _held(
+    about: Mapping[str, Any], tensors: Mapping[str, onnx.Tensor], arch: str, dtype: str
+) -> str:
+    """What is wrong with an ONNX model of these tensors, if anything."""
+    if wrong := _other(about, arch):
+        return wrong
+    graph, sizes = sized(about)
+    for name in graph.tensors:
+        if name not in tensors:
+            return f"{name} is missing"
+        kind, shape, count = tensors[name]
+        dtype = dtype or next(
+            (own for own, (code, _) in onnx.TYPES.items() if code == kind), "float32"
+        )
+        code, item = onnx.TYPES[dtype]
+        wanted = graph.shape(name, sizes)
+        if (kind, shape, count) != (code, wanted, item * math.prod(wanted)):
+            return f"{name} is type {kind} {shape}, not {dtype} {wanted}"[:160]
+    return ""
+
+
+def _other(about: Mapping[str, Any], arch: str) -> str:
+    # A named depth, as resnet32 is of resnet20, is a file of that manifold.
+    other = arch and arch not in (about["arch"], *about.get("names", ()))
+    return f"it is {ascii(about['arch'])[:60]}" if other else ""
 
 
 def _laid_out(header: dict[str, Any], arch: str, dtype: str) -> tuple[int, str]:
     """How many bytes of tensors a header lays out, and what is wrong with it, if anything."""
     about = json.loads(header.pop("__metadata__")["neumeta"])
-    # A named depth, as resnet32 is of resnet20, is a file of that manifold.
-    if arch and arch not in (about["arch"], *about.get("names", ())):
-        return 0, f"it is {ascii(about['arch'])[:60]}"
+    if wrong := _other(about, arch):
+        return 0, wrong
     graph, sizes = sized(about)
     offset, dtype = 0, dtype or next(iter(header.values()))["dtype"]
     for name in sorted(graph.tensors):
@@ -522,6 +568,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--depth", help="blocks per stage, separated by commas")
     parser.add_argument("--dtype", choices=list(DTYPES))
+    parser.add_argument("--format", choices=FORMATS, help="onnx: a model for ONNX Runtime")
     parser.add_argument("--samples", help="K, how many noisy samples are averaged")
     parser.add_argument("--seed", help="the seed of their noise")
     parser.add_argument("--extrapolate", action="store_true", help="allow untrained sizes")
@@ -539,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
         help="seconds to wait for another pull of the same file (default %(default)g)",
     )
     given = parser.parse_args(argv)
-    names = ("width", "depth", "dtype", "samples", "seed")
+    names = ("width", "depth", "dtype", "format", "samples", "seed")
     parameters = {name: value for name in names if (value := getattr(given, name)) is not None}
     if given.extrapolate:
         parameters["extrapolate"] = "true"
@@ -595,6 +642,16 @@ def _standing(out: Path) -> tuple[bool, str]:
     except (PullError, OSError):
         return False, f"; {out} is there as it was, and is no whole network"
     return True, f"; {out} is still the last good file"
+
+
+class _Callable(types.ModuleType):
+    """So that `neumeta.pull(...)` is `neumeta.pull.pull(...)`."""
+
+    def __call__(self, *given: Any, **options: Any) -> str:
+        return pull(*given, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 if __name__ == "__main__":

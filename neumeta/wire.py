@@ -1,7 +1,7 @@
-"""safetensors as a stream: header and length are known before any weight is.
+"""A network's file as a stream: header and length are known before any weight is.
 
-Bytes equal `safetensors.torch.save` of the same tensors and metadata. Knows shapes and names, not
-where the tensors come from.
+A safetensors file's bytes equal `safetensors.torch.save` of the same tensors and metadata; what an ONNX
+model is made of is `onnx.py`'s. Knows shapes and names, not where the tensors come from.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neumeta import onnx
 from neumeta.manifold import Manifold
 from neumeta.notation import pack
+from neumeta.plan import Plan
 from neumeta.space import Architecture, Space
 
 FORMAT = 2
@@ -30,19 +31,13 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The file of one architecture before it exists: its header and every tensor's place."""
-
-    header: bytes
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: str
-    length: int
-    """Total bytes, header included."""
+FORMATS = ("safetensors", "onnx")
+"""Of a file: weights that `network.load` runs, or a model that ONNX Runtime does."""
 
 
-def plan(manifold: Manifold, architecture: Architecture, dtype: str) -> Plan:
+def plan(
+    manifold: Manifold, architecture: Architecture, dtype: str, file_format: str = "safetensors"
+) -> Plan:
     """The header and length of the file of this architecture; nothing is materialized.
 
     The one metadata key holds one JSON string, because safetensors writes several keys in an
@@ -50,6 +45,8 @@ def plan(manifold: Manifold, architecture: Architecture, dtype: str) -> Plan:
     """
     space = manifold.space
     graph, sizes = space.graph_of(architecture).folded, space.sizes(architecture)
+    if file_format == "onnx":
+        return onnx.plan(graph, sizes, about(manifold, architecture), dtype)
     names = tuple(sorted(graph.tensors))
     shapes = tuple(graph.shape(name, sizes) for name in names)
     metadata = {
@@ -98,7 +95,7 @@ def plan_tensors(
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return Plan(header, names, shapes, dtype, len(header) + offset)
+    return Plan(header, names, shapes, dtype, len(header) + offset, (b"",) * len(names))
 
 
 def encode(name: str, tensor: Tensor, dtype: str) -> bytes:
@@ -117,20 +114,20 @@ def encode(name: str, tensor: Tensor, dtype: str) -> bytes:
 
 
 def stream(plan: Plan, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]:
-    """The header, then each tensor's bytes.
+    """The header, then each tensor's bytes behind its frame.
 
     Raises ValueError if the tensors are not exactly the planned ones, in order, or not finite in the
     plan's dtype.
     """
     yield plan.header
-    due = iter(zip(plan.names, plan.shapes, strict=True))
+    due = iter(zip(plan.names, plan.shapes, plan.frames, strict=True))
     for name, tensor in tensors:
-        planned, dimensions = next(due, (None, ()))
+        planned, dimensions, frame = next(due, (None, (), b""))
         if name != planned or tuple(tensor.shape) != dimensions:
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} where {planned} {dimensions} is planned"
             )
-        yield encode(name, tensor, plan.dtype)
+        yield frame + encode(name, tensor, plan.dtype)
     missing = next(due, None)
     if missing is not None:
         raise ValueError(f"{missing[0]}: planned but never sampled")

@@ -31,7 +31,8 @@ from service.request import ALLOWED, WeightsRequest, from_json, from_query, no_q
 from service.settings import Settings
 from service.tokens import Tokens
 
-MEDIA = "application/vnd.safetensors"
+MEDIA = {"safetensors": "application/vnd.safetensors", "onnx": "application/octet-stream"}
+"""By format. Nobody has registered a type for ONNX."""
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": problem.TITLES[status], "content": {problem.MEDIA: {}}}
     for status in (400, 401, 404, 413, 415, 422, 429, 431)
@@ -63,9 +64,10 @@ QUERY = {
         if name not in ("arch", "budget")
     ]
 }
+FILES: dict[str, Any] = {media: {} for media in MEDIA.values()}
 FILE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "the weights, as safetensors", "content": {MEDIA: {}}},
-    206: {"description": "the range asked for", "content": {MEDIA: {}}},
+    200: {"description": "the network, in the format asked for", "content": FILES},
+    206: {"description": "the range asked for", "content": FILES},
     304: {"description": "the file the client has is current"},
     416: {"description": problem.TITLES[416], "content": {problem.MEDIA: {}}},
     **PROBLEMS,
@@ -81,9 +83,9 @@ class BodyResponse(StreamingResponse):
     """Bytes [start, stop) of a body, which is told when its reader is gone, however it went."""
 
     def __init__(
-        self, body: Body, start: int, stop: int, status: int, headers: dict[str, str]
+        self, body: Body, start: int, stop: int, status: int, headers: dict[str, str], media: str
     ) -> None:
-        super().__init__(body.read(start, stop), status, headers, MEDIA)
+        super().__init__(body.read(start, stop), status, headers, media)
         self.file = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,7 +106,7 @@ async def warm() -> None:
 
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # as uvicorn says it
     never = asyncio.get_running_loop().create_future
-    await BodyResponse(body, 0, 0, 200, {})(scope, never, gone)
+    await BodyResponse(body, 0, 0, 200, {}, MEDIA["onnx"])(scope, never, gone)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -171,6 +173,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     async def weights(request: Request, job: Job) -> Response:
         head, length, generation = job.plan.header, job.plan.length, hot.generation
+        media = MEDIA[job.format]
         headers = {
             "ETag": job.etag,
             "Accept-Ranges": "bytes",
@@ -189,7 +192,7 @@ def create_app(settings: Settings) -> FastAPI:
             return Response(status_code=304, headers=headers | known)
         if request.method == "HEAD":
             headers["Content-Length"] = str(length)
-            return Response(headers=headers | known, media_type=MEDIA)
+            return Response(headers=headers | known, media_type=media)
         status, start, stop = 200, 0, length
         # A range is of GET alone (RFC 9110, 14.2), and If-Range compares strongly.
         ranged = safe and request.headers.get("if-range", job.etag) == job.etag
@@ -201,7 +204,7 @@ def create_app(settings: Settings) -> FastAPI:
             # The header alone: who reads shapes by range makes nobody sample.
             metrics.cache.labels("plan").inc()
             headers["X-Neumeta-Cache"] = "plan"
-            return Response(head[start:stop], status, headers | (known or UNVOUCHED), MEDIA)
+            return Response(head[start:stop], status, headers | (known or UNVOUCHED), media)
 
         def produce() -> Iterator[bytes]:
             return engine.weights(job)
@@ -216,16 +219,16 @@ def create_app(settings: Settings) -> FastAPI:
             raise Problem(429, f"busy: {error}", headers={"Retry-After": "1"}) from None
         metrics.cache.labels(tier).inc()
         if request.method == "GET" and status == 200:
-            raw = Response(headers=headers, media_type=MEDIA).raw_headers
+            raw = Response(headers=headers, media_type=media).raw_headers
             hot.keep(request.scope, Target(job.key, head, length, produce, raw), generation)
         headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
             known = {"Repr-Digest": body.repr_digest}
-        return BodyResponse(body, start, stop, status, headers | (known or UNVOUCHED))
+        return BodyResponse(body, start, stop, status, headers | (known or UNVOUCHED), media)
 
     @app.post("/weights", responses=FILE, openapi_extra=BODY, response_class=Response)
     async def post_weights(request: Request) -> Response:
-        """Weights of the requested architecture, streamed as safetensors."""
+        """The network of the requested size, streamed as safetensors or ONNX."""
         return await weights(request, engine.job(from_json(await _json(request))))
 
     @app.get("/weights/{arch}", responses=FILE, openapi_extra=QUERY, response_class=Response)

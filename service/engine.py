@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from neumeta import checkpoint, wire
+from neumeta import checkpoint, onnx, wire
 from neumeta.graph import BATCH, extent
 from neumeta.manifold import Manifold
+from neumeta.plan import Plan
 from neumeta.representation.mlp import ResidualMLP
 from neumeta.sample import sample
 from neumeta.space import Architecture, BadArchitecture, Space
@@ -37,11 +38,12 @@ class Job:
     manifold: Manifold
     architecture: Architecture
     dtype: str
+    format: str
     samples: int
     seed: int
-    plan: wire.Plan
+    plan: Plan
     key: str
-    """Equal keys have equal bytes: architecture, dtype, K, seed, checkpoint and engine."""
+    """Equal keys have equal bytes: architecture, dtype, format, K, seed, checkpoint and engine."""
 
     @property
     def etag(self) -> str:
@@ -58,6 +60,8 @@ class Job:
         if space.blocks:
             parts.append(f"depth={','.join(map(str, self.architecture.depth))}")
         parts += [f"dtype={self.dtype}", f"samples={self.samples}", f"seed={self.seed}"]
+        if self.format != wire.FORMATS[0]:
+            parts.append(f"format={self.format}")
         if self.architecture.extrapolated:
             parts.append("extrapolate=true")
         return f"/weights/{space.name}?{'&'.join(parts)}"
@@ -164,9 +168,12 @@ class Engine:
         except BadArchitecture as error:
             entry = {"field": error.field, "given": error.given, "allowed": error.allowed}
             raise Problem(422, str(error), [entry]) from None
-        plan = self._plan(asked.arch, architecture, asked.dtype)
-        if plan.length > self.max_file_bytes:
-            allowed = f"a network of at most {self.max_file_bytes} bytes"
+        plan = self._plan(asked.arch, architecture, asked.dtype, asked.format)
+        most = self.max_file_bytes
+        if asked.format == "onnx":
+            most = min(most, onnx.LONGEST)
+        if plan.length > most:
+            allowed = f"a network of at most {most} bytes"
             raise refuse("width", f"{plan.length} bytes", allowed)
         samples = manifold.samples if asked.samples is None else asked.samples
         # Without noise all samples are the same one, and one sample is noise-free.
@@ -175,13 +182,14 @@ class Engine:
         parts = (
             architecture.key,
             asked.dtype,
+            asked.format,
             str(samples),
             str(seed),
             manifold.digest,
             self.identity,
         )
         key = hashlib.sha256("|".join(parts).encode()).hexdigest()
-        return Job(manifold, architecture, asked.dtype, samples, seed, plan, key)
+        return Job(manifold, architecture, asked.dtype, asked.format, samples, seed, plan, key)
 
     def _by_depth(self, asked: WeightsRequest) -> WeightsRequest:
         """A manifold's named depths are networks of it."""
@@ -204,8 +212,10 @@ class Engine:
             raise refuse("arch", name, f"one of {sorted(self.manifolds)}", 404)
         return self.manifolds[name]
 
-    def _make_plan(self, name: str, architecture: Architecture, dtype: str) -> wire.Plan:
-        return wire.plan(self.manifolds[name], architecture, dtype)
+    def _make_plan(
+        self, name: str, architecture: Architecture, dtype: str, file_format: str
+    ) -> Plan:
+        return wire.plan(self.manifolds[name], architecture, dtype, file_format)
 
     def _best(self, manifold: Manifold, asked: WeightsRequest) -> Architecture:
         """The largest scalar width within the budget, found by bisection: cost grows with size. Where
@@ -218,7 +228,7 @@ class Engine:
 
         def need(architecture: Architecture) -> int:
             if bound == "max_bytes":
-                return self._make_plan(space.name, architecture, asked.dtype).length
+                return self._make_plan(space.name, architecture, asked.dtype, asked.format).length
             return space.cost(architecture)["parameters" if bound == "max_params" else "macs"]
 
         depth = None if asked.depth is None else tuple(asked.depth)
@@ -261,6 +271,7 @@ class Engine:
             "depth": list(job.architecture.depth),
             "extrapolated": job.architecture.extrapolated,
             "dtype": job.dtype,
+            "format": job.format,
             "samples": job.samples,
             "seed": job.seed,
             **space.cost(job.architecture),
@@ -309,13 +320,14 @@ class Engine:
             "blocks": list(space.blocks) if space.blocks else None,
             "named": {each: list(depth) for each, depth in space.named.items()},
             "dtypes": list(wire.DTYPES),
+            "formats": list(wire.FORMATS),
             "samples": manifold.samples,
             "input": [extent(dim, {BATCH: 1}) for dim in space.graph.input[1:]],
             "normalisation": {"mean": list(contract.mean), "std": list(contract.std)},
             "classes": list(contract.classes),
             "full": {
                 **space.cost(space.full),
-                "bytes": self._plan(name, space.full, "float32").length,
+                "bytes": self._plan(name, space.full, "float32", wire.FORMATS[0]).length,
             },
             "source": about.get("source", {}),
             "evaluation": about.get("evaluation", []),

@@ -280,7 +280,9 @@ def test_the_service_needs_no_training_library() -> None:
     extras = project["optional-dependencies"]
     wanted = {name.match(each)[0] for each in extras["service"] + project["dependencies"]}  # type: ignore[index]
     training = {name.match(each)[0] for each in extras["training"]}  # type: ignore[index]
-    assert wanted & training <= {"pydantic"}  # of the service's settings, and of recipes
+    # Of the service's settings, and of recipes; and of the project itself its extra `torch`.
+    assert wanted & training <= {"pydantic", "neumeta-serve"}
+    assert "neumeta-serve[torch]" in extras["service"] and not training & {"torch"}
     imports = ["sklearn", "PIL", "tqdm", "tensorboard", "matplotlib", "scipy", "training"]
     code = f"import sys\nfor n in {imports}: sys.modules[n] = None\nimport service.cli"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)

@@ -399,6 +399,7 @@ def test_widths_by_group_are_an_object_where_a_body_is_sent() -> None:
     told = {"width": {"a": 0.5, "b.c": 1.0}, "depth": [3], "seed": 1}
     assert client._json_values(asked) == told
     assert client._json_values({"width": "0.5,1"}) == {"width": [0.5, 1]}
+    assert client._json_values({"format": "onnx"}) == {"format": "onnx"}
 
 
 def test_the_client_imports_no_torch() -> None:

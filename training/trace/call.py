@@ -30,6 +30,8 @@ def module_of(node: fx.Node) -> str:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of what a call makes. Raises TraceError if it is no tensor or of no fixed shape."""
     value = node.meta["val"]
+    if isinstance(value, tuple):  # the largest values, and where they were
+        value = value[0]
     if not isinstance(value, Tensor):
         raise TraceError(f"{module_of(node)}: {node.name} makes no tensor")
     if not all(isinstance(size, int) for size in value.shape):

@@ -121,7 +121,10 @@ class _Pass:
         called = kind(node)
         if node.target.__class__.__name__ == "builtin_function_or_method" and called == "getitem":
             source, index = node.args
-            t.values[node.name] = t.parts[t.values[source.name]][index]  # type: ignore
+            whole = t.values[source.name]  # type: ignore
+            if whole not in t.parts and index and node.users:
+                raise t.error("reads where the largest values were")
+            t.values[node.name] = t.parts[whole][index] if whole in t.parts else whole  # type: ignore
             return
         given = arguments(node)
         if called in NOTHING:
