@@ -15,6 +15,10 @@ from neumeta.space import Architecture, Space
 
 STATISTICS = ("mean", "variance")
 """Roles of tensors that are measured, never made."""
+POSITIVE = ("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "exp", "softmax")
+"""Operations whose values are never negative."""
+PASSING = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "mean", "reshape", "slice")
+"""Operations that keep that of the value they read."""
 
 
 def span(dim: Dim, sizes: Mapping[str, int], full: Mapping[str, int]) -> Span:
@@ -72,6 +76,26 @@ def branch_ends(graph: Graph) -> frozenset[str]:
                             if weighted or not makers[value].inputs:
                                 break
                             value = makers[value].inputs[0]
+    return frozenset(found)
+
+
+@lru_cache(maxsize=DEPTHS)
+def positive(graph: Graph) -> frozenset[str]:
+    """The weights of convolutions and linear maps that multiply values which are never negative: those
+    behind a ReLU, with nothing but pooling and another shape in between.
+
+    Of a transposed convolution each output sees other numbers of the kernel: it is not among them.
+    """
+    makers = {node.name: node for node in graph.nodes}
+    found = set()
+    for node in graph.nodes:
+        if node.op not in ("conv", "linear"):
+            continue
+        before = makers.get(node.inputs[0])
+        while before is not None and before.op in PASSING:
+            before = makers.get(before.inputs[0])
+        if before is not None and before.op in POSITIVE:
+            found.add(node.tensors["weight"])
     return frozenset(found)
 
 
@@ -140,7 +164,7 @@ def _sites(
     graph, source = space.graph_of(architecture), space.graph
     sizes, full = space.sizes(architecture), graph.full
     distance, growth = space.distance(architecture)
-    ends, normed = branch_ends(graph), _normed(graph)
+    ends, normed, behind = branch_ends(graph), _normed(graph), positive(graph)
     depths = {stage.name: stage for stage in source.stages}
     found = []
     for name in made(graph):
@@ -183,6 +207,7 @@ def _sites(
                 deeper,
                 distance,
                 growth,
+                name in behind,
             )
         )
     return found

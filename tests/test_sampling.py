@@ -24,7 +24,7 @@ from tests.conftest import lenet
 from tests.support.modules import DEEP, MODULES, traced
 
 Vector = tuple[float, float, float, float, float, float]
-"""[l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N]"""
+"""[l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N], l and c the middles of their cells"""
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def vectors(manifold: Manifold, site: Site, samples: int, seed: int) -> Iterator
     def mirrors(count: int) -> list[int]:
         return [1 if draw else -1 for draw in torch.randint(0, 2, (count,), generator=generator)]
 
-    deep, wide, tall = site.length > 1, site.columns.count > 1, site.rows.count > 1
-    turns: dict[int, list[int]] = {0: [0], 1: [0], 3: [0], 5: [0]}
+    deep, wide, tall = site.length > 1, site.columns.morphs, site.rows.morphs
+    turns: dict[int, list[int]] = {}
     for column, count, moves in (
-        (0, 1, deep), (1, 1, deep), (2, site.columns.count, True), (3, 1, wide),
-        (4, site.rows.count, True), (5, 1, tall),
+        (0, 1, deep), (1, 1, deep), (2, site.columns.count, wide),
+        (3, 1, wide and site.columns.count > 1), (4, site.rows.count, tall),
+        (5, 1, tall and site.rows.count > 1),
     ):  # fmt: skip
-        if noise and moves:
-            turns[column] = mirrors(count)
+        turns[column] = mirrors(count) if noise and moves else [0] * count
     low, high = site.cell
     scale = manifold.scale
     for k in range(samples):
@@ -65,7 +65,7 @@ def vectors(manifold: Manifold, site: Site, samples: int, seed: int) -> Iterator
         down = site.rows.count + moved(5)
         for o in range(site.rows.count):
             for i in range(site.columns.count):
-                column, row = (i + moved(2, i)) / across, (o + moved(4, o)) / down
+                column, row = (i + 0.5 + moved(2, i)) / across, (o + 0.5 + moved(4, o)) / down
                 copy.append((place, column, row, length / scale, across / scale, down / scale))
         yield copy
 
@@ -103,7 +103,7 @@ def between(values: Tensor, at: float) -> Tensor:
 def grid_at(model: Representation, site: Site, v: Vector, scale: int) -> Tensor:
     """The nested grid: values at absolute channels, corrected per channel by polynomials of size."""
     key = module_key(site.role)
-    column, row = v[1] * v[4] * scale, v[2] * v[5] * scale
+    column, row = v[1] * v[4] * scale - 0.5, v[2] * v[5] * scale - 0.5
     assert isinstance(model, Corrected)
     inner = model.inner
     near = 0.0
@@ -134,8 +134,8 @@ def integral_at(model: IntegralGrid, site: Site, v: Vector, scale: int) -> Tenso
     axes = ((v[2] * v[5] * scale, site.rows, 0), (v[1] * v[4] * scale, site.columns, 1))
     for index, span, axis in axes:
         points = grid.shape[axis]
-        place = (index + 0.5) / span.count * points - 0.5
-        places.append(place if span.morphs else round(index))
+        place = index / span.count * points - 0.5
+        places.append(place if span.morphs else round(index - 0.5))
     return between(between(grid, places[0]), places[1]) * site.gain
 
 
