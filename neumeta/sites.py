@@ -11,14 +11,16 @@ from functools import lru_cache
 
 from neumeta.coordinates import ONE, Site, Span
 from neumeta.graph import DEPTHS, Dim, Graph, Node, Stage, axes_of
+from neumeta.operations import WEIGHTED
 from neumeta.space import Architecture, Space
 
 STATISTICS = ("mean", "variance")
 """Roles of tensors that are measured, never made."""
 POSITIVE = ("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "exp", "softmax")
 """Operations whose values are never negative."""
-PASSING = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "mean", "reshape", "slice")
-"""Operations that keep that of the value they read."""
+POOLING = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "mean")
+PASSING = (*POOLING, "reshape", "permute", "expand", "slice")
+"""Operations whose values are never negative where those they read are not."""
 
 
 def span(dim: Dim, sizes: Mapping[str, int], full: Mapping[str, int]) -> Span:
@@ -87,16 +89,15 @@ def positive(graph: Graph) -> frozenset[str]:
     Of a transposed convolution each output sees other numbers of the kernel: it is not among them.
     """
     makers = {node.name: node for node in graph.nodes}
-    found = set()
+    found: dict[str, bool] = {}
     for node in graph.nodes:
-        if node.op not in ("conv", "linear"):
-            continue
-        before = makers.get(node.inputs[0])
+        before = makers.get(node.inputs[0]) if node.op in WEIGHTED else None
         while before is not None and before.op in PASSING:
             before = makers.get(before.inputs[0])
-        if before is not None and before.op in POSITIVE:
-            found.add(node.tensors["weight"])
-    return frozenset(found)
+        behind = before is not None and before.op in POSITIVE and node.op != "conv_transpose"
+        if "weight" in node.tensors:  # which several nodes may share
+            found[node.tensors["weight"]] = behind and found.get(node.tensors["weight"], True)
+    return frozenset(name for name, behind in found.items() if behind)
 
 
 @lru_cache(maxsize=DEPTHS)

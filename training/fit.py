@@ -189,11 +189,13 @@ def fit(
     resume: bool = False,
     max_minutes: float = math.inf,
     save_every: int = 200,
+    views: list[dict[str, Tensor]] | None = None,
 ) -> bool:
     """Train `manifold.representation` in place by Algorithm 2; it ends with its moving average.
 
     `source` are all tensors of the smoothed source network. State goes to `run/fit.pt` every
-    `save_every` steps and at the end of the time allowed. Returns whether all steps were done. With
+    `save_every` steps and at the end of the time allowed. `views` are what `frozen_features` gives, where
+    the caller has them already. Returns whether all steps were done. With
     several processes (torch.distributed initialised) each takes its share of every batch and gradients
     are averaged; the first one's clock decides when the time is up.
 
@@ -202,7 +204,9 @@ def fit(
     """
     check_tensors("source", source)
     with whole_growth(manifold.representation):
-        done = _fit(manifold, source, data, task, recipe, run, resume, max_minutes, save_every)
+        done = _fit(
+            manifold, source, data, task, recipe, run, resume, max_minutes, save_every, views or []
+        )
     return done
 
 
@@ -216,6 +220,7 @@ def _fit(
     resume: bool,
     max_minutes: float,
     save_every: int,
+    views: list[dict[str, Tensor]],
 ) -> bool:
     model, space, device = manifold.representation, manifold.space, manifold.device
     source = {name: value.to(device) for name, value in source.items()}
@@ -244,10 +249,9 @@ def _fit(
         if math.isfinite(error):
             tqdm.write(f"the smoothed weights: relative error {error:.4f}")
 
-    first, views = 0, list[dict[str, Tensor]]()
-    if recipe.fit.feature_views:
+    first = frozen_steps(space) if recipe.fit.feature_views else 0
+    if recipe.fit.feature_views and not views:
         assert isinstance(data, Dataset)
-        first = frozen_steps(space)
         views = frozen_features(space, source, first, data, recipe, device)
     programs: dict[str, Program] = {}
     full = Program(space.graph, space.graph.full)
