@@ -1,4 +1,4 @@
-"""Before any image: what the representation learns of the smoothed weights, and what it leaves alone."""
+"""Before any image: what the representation learns of the smoothed weights, and what it leaves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ from training.data import Dataset
 OPTIONS = {"layers": 2, "hidden": 16, "num_freq": 4, "blur": 0.5}
 CENTRED = recipe.load("tiny").changed(
     network={"train": {"epochs": 1, "lr": 0.1, "batch": 64}},
-    representation={"kind": "mlp", "options": OPTIONS, "corrected": None, "centred": {}, "noise": 0.5},
+    representation={
+        "kind": "mlp",
+        "options": OPTIONS,
+        "corrected": None,
+        "centred": {},
+        "noise": 0.5,
+    },
     fit={"regression_steps": 3},
 )
 

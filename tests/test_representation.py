@@ -112,7 +112,7 @@ def test_a_concatenated_dimension_has_the_first_channels_of_every_part() -> None
     assert torch.equal(model(narrow, coordinates(narrow, 64))[0, :, :, 0], source[:, kept])
 
 
-# --- centred, anchored and corrected ------------------------------------------------------------------------
+# --- centred, anchored and corrected ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -401,7 +401,7 @@ def test_a_new_mlp_is_the_same_at_every_size_and_nothing() -> None:
 
 
 def test_layers_are_counted_as_the_supplement_does() -> None:
-    """5 layers of 256 units and 16 frequencies: 198 features, the first and four residual layers, the last."""
+    """5 layers are the first, over 198 features, and four residual ones; the last is not counted."""
     model = build("mlp", {"layers": 5, "hidden": 256, "num_freq": 16}, roles(lenet().space))
     held = sum(each.numel() for each in model.networks["conv2/weight"].parameters())
     assert held == 198 * 256 + 256 + 4 * (256 * 256 + 256 + 1) + 256 * 9 + 9

@@ -39,6 +39,7 @@ from training.task import Task
 from training.teacher import Views
 
 
+
 def partition(blocks: int, noise: float, generator: torch.Generator) -> list[tuple[float, float]]:
     """The cells [l/L, (l+1)/L] of one stage's blocks, inner bounds moved by up to `noise` / L.
 
@@ -158,16 +159,17 @@ def frozen_features(
     The first pass is unaugmented, so that one view is the plain training set.
     """
     program = Program(space.graph, space.graph.full)
+    laid_out = {name: _laid_out(value) for name, value in source.items()}
     views = []
     for view in range(recipe.fit.feature_views):
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
         parts: dict[str, list[Tensor]] = {}
-        starts = range(0, len(data), 500)
+        starts = range(0, len(data), 100)  # what is at work fits the cache
         for at in tqdm(starts, desc=f"frozen part, view {view + 1}", mininterval=2):
-            rows = torch.arange(at, min(at + 500, len(data)))
+            rows = torch.arange(at, min(at + 100, len(data)))
             x, _ = data.batch(rows, generator, augment=bool(view))
-            for name, value in program.leading(source, x.to(device), first).items():
-                parts.setdefault(name, []).append(value.half().cpu())
+            for name, value in program.leading(laid_out, _laid_out(x.to(device)), first).items():
+                parts.setdefault(name, []).append(value.half().cpu().contiguous())
         views.append({name: torch.cat(each) for name, each in parts.items()})
     return views
 
@@ -194,8 +196,8 @@ def fit(
     """Train `manifold.representation` in place by Algorithm 2; it ends with its moving average.
 
     `source` are all tensors of the smoothed source network. State goes to `run/fit.pt` every
-    `save_every` steps and at the end of the time allowed. `views` are what `frozen_features` gives, where
-    the caller has them already. Returns whether all steps were done. With
+    `save_every` steps and at the end of the time allowed. `views` are what `frozen_features` gives,
+    where the caller has them already. Returns whether all steps were done. With
     several processes (torch.distributed initialised) each takes its share of every batch and gradients
     are averaged; the first one's clock decides when the time is up.
 

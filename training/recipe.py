@@ -128,9 +128,9 @@ class OrderSection(_Section):
 
 
 class RepresentationSection(_Section):
-    """What holds the weights: its `kind` and that kind's `options`; around it what is `centred` behind
-    ReLUs, what is `anchored` to the source near its size, and what is `corrected` by size, each with its
-    own options.
+    """What holds the weights: its `kind` and that kind's `options`; around it what is `centred` (its
+    filters behind a ReLU sum to zero), what is `anchored` to the source near its size, and what is
+    `corrected` by size, each with its own options.
 
     `noise` is the coordinate noise a of Algorithms 2 and 3, in channels; `samples` the default K of
     Algorithm 3; `scale` is N.

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neumeta.compute import COMPUTE
-from neumeta.coordinates import Along, Coordinates, Site, coordinates
+from neumeta.coordinates import Along, Coordinates, coordinates
 from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.representation.mlp import ResidualMLP, _Mlp
@@ -147,9 +147,7 @@ def _regress(
 def _some(at: Coordinates, rows: Tensor) -> Coordinates:
     """The coordinates of some rows alone."""
     every = at.outputs
-    outputs = Along(
-        every.span, every.pairs[:, rows], every.index[:, rows], every.place[:, rows]
-    )
+    outputs = Along(every.span, every.pairs[:, rows], every.index[:, rows], every.place[:, rows])
     return replace(at, outputs=outputs, exact=False)
 
 

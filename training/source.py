@@ -222,9 +222,9 @@ def weights_digest(asked: Recipe, checkpoints: Path, module: nn.Module | None) -
 
 
 def fill(net: nn.Module, path: Path) -> None:
-    """Load a file of weights into the network: a public one, or a manifold, whose full size is taken.
-    Shortcuts without parameters (option A, as published CIFAR ResNets have them) become the convolutions
-    that compute the same.
+    """Load a file of weights into the network: a public one, or a manifold, of which the full size is
+    taken. Shortcuts without parameters (option A, as published CIFAR ResNets have them) become the
+    convolutions that compute the same.
 
     Raises ValueError, naming the file, what was expected and what was found, if it does not fit.
     """

@@ -70,8 +70,11 @@ def exact(
 
 
 def state(manifold: Manifold) -> dict[str, Tensor]:
-    """All tensors of the network at the source's size, batch statistics among them, under the names that
-    they have in the module it was traced from."""
+    """All tensors of the network at the source's size, batch statistics among them, under the names
+    that they have in the module it was traced from.
+
+    Raises ValueError if the manifold keeps no statistics of that size.
+    """
     space = manifold.space
     found, kept = raw(manifold, space.full), manifold.statistics.kept.get(space.full.key)
     norms = {node.name: node for node in space.graph.nodes if node.op == "batch_norm"}
