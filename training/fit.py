@@ -39,7 +39,6 @@ from training.task import Task
 from training.teacher import Views
 
 
-
 def partition(blocks: int, noise: float, generator: torch.Generator) -> list[tuple[float, float]]:
     """The cells [l/L, (l+1)/L] of one stage's blocks, inner bounds moved by up to `noise` / L.
 

@@ -229,7 +229,8 @@ def fill(net: nn.Module, path: Path) -> None:
     Raises ValueError, naming the file, what was expected and what was found, if it does not fit.
     """
     if checkpoint.is_manifold(path):
-        weights.fit_into(net, statistics.state(checkpoint.read(path)), path)
+        held = checkpoint.read(path)
+        weights.fit_into(net, statistics.whole(held, held.space.full), path)
         return
     found = weights.read(path)
     padded = isinstance(net, networks.ResNetCifar) and not any(

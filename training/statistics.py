@@ -69,24 +69,6 @@ def exact(
     return found
 
 
-def state(manifold: Manifold) -> dict[str, Tensor]:
-    """All tensors of the network at the source's size, batch statistics among them, under the names
-    that they have in the module it was traced from.
-
-    Raises ValueError if the manifold keeps no statistics of that size.
-    """
-    space = manifold.space
-    found, kept = raw(manifold, space.full), manifold.statistics.kept.get(space.full.key)
-    norms = {node.name: node for node in space.graph.nodes if node.op == "batch_norm"}
-    if norms and kept is None:
-        raise ValueError(f"{space.name}: the manifold keeps no batch statistics of its full size")
-    if kept is not None:
-        for name, moments in unflatten(space.graph, space.graph.full, kept).items():
-            own = norms[name].tensors
-            found |= dict(zip((own["mean"], own["variance"]), moments, strict=True))
-    return found
-
-
 def compact(kept: Float[Tensor, "2 channels"]) -> Float[Tensor, "2 channels"]:
     """The same in float16, unless a number would lose more than its last bits there."""
     half = kept.half()

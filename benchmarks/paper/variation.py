@@ -102,7 +102,7 @@ def _folded(bench: Bench, name: str) -> tuple[Graph, dict[str, Tensor]]:
     if name in SHIPPED and not bench.setting.quick:
         manifold = checkpoint.read(bench.setting.models / f"{SHIPPED[name]}.safetensors")
         graph = manifold.space.graph
-        return graph.folded, fold(graph, measured.state(manifold))
+        return graph.folded, fold(graph, measured.whole(manifold, manifold.space.full))
     net = _network(bench, name)
     shape = bench.loaded.shape if bench.setting.quick else (3, 32, 32)
     graph, _ = trace(net, torch.zeros(1, *shape))
