@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ class Results:
 
 def markdown(table: Table, rows: Rows, figure: Path | None) -> str:
     """The table as a section of a page: ours, and the paper's in brackets."""
-    lines = [f"## {table.name}: {table.title}", "", table.head, ""]
+    lines = [f"## {table.name}: {table.title}", "", _wrapped(table.head), ""]
     lines.append("| | " + " | ".join(table.columns) + " |")
     lines.append("|---|" + "---:|" * len(table.columns))
     for name in table.rows:
@@ -78,7 +79,11 @@ def markdown(table: Table, rows: Rows, figure: Path | None) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     missing = [name for name in table.rows if name not in rows]
     said = f"Not measured yet: {', '.join(missing)}." if missing else table.verdict(rows)
-    lines += ["", said]
+    lines += ["", _wrapped(said)]
     if figure is not None:
         lines += ["", f"![{table.title}]({figure})"]
     return "\n".join(lines)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
