@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks import imagenet
 from neumeta.graph import Graph
 from neumeta.manifold import Contract, Manifold, roles
-from neumeta.representation import build
+from neumeta.representation import ResidualMLP, build
 from neumeta.space import Space
 from training import networks
 from training.trace import trace
@@ -75,14 +75,18 @@ def random_manifold(
     deviation: float | None = None,
     seed: int = 0,
 ) -> Manifold:
-    """A manifold of this representation with parameters as it was built, or drawn with `deviation`."""
+    """A manifold of this representation with parameters as it was built (but for an MLP's last layers,
+    which are zero then), or drawn with `deviation`."""
     covered = space(over) if isinstance(over, str) else over
     chosen = options or {}
     torch.manual_seed(seed)
     made = build(kind, chosen, roles(covered)).eval().requires_grad_(False)
-    if deviation is not None:
-        for parameter in made.parameters():
-            nn.init.normal_(parameter, std=deviation)
+    for parameter in made.parameters() if deviation is not None else ():
+        nn.init.normal_(parameter, std=deviation or 0.0)
+    for part in made.modules() if deviation is None else ():
+        if isinstance(part, ResidualMLP):
+            for mlp in part.networks.values():
+                mlp.last.reset_parameters()
     channels = sum(repeat for _, repeat in covered.graph.input[1])
     contract = Contract((0.5,) * channels, (0.25,) * channels, tuple(map(str, range(10))))
     return Manifold(covered, made, kind, chosen, noise, samples, 64, contract)

@@ -101,8 +101,8 @@ def published(manifold: Manifold, architecture: Architecture, samples: int) -> d
             raw = torch.stack(
                 [
                     place,
-                    columns,
-                    rows,
+                    columns + 0.5,
+                    rows + 0.5,
                     torch.full_like(rows, site.length),
                     torch.full_like(rows, inputs),
                     torch.full_like(rows, outputs),
@@ -110,9 +110,9 @@ def published(manifold: Manifold, architecture: Architecture, samples: int) -> d
                 -1,
             ).reshape(-1, 6)
             raw = raw.float().to(DEVICE)
-            if k:  # an axis of one has nothing to be moved to
-                deep, across, down = site.length > 1, inputs > 1, outputs > 1
-                moves = torch.tensor([deep, True, True, deep, across, down], device=DEVICE)
+            if k:  # an axis that keeps its size has nothing to be moved to
+                deep, across, down = site.length > 1, site.columns.morphs, site.rows.morphs
+                moves = torch.tensor([deep, across, down, deep, across, down], device=DEVICE)
                 raw = raw + (torch.rand_like(raw) * 2 - 1) * noise * moves
             v = torch.cat((raw[:, :3] / raw[:, 3:], raw[:, 3:] / scale), 1)
             assert isinstance(model, ResidualMLP)

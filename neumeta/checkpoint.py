@@ -114,6 +114,19 @@ def write(manifold: Manifold, path: Path) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+def is_manifold(path: Path) -> bool:
+    """Whether this is a safetensors file that says it is a manifold; whether it is a whole one, `read`
+    says."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 64 << 20:
+                return False
+            return "neumeta" in json.loads(file.read(length)).get("__metadata__", {})
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
+
+
 def read(path: Path) -> Manifold:
     """The manifold in this file, every tensor verified.
 

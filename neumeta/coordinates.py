@@ -1,8 +1,10 @@
 """An architecture's tensors -> normalised coordinates v (Algorithms 2 and 3, step 3 and 4).
 
-v = [l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N]. The coordinates of one tensor are a grid:
-six numbers that depend on the layer, the input channel or the output channel alone, so they are
-kept per axis and combined only where a representation needs every pair. Knows no weights.
+v = [l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N], where l and c are the middles of their cells
+(c + 1/2 of channel c), so that the channels of every size spread over the whole of [0, 1]. The
+coordinates of one tensor are a grid: six numbers that depend on the layer, the input channel or the
+output channel alone, so they are kept per axis and combined only where a representation needs every
+pair. Knows no weights.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class Site:
     and the last layer of a residual branch by its cell, so that blocks are steps of an integrator.
     `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
     `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`).
+    `positive` says that what the weight multiplies is never negative: it stands behind a ReLU.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Site:
     deeper: float
     distance: float
     growth: float
+    positive: bool
 
     @property
     def vector(self) -> bool:
@@ -85,8 +89,8 @@ class Site:
 class Along:
     """The coordinates of one dimension; S is 1 or the number of noisy samples.
 
-    `pairs` (S, C, 2) = [c/C, C/N]; `index` (S, C) is the source's index that each one is nested at;
-    `place` (S, C) its middle as a fraction of the whole dimension.
+    `pairs` (S, C, 2) = [(c + 1/2)/C, C/N]; `index` (S, C) is the source's index that each one is nested
+    at; `place` (S, C) its middle as a fraction of the whole dimension, whatever noise is on its size.
     """
 
     span: Span
@@ -145,7 +149,8 @@ def coordinates(
     Noise is uniform in (-noise, noise) on the raw integer coordinates, drawn per index of each
     axis: each single weight sees Algorithm 3's distribution, while pairs that share a channel share
     its draw, which is what lets every representation work per axis. A layer's coordinate is the
-    middle of its cell and its noise stays within the cell, so it never reaches another layer's.
+    middle of its cell and its noise stays within the cell, so it never reaches another layer's. An axis
+    that keeps its size has none: between its channels there is nothing to learn.
     `noise_free_first` leaves the first sample exact. `points`, a set in [-1, 1]^6 to average over,
     replaces independent draws: each index mirrors its column of them at random, which no average
     of a symmetric set over even functions can see. All is computed in torch's default dtype.
@@ -199,11 +204,11 @@ def _along(column: int, span: Span, scale: int, noise: _Noise) -> Along:
     """One dimension's coordinates, the noise on its indices and then on its size drawn."""
     still = whole(span, scale, torch.get_default_dtype())
     samples, count = noise.samples, span.count
-    moved = noise(column, count)
-    size = count + noise(column + 1, 1) if count > 1 else torch.ones(samples, 1)
-    if not noise.size:
+    if not noise.size or not span.morphs:
         fields = (still.pairs, still.index, still.place)
         return Along(span, *(each.expand(samples, *each.shape[1:]) for each in fields))
+    moved = noise(column, count)
+    size = count + noise(column + 1, 1) if count > 1 else torch.ones(samples, 1)
     place = still.pairs[..., 0] * count + moved
     pairs = torch.stack((place / size, (size / scale).expand(samples, count)), -1)
     return Along(span, pairs, still.index + moved, still.place + moved / count)
@@ -230,16 +235,15 @@ def _exact(
 @lru_cache(maxsize=1024)
 def whole(span: Span, scale: int, dtype: torch.dtype) -> Along:
     """The noise-free coordinates of a dimension."""
-    at, index, place = [], [], []
+    index, place = [], []
     offset, total = 0, span.full
     for units, full, repeat in span.parts:
         c = torch.arange(units * repeat, dtype=dtype)
         # Where the part lies in the source's dimension, whatever size it has here.
         stretch = full / units if units else 0.0
-        at.append((offset + c * stretch) / total)
         index.append(offset + c.clamp(max=full * repeat - 1))
         place.append((offset + (c + 0.5) * stretch) / total)
         offset += full * repeat
-    first = torch.cat(at)
-    pairs = torch.stack((first, torch.full_like(first, span.count / scale)), -1)
-    return Along(span, pairs[None], torch.cat(index)[None], torch.cat(place)[None])
+    middle = torch.cat(place)
+    pairs = torch.stack((middle, torch.full_like(middle, span.count / scale)), -1)
+    return Along(span, pairs[None], torch.cat(index)[None], middle[None])

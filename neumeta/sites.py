@@ -11,10 +11,16 @@ from functools import lru_cache
 
 from neumeta.coordinates import ONE, Site, Span
 from neumeta.graph import DEPTHS, Dim, Graph, Node, Stage, axes_of
+from neumeta.operations import WEIGHTED
 from neumeta.space import Architecture, Space
 
 STATISTICS = ("mean", "variance")
 """Roles of tensors that are measured, never made."""
+POSITIVE = ("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "exp", "softmax")
+"""Operations whose values are never negative."""
+POOLING = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "mean")
+PASSING = (*POOLING, "reshape", "permute", "expand", "slice")
+"""Operations whose values are never negative where those they read are not."""
 
 
 def span(dim: Dim, sizes: Mapping[str, int], full: Mapping[str, int]) -> Span:
@@ -73,6 +79,25 @@ def branch_ends(graph: Graph) -> frozenset[str]:
                                 break
                             value = makers[value].inputs[0]
     return frozenset(found)
+
+
+@lru_cache(maxsize=DEPTHS)
+def positive(graph: Graph) -> frozenset[str]:
+    """The weights of convolutions and linear maps that multiply values which are never negative: those
+    behind a ReLU, with nothing but pooling and another shape in between.
+
+    Of a transposed convolution each output sees other numbers of the kernel: it is not among them.
+    """
+    makers = {node.name: node for node in graph.nodes}
+    found: dict[str, bool] = {}
+    for node in graph.nodes:
+        before = makers.get(node.inputs[0]) if node.op in WEIGHTED else None
+        while before is not None and before.op in PASSING:
+            before = makers.get(before.inputs[0])
+        behind = before is not None and before.op in POSITIVE and node.op != "conv_transpose"
+        if "weight" in node.tensors:  # which several nodes may share
+            found[node.tensors["weight"]] = behind and found.get(node.tensors["weight"], True)
+    return frozenset(name for name, behind in found.items() if behind)
 
 
 @lru_cache(maxsize=DEPTHS)
@@ -140,7 +165,7 @@ def _sites(
     graph, source = space.graph_of(architecture), space.graph
     sizes, full = space.sizes(architecture), graph.full
     distance, growth = space.distance(architecture)
-    ends, normed = branch_ends(graph), _normed(graph)
+    ends, normed, behind = branch_ends(graph), _normed(graph), positive(graph)
     depths = {stage.name: stage for stage in source.stages}
     found = []
     for name in made(graph):
@@ -183,6 +208,7 @@ def _sites(
                 deeper,
                 distance,
                 growth,
+                name in behind,
             )
         )
     return found

@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 from pydantic import ValidationError
 
+from neumeta.space import Space
 from service import logs
 from service.app import create_app
 from service.connection import Connection
@@ -178,8 +179,10 @@ def clear(path: Path) -> None:
 
 def welcome(engine: Engine, flag: str, address: str) -> str:
     """What is served, and a command that works when it is pasted."""
-    name = sorted(engine.manifolds)[-1]
-    space = engine.manifolds[name].space
+    spaces = {name: found.space for name, found in engine.manifolds.items()}
+    # What has the most sizes to choose from.
+    name = max(spaces, key=lambda each: (_choices(spaces[each]), each))
+    space = spaces[name]
     body: dict[str, Any] = {"arch": name}
     if space.extents:
         body["width"] = max(space.width[0], min(0.5, space.width[1]))
@@ -188,6 +191,11 @@ def welcome(engine: Engine, flag: str, address: str) -> str:
         f"  curl -sS {flag}http://{address}/weights -H 'content-type: application/json'"
         f" -d '{json.dumps(body, separators=(',', ':'))}' -o net.safetensors\n\n"
     )
+
+
+def _choices(space: Space) -> int:
+    """How many widths and depths of its own a request can give."""
+    return len(space.groups) + (len(space.graph.stages) if space.blocks else 0)
 
 
 def _refuse(why: str) -> int:

@@ -30,10 +30,10 @@ def test_noise_stays_in_its_cell_and_follows_algorithm_3(
         )
         v = at.vectors()
         assert v.shape == (3, site.rows.count, site.columns.count, 6)
-        # Each coordinate is within its noise of the integer one, and the first sample exact.
+        # Each coordinate is within its noise of its channel's middle, and the first sample exact.
         for axis, count in ((1, site.columns.count), (2, site.rows.count)):
             index = v[..., axis] * v[..., axis + 3] * 64
-            exact = torch.arange(count, dtype=torch.float32)
+            exact = torch.arange(count, dtype=torch.float32) + 0.5
             exact = exact[None, None] if axis == 1 else exact[None, :, None]
             assert (index - exact).abs().max() <= noise + 1e-3
             assert (index - exact)[0].abs().max() <= 1e-3
@@ -50,7 +50,7 @@ def test_each_channel_mirrors_the_points_by_its_own_seed() -> None:
     def noise(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         at = coordinates(site, 64, noise=0.5, samples=8, generator=generator, points=points)
-        index = at.outputs.pairs[..., 0] * at.outputs.pairs[..., 1] * 64
+        index = at.outputs.pairs[..., 0] * at.outputs.pairs[..., 1] * 64 - 0.5
         # float32 products of indices up to 64
         torch.testing.assert_close(index, at.outputs.index, atol=1e-4, rtol=0)
         return at.outputs.index - torch.arange(site.rows.count)
@@ -91,7 +91,7 @@ def test_in_a_stage_of_several_blocks_place_and_length_move_too(blocks: int) -> 
 
 def test_a_vector_has_one_column_in_the_middle_of_everything() -> None:
     along = whole(ONE, 64, torch.float32)
-    assert along.pairs.tolist() == [[[0.0, 1 / 64]]]
+    assert along.pairs.tolist() == [[[0.5, 1 / 64]]]
     assert along.index.tolist() == [[0.0]] and along.place.tolist() == [[0.5]]
     assert not ONE.morphs and ONE.leading
 
@@ -120,6 +120,28 @@ def test_each_coordinate_moves_by_its_own_column_of_the_points() -> None:
         expected = 0.5 * points[:, column].float()
         turned = expected if (found - expected).abs().max() < 0.1 else -expected
         torch.testing.assert_close(found, turned, atol=1e-4, rtol=0)
+def test_noise_moves_neither_an_axis_that_keeps_its_size_nor_the_one_input_of_a_vector() -> None:
+    space = lenet().space
+    for name, rows, columns in (
+        ("conv1.weight", True, False),
+        ("conv2.weight", True, True),
+        ("conv2.bias", True, False),
+        ("linear.weight", False, True),
+    ):
+        site = sites(space, space.architecture(0.5))[name]
+        generator = torch.Generator().manual_seed(0)
+        noisy = coordinates(site, 64, noise=0.5, samples=4, generator=generator)
+        exact = coordinates(site, 64)
+        for along, still, moves in (
+            (noisy.outputs, exact.outputs, rows),
+            (noisy.inputs, exact.inputs, columns),
+        ):
+            for mine, theirs in (
+                (along.pairs, still.pairs),
+                (along.index, still.index),
+                (along.place, still.place),
+            ):
+                assert torch.equal(mine, theirs.expand_as(mine)) != moves
 
 
 @pytest.mark.parametrize("noise", [-0.1, 0.6])
@@ -141,14 +163,13 @@ def test_every_part_lies_in_its_own_stretch_of_the_source(
     for units, full, repeat in parts:
         count = units * repeat
         for channel in range(count):
-            place = (at + channel * full / units) / span.full
-            assert float(along.pairs[0, row, 0]) == pytest.approx(place, abs=1e-5)
             assert float(along.pairs[0, row, 1]) == pytest.approx(span.count / 64)
             # The source's index that it is nested at lies within the part.
             index = float(along.index[0, row])
             assert index == at + min(channel, full * repeat - 1)
             middle = (at + (channel + 0.5) * full / units) / span.full
             assert float(along.place[0, row]) == pytest.approx(middle, abs=1e-5)
+            assert float(along.pairs[0, row, 0]) == pytest.approx(middle, abs=1e-5)
             row += 1
         at += full * repeat
     assert row == span.count and at == span.full
@@ -159,4 +180,4 @@ def test_vectors_are_in_the_order_of_the_supplement() -> None:
     site = sites(space, space.architecture(0.5))["conv2.weight"]
     v = coordinates(site, 64).vectors()
     # [l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N]
-    assert v[0, 5, 3].tolist() == pytest.approx([0.5, 3 / 16, 5 / 32, 1 / 64, 16 / 64, 32 / 64])
+    assert v[0, 5, 3].tolist() == pytest.approx([0.5, 3.5 / 16, 5.5 / 32, 1 / 64, 16 / 64, 32 / 64])

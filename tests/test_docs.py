@@ -9,6 +9,8 @@ from pathlib import Path
 
 from neumeta import checkpoint
 from service import settings
+from service.cli import welcome
+from service.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,3 +61,8 @@ def test_a_device_needs_neither_the_service_nor_the_training_libraries(tmp_path:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_first_command_of_the_service_is_for_what_has_the_most_sizes() -> None:
+    engine = Engine(sorted((ROOT / "models").glob("*.safetensors")), device="cpu")
+    assert '"arch":"resnet20","width":0.5' in welcome(engine, "", "127.0.0.1:8000")

@@ -68,7 +68,7 @@ def test_a_killed_run_resumes_to_the_same_result(
 
 def test_a_grid_starts_as_the_source_network(digits: Dataset, run_folder: Path) -> None:
     manifold, smoothed = prepared(TINY, digits, run_folder)
-    assert fit.initialise(manifold, smoothed, TINY, lambda *_: None) == 0.0
+    assert fit.initialise(manifold, smoothed, smoothed, TINY, lambda *_: None) == 0.0
     made = dict(sample(manifold, manifold.space.full))
     for name, value in smoothed.items():
         torch.testing.assert_close(made[name], value, atol=0, rtol=0)
@@ -79,7 +79,7 @@ def test_regression_lowers_the_error(digits: Dataset, run_folder: Path) -> None:
     for steps in (2, 60):
         asked = MLP.changed(representation={"noise": 0.0}, fit={"regression_steps": steps})
         manifold, smoothed = prepared(asked, digits, run_folder)
-        errors.append(fit.initialise(manifold, smoothed, asked, lambda *_: None))
+        errors.append(fit.initialise(manifold, smoothed, smoothed, asked, lambda *_: None))
     assert errors[1] < 0.9 * errors[0]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from neumeta.coordinates import Along, Coordinates, Site, Span, coordinates, whole
 from neumeta.manifold import roles
 from neumeta.representation import Anchored, Corrected, Grid, IntegralGrid, build
-from neumeta.representation.features import fourier_features
+from neumeta.representation.features import fourier_features, remaining
 from neumeta.representation.grid import interpolate
 from neumeta.representation.mlp import _Mlp
 from neumeta.sample import sample_site
@@ -30,6 +30,7 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "anchored": {"anchored": {"reach": 0.25}},
     "corrected": {"corrected": {"orders": 2, "depths": True}},
     "both": {"anchored": {"reach": 0.5}, "corrected": {}},
+    "centred": {"centred": {}},
 }
 PLAIN = Space("plain", traced("plain")[1], (0.25, 1.0), (1, 4))
 DENSE = Space("concatenated", traced("concatenated")[1], (0.25, 1.0))
@@ -111,7 +112,34 @@ def test_a_concatenated_dimension_has_the_first_channels_of_every_part() -> None
     assert torch.equal(model(narrow, coordinates(narrow, 64))[0, :, :, 0], source[:, kept])
 
 
-# --- anchored and corrected ------------------------------------------------------------------------
+# --- centred, anchored and corrected ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.integers(0, 2**32), st.floats(0.1, 1.0), st.booleans())
+@settings(max_examples=10, deadline=None)
+@torch.no_grad()
+def test_a_centred_filter_behind_a_relu_sums_to_zero_at_every_size(
+    kind: str, seed: int, width: float, noisy: bool
+) -> None:
+    model = randomised(made(kind, "centred", PLAIN), seed)
+    seen = set()
+    for site in sites(PLAIN, PLAIN.architecture(width, [2, 3], extrapolate=True)).values():
+        generator = torch.Generator().manual_seed(seed)
+        noise = {"noise": 0.5, "samples": 2, "generator": generator} if noisy else {}
+        at = coordinates(site, 64, **noise)
+        weights, inner = model(site, at), model.inner(site, at)
+        seen.add(site.positive)
+        if site.positive:
+            # float32 sums of at most a few hundred numbers of order one
+            sums = weights.sum((2, 3))
+            torch.testing.assert_close(sums, torch.zeros_like(sums), atol=1e-4, rtol=0)
+            # and nothing else is changed: differences within a filter are what they were
+            left = weights - inner
+            torch.testing.assert_close(left, left[..., :1, :1].expand_as(left), atol=1e-5, rtol=0)
+        else:
+            assert torch.equal(weights, inner)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("kind", ["mlp", "grid"])
@@ -304,7 +332,7 @@ def test_the_blocked_mlp_is_the_plain_one() -> None:
     """Inference in place and in blocks against autograd's forward, with blocks that do not divide."""
     torch.manual_seed(0)
     for residual in (True, False):
-        mlp = _Mlp(9, layers=5, hidden=16, num_freq=4, residual=residual).double()
+        mlp = randomised(_Mlp(9, 4, 16, 4, residual, 0.5).double())
         for samples, outputs, inputs in ((3, 70, 33), (2, 5, 1), (1, 2, 1500)):
             at = Coordinates(
                 torch.rand(samples, 2).double(),
@@ -318,6 +346,65 @@ def test_the_blocked_mlp_is_the_plain_one() -> None:
                 fast = mlp(at)
             # float64, the same products and sums
             torch.testing.assert_close(fast, plain, atol=1e-12, rtol=1e-10)
+
+
+@given(st.floats(0.001, 0.5), st.floats(0, 1), st.integers(1, 9))
+@settings(max_examples=20, deadline=None)
+def test_a_blurred_wave_is_its_mean_over_the_noise(blur: float, at: float, num_freq: int) -> None:
+    """Against the mean of many evenly spread places; the coordinate itself is its own mean."""
+    places = at + blur * (2 * (torch.arange(20000).double() + 0.5) / 20000 - 1)
+    mean = fourier_features(places[:, None], num_freq).mean(0)
+    found = fourier_features(torch.tensor([at]).double(), num_freq, (blur,))
+    torch.testing.assert_close(found, mean, atol=1e-5, rtol=0)
+
+
+def test_noise_of_half_a_channel_of_64_leaves_seven_of_sixteen_octaves() -> None:
+    left = remaining((0.5 / 64,), 16, torch.float32, torch.device("cpu"))
+    assert (left[0, :7] > 0).all() and (left[0, 7:] == 0).all()
+    # and so no weight of the others says anything, on the axes that morph alone
+    space = lenet().space
+    options = {"layers": 2, "hidden": 8, "num_freq": 16, "blur": 0.5}
+    model = randomised(build("mlp", options, roles(space)))
+    site = sites(space, space.full)["linear.weight"]
+    at = coordinates(site, 64)
+    before = model(site, at)
+    mlp = model.networks["linear/weight"]
+    for part, moves in ((mlp.inputs, False), (mlp.outputs, True)):
+        with torch.no_grad():
+            part.weight[:, 2 + 7 : 2 + 16] += 1.0  # sines of the octaves from 7 on
+        assert torch.equal(model(site, at), before) != moves
+
+
+@torch.no_grad()
+def test_a_new_mlp_is_the_same_at_every_size_and_nothing() -> None:
+    """The coordinates of size have no effect at first, and what it makes is zero."""
+    options = {"layers": 3, "hidden": 8, "num_freq": 4}
+    model = build("mlp", options, roles(DENSE))
+    site = sites(DENSE, DENSE.full)["head.weight"]
+    at = coordinates(site, 64)
+    assert not model(site, at).any()
+    for mlp in model.networks.values():
+        mlp.last.weight.normal_()
+
+    def resized(along: Along) -> Along:
+        return replace(along, pairs=along.pairs * torch.tensor([1.0, 0.3]))
+
+    moved = replace(
+        at,
+        layer=at.layer * torch.tensor([1.0, 3.0]),
+        inputs=resized(at.inputs),
+        outputs=resized(at.outputs),
+        exact=False,
+    )
+    made = model(site, at)
+    assert made.any() and torch.equal(made, model(site, moved))
+
+
+def test_layers_are_counted_as_the_supplement_does() -> None:
+    """5 layers are the first, over 198 features, and four residual ones; the last is not counted."""
+    model = build("mlp", {"layers": 5, "hidden": 256, "num_freq": 16}, roles(lenet().space))
+    held = sum(each.numel() for each in model.networks["conv2/weight"].parameters())
+    assert held == 198 * 256 + 256 + 4 * (256 * 256 + 256 + 1) + 256 * 9 + 9
 
 
 def test_features_kept_for_an_axis_are_those_of_its_coordinates() -> None:

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import Tensor
 
 from neumeta.manifold import roles
-from neumeta.sites import branch_ends, kept, made, sites
+from neumeta.program import Program
+from neumeta.sites import branch_ends, kept, made, positive, sites
 from neumeta.space import Space
 from tests.support.modules import DEEP, MODULES, traced
 from training.trace import trace
@@ -152,3 +154,40 @@ def test_only_the_scope_that_morphs_is_made() -> None:
     assert "layer1.0.conv1.weight" in kept(graph)
     with pytest.raises(ValueError, match="'none' matches none of"):
         traced("resnet")[1].morphing(["none"])
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_what_stands_behind_a_relu_reads_nothing_negative(name: str) -> None:
+    """And what reads a ReLU itself stands behind one, unless it is transposed or shared."""
+    module, graph = traced(name)
+    found = positive(graph)
+    owners = {node.name: node for node in graph.nodes}
+    shape = (MODULES | DEEP)[name][1]
+    read: dict[str, list[bool]] = {}
+
+    def watch(step: str, value: Tensor) -> None:
+        node = owners[step]
+        if node.op in ("conv", "linear"):
+            read.setdefault(node.tensors["weight"], []).append(bool(value.min() >= 0))
+
+    held = {n: v for n, v in module.state_dict().items() if v.is_floating_point()}
+    held = {**held, **dict(module.named_parameters(remove_duplicate=False))}
+    Program(graph, graph.full).run(held, torch.randn(4, *shape), watch=watch)
+    assert all(all(read[weight]) for weight in found)
+    makers = {n: [m for m in graph.nodes if m.tensors.get("weight") == n] for n in read}
+    for weight, nodes in makers.items():
+        if all(n.inputs[0] in owners and owners[n.inputs[0]].op == "relu" for n in nodes):
+            assert weight in found
+    for site in sites(space_of(name), space_of(name).full).values():
+        assert site.positive == (site.name in found)
+
+
+def test_the_scopes_of_the_paper_stand_behind_relus_and_the_first_layer_does_not() -> None:
+    graph = traced("resnet")[1]
+    found = positive(graph)
+    assert {"layer3.2.conv1.weight", "layer3.2.conv2.weight", "linear.weight"} <= found
+    assert "conv1.weight" not in found
+    # A norm makes negative values of positive ones, a transposed convolution has other kernels.
+    assert not positive(traced("norm first")[1]) & {"conv0.weight"}
+    assert not any("up" in name for name in positive(traced("transposed")[1]))

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neumeta import checkpoint
+from neumeta.program import Program
+from neumeta.sample import sample
 from training import data, networks, source, state
 from training.task import TASKS
 from training.teacher import Views
@@ -125,3 +128,28 @@ def test_a_network_learns_from_small_images_and_its_teacher_sees_whole_ones() ->
     )  # fmt: skip
     assert len(seen) == 2 * (len(digits) // 128) and sorted(seen) == seen
     assert set(seen) == {4, 6, 8} and set(taught) == {8}
+
+
+@torch.no_grad()
+def test_the_full_size_of_a_manifold_is_a_file_of_weights(tmp_path: Path) -> None:
+    """With its batch statistics, so that the module computes what the service would send."""
+    for name, build in (("resnet20-cifar10", "resnet20"), ("lenet-digits", "lenet")):
+        path = Path(__file__).parent.parent / "models" / f"{name}.safetensors"
+        assert checkpoint.is_manifold(path)
+        manifold = checkpoint.read(path)
+        channels = len(manifold.contract.mean)
+        net = networks.BUILT_IN[build](10, channels)
+        source.fill(net, path)
+        space = manifold.space
+        program = Program(space.graph.folded, space.graph.full)
+        side = 32 if channels == 3 else 8
+        x = torch.randn(8, channels, side, side)
+        expected = program.run(dict(sample(manifold, space.full)), x)
+        # float32, batch norm folded or not, twenty layers
+        torch.testing.assert_close(net.eval()(x), expected, atol=1e-3, rtol=1e-3)
+    other = networks.BUILT_IN["resnet20"](10, 3)
+    with pytest.raises(ValueError, match=r"lenet-digits.safetensors: .*missing: "):
+        source.fill(other, path)
+    source.save(other, tmp_path / "plain.safetensors")
+    for plain in (tmp_path / "plain.safetensors", Path(__file__), tmp_path / "not there"):
+        assert not checkpoint.is_manifold(plain)

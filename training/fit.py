@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,23 +22,21 @@ from tqdm import tqdm
 from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold
 from neumeta.program import Program
-from neumeta.representation.mlp import ResidualMLP
 from neumeta.representation.wrappers import Anchored, Corrected
 from neumeta.sample import seed_of
 from neumeta.sites import made, sites
 from neumeta.space import Architecture, Space
+from training import regression
 from training import state as states
 from training.data import Data, Dataset
 from training.divergence import check_step, check_tensors, gradient_norm
 from training.layout import SoundConvolutions
 from training.recipe import Recipe
+from training.regression import Tensors, initialise, reconstruction
 from training.resolution import resolution, shrunk
 from training.source import epoch_plan, mixed, one_cycle
 from training.task import Task
 from training.teacher import Views
-
-Tensors = Mapping[str, Tensor]
-"""Tensors of the graph by name: those of the smoothed source, or generated ones."""
 
 
 def partition(blocks: int, noise: float, generator: torch.Generator) -> list[tuple[float, float]]:
@@ -80,68 +78,6 @@ def generated(
     return found
 
 
-def initialise(
-    manifold: Manifold, targets: Tensors, recipe: Recipe, log: Callable[[str, float, int], None]
-) -> float:
-    """Let the representation take the smoothed weights as they are, or regress it on them, before any
-    image is seen.
-
-    Returns the relative error: the mean over tensors of ||w - target||^2 / ||target||^2. Raises
-    Diverged.
-    """
-    space, model = manifold.space, manifold.representation
-    own = sites(space, space.full)
-    filled = [model.fill(site, targets[name]) for name, site in own.items()]
-    exact = torch.Generator()
-    if all(filled):
-        with torch.no_grad():
-            return float(_error(generated(manifold, space.full, 0.0, exact), targets))
-    for each in model.modules():
-        if isinstance(each, ResidualMLP):
-            scales = each.get_buffer("scales")
-            for role, index in each.order.items():
-                values = [targets[name].flatten() for name, s in own.items() if s.role == role]
-                scales[index] = torch.cat(values).square().mean().sqrt().clamp(min=1e-3)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(trained, recipe.fit.regression_lr)
-    error = math.inf
-    bar = tqdm(range(recipe.fit.regression_steps), desc="regression", mininterval=2)
-    for step in bar:
-        for group in optimiser.param_groups:
-            rate = recipe.fit.regression_lr * one_cycle(step, recipe.fit.regression_steps, 0.05)
-            group["lr"] = rate
-        generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"regression/{step}"))
-        weights = generated(
-            manifold, space.full, 0.0 if step % 2 else recipe.representation.noise, generator
-        )
-        loss = reconstruction(weights, targets)
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        where = f"regression step {step + 1} of {recipe.fit.regression_steps}"
-        norm = gradient_norm(model.parameters())
-        check_step(where, rate, loss, norm, "a lower fit.regression_lr")
-        optimiser.step()
-        error = loss.item()
-        if step % 20 == 0:
-            bar.set_postfix(error=f"{error:.4f}")
-            log("regression/error", error, step)
-    return error
-
-
-def reconstruction(weights: Tensors, targets: Tensors) -> Tensor:
-    """L_recon: the mean over tensors of ||w - w_source||^2 / ||w_source||^2, at the source's size."""
-    return _error({n: w for n, w in weights.items() if w.requires_grad}, targets)
-
-
-def _error(weights: Tensors, targets: Tensors) -> Tensor:
-    errors = [
-        (weights[name] - target).square().sum() / target.square().sum().clamp(min=1e-6)
-        for name, target in targets.items()
-        if name in weights
-    ]
-    return torch.stack(errors).mean()
-
-
 @contextmanager
 def whole_growth(model: nn.Module) -> Iterator[None]:
     """While it is entered, a deeper network counts as fully far from the source: what is anchored then
@@ -175,6 +111,8 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     if recipe.fit.widths:
         index = int(torch.randint(len(recipe.fit.widths), (), generator=generator))
         width: float | list[float] = recipe.fit.widths[index]
+    elif recipe.fit.smallest and uniform() < recipe.fit.smallest:
+        width = low
     elif uniform() < recipe.fit.per_group:
         width = [low + (high - low) * uniform() for _ in space.groups]
     else:
@@ -220,16 +158,17 @@ def frozen_features(
     The first pass is unaugmented, so that one view is the plain training set.
     """
     program = Program(space.graph, space.graph.full)
+    laid_out = {name: _laid_out(value) for name, value in source.items()}
     views = []
     for view in range(recipe.fit.feature_views):
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
         parts: dict[str, list[Tensor]] = {}
-        starts = range(0, len(data), 500)
+        starts = range(0, len(data), 100)  # what is at work fits the cache
         for at in tqdm(starts, desc=f"frozen part, view {view + 1}", mininterval=2):
-            rows = torch.arange(at, min(at + 500, len(data)))
+            rows = torch.arange(at, min(at + 100, len(data)))
             x, _ = data.batch(rows, generator, augment=bool(view))
-            for name, value in program.leading(source, x.to(device), first).items():
-                parts.setdefault(name, []).append(value.half().cpu())
+            for name, value in program.leading(laid_out, _laid_out(x.to(device)), first).items():
+                parts.setdefault(name, []).append(value.half().cpu().contiguous())
         views.append({name: torch.cat(each) for name, each in parts.items()})
     return views
 
@@ -251,11 +190,13 @@ def fit(
     resume: bool = False,
     max_minutes: float = math.inf,
     save_every: int = 200,
+    views: list[dict[str, Tensor]] | None = None,
 ) -> bool:
     """Train `manifold.representation` in place by Algorithm 2; it ends with its moving average.
 
     `source` are all tensors of the smoothed source network. State goes to `run/fit.pt` every
-    `save_every` steps and at the end of the time allowed. Returns whether all steps were done. With
+    `save_every` steps and at the end of the time allowed. `views` are what `frozen_features` gives,
+    where the caller has them already. Returns whether all steps were done. With
     several processes (torch.distributed initialised) each takes its share of every batch and gradients
     are averaged; the first one's clock decides when the time is up.
 
@@ -264,7 +205,9 @@ def fit(
     """
     check_tensors("source", source)
     with whole_growth(manifold.representation):
-        done = _fit(manifold, source, data, task, recipe, run, resume, max_minutes, save_every)
+        done = _fit(
+            manifold, source, data, task, recipe, run, resume, max_minutes, save_every, views or []
+        )
     return done
 
 
@@ -278,10 +221,11 @@ def _fit(
     resume: bool,
     max_minutes: float,
     save_every: int,
+    views: list[dict[str, Tensor]],
 ) -> bool:
     model, space, device = manifold.representation, manifold.space, manifold.device
     source = {name: value.to(device) for name, value in source.items()}
-    targets = {name: source[name] for name in made(space.graph)}
+    targets = regression.targets(manifold, source, data, recipe.seed)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     per_epoch = max(1, len(data) // recipe.fit.batch)
     steps = max(1, round(recipe.fit.epochs * per_epoch))
@@ -301,15 +245,14 @@ def _fit(
             optimiser.load_state_dict(kept["optimiser"])
             average, start = kept["average"], kept["step"]
     elif not recipe.fit.start:
-        error = initialise(manifold, targets, recipe, log)
+        error = initialise(manifold, source, targets, recipe, log)
         average = {name: value.clone() for name, value in model.state_dict().items()}
         if math.isfinite(error):
             tqdm.write(f"the smoothed weights: relative error {error:.4f}")
 
-    first, views = 0, list[dict[str, Tensor]]()
-    if recipe.fit.feature_views:
+    first = frozen_steps(space) if recipe.fit.feature_views else 0
+    if recipe.fit.feature_views and not views:
         assert isinstance(data, Dataset)
-        first = frozen_steps(space)
         views = frozen_features(space, source, first, data, recipe, device)
     programs: dict[str, Program] = {}
     full = Program(space.graph, space.graph.full)

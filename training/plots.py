@@ -99,8 +99,15 @@ def depth_heatmap(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
     _save(figure, path)
 
 
-def bars(groups: dict[str, dict[str, tuple[float, float]]], title: str, path: Path) -> None:
-    """One row per group, one bar per key: (mean, spread)."""
+def bars(
+    groups: dict[str, dict[str, tuple[float, float]]],
+    title: str,
+    path: Path,
+    *,
+    value: str = "test accuracy (%)",
+    legend: str = "width",
+) -> None:
+    """One row per group, one bar per key: (mean, spread) of `value`."""
     figure, axes = plt.subplots(figsize=(7.2, 0.5 * len(groups) + 1))
     keys = list(next(iter(groups.values())))
     height = 0.8 / len(keys)
@@ -109,9 +116,9 @@ def bars(groups: dict[str, dict[str, tuple[float, float]]], title: str, path: Pa
         means, spreads = zip(*(group[key] for group in groups.values()), strict=True)
         axes.barh(at, means, height, xerr=spreads, label=key)
     axes.set_yticks([row - 0.3 for row in range(len(groups), 0, -1)], list(groups))
-    axes.set(xlabel="test accuracy (%)")
+    axes.set(xlabel=value)
     axes.set_title(title, fontsize=10)
-    axes.legend(title="width", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(title=legend, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 

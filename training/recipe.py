@@ -128,8 +128,9 @@ class OrderSection(_Section):
 
 
 class RepresentationSection(_Section):
-    """What holds the weights: its `kind` and that kind's `options`; around it what is `anchored` to the
-    source near its size, and what is `corrected` by size, each with its own options.
+    """What holds the weights: its `kind` and that kind's `options`; around it what is `centred` (its
+    filters behind a ReLU sum to zero), what is `anchored` to the source near its size, and what is
+    `corrected` by size, each with its own options.
 
     `noise` is the coordinate noise a of Algorithms 2 and 3, in channels; `samples` the default K of
     Algorithm 3; `scale` is N.
@@ -137,6 +138,7 @@ class RepresentationSection(_Section):
 
     kind: Literal["mlp", "grid", "integral"] = "grid"
     options: dict[str, Any] = Field(default_factory=dict)
+    centred: dict[str, Any] | None = None
     anchored: dict[str, Any] | None = None
     corrected: dict[str, Any] | None = None
     noise: Noise = 0.0
@@ -160,7 +162,8 @@ class FitSection(_Section):
     `regression_steps` on the smoothed weights. `widths`: the pool that random widths come from
     (empty: the whole range). `sandwich`: each step trains the largest, the smallest and one random
     architecture; where width and depth both morph, those three at the source's depth and a fourth at
-    a random one. `per_group`: the share of random widths that differ by group. `full_weight`: of the
+    a random one. `smallest`: the share of random widths that are the smallest; `per_group`: of the
+    others, the share that differs by group. `full_weight`: of the
     largest in the loss; 0 where the representation keeps the source's own size as it is (anchored):
     then a second random width and the fewest blocks at full width are trained in its place.
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
@@ -183,7 +186,7 @@ class FitSection(_Section):
     most_blocks: Annotated[int, Field(ge=1, le=MOST_BLOCKS)] = 9
     folded: bool | None = None
     regression_steps: Annotated[int, Field(ge=0)] = 0
-    regression_lr: Rate = 1e-3
+    regression_lr: Rate = 3e-3
     epochs: Weight = 1.0
     batch: Count = 128
     optimiser: Literal["adamw", "sgd"] = "adamw"
@@ -194,6 +197,7 @@ class FitSection(_Section):
     ema: Share = 0.995
     widths: tuple[Width, ...] = ()
     sandwich: bool = False
+    smallest: Share = 0.0
     per_group: Share = 0.0
     full_weight: Weight = 1.0
     reconstruction: Weight = 1.0

@@ -18,9 +18,9 @@ from safetensors.torch import save as serialised
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neumeta import atomic
+from neumeta import atomic, checkpoint
 from neumeta.sample import seed_of
-from training import networks, weights
+from training import networks, statistics, weights
 from training import state as states
 from training.data import Data
 from training.divergence import check_step, check_tensors, gradient_norm
@@ -222,11 +222,16 @@ def weights_digest(asked: Recipe, checkpoints: Path, module: nn.Module | None) -
 
 
 def fill(net: nn.Module, path: Path) -> None:
-    """Load a file of weights into the network. Shortcuts without parameters (option A, as published
-    CIFAR ResNets have them) become the convolutions that compute the same.
+    """Load a file of weights into the network: a public one, or a manifold, of which the full size is
+    taken. Shortcuts without parameters (option A, as published CIFAR ResNets have them) become the
+    convolutions that compute the same.
 
     Raises ValueError, naming the file, what was expected and what was found, if it does not fit.
     """
+    if checkpoint.is_manifold(path):
+        held = checkpoint.read(path)
+        weights.fit_into(net, statistics.whole(held, held.space.full), path)
+        return
     found = weights.read(path)
     padded = isinstance(net, networks.ResNetCifar) and not any(
         ".shortcut." in key for key in weights.common(found).values()

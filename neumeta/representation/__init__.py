@@ -10,12 +10,13 @@ from neumeta.representation.base import Representation
 from neumeta.representation.grid import Grid
 from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
-from neumeta.representation.wrappers import Anchored, Corrected
+from neumeta.representation.wrappers import Anchored, Centred, Corrected
 
 __all__ = [
     "KINDS",
     "WRAPPERS",
     "Anchored",
+    "Centred",
     "Corrected",
     "Grid",
     "IntegralGrid",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 KINDS: dict[str, Any] = {"mlp": ResidualMLP, "grid": Grid, "integral": IntegralGrid}
-WRAPPERS: dict[str, Any] = {"anchored": Anchored, "corrected": Corrected}
+WRAPPERS: dict[str, Any] = {"centred": Centred, "anchored": Anchored, "corrected": Corrected}
 """Applied in this order, where the options have an entry of the name."""
 
 

@@ -12,11 +12,32 @@ from torch import Tensor
 from neumeta.coordinates import Span, whole
 
 
-def fourier_features(v: Float[Tensor, "*B D"], num_freq: int) -> Float[Tensor, "*B F"]:
-    """gamma(v): v and the sine and cosine of 2^i * pi * v for i < num_freq; F = (2*num_freq+1)*D."""
+def fourier_features(
+    v: Float[Tensor, "*B D"], num_freq: int, blur: tuple[float, ...] = ()
+) -> Float[Tensor, "*B F"]:
+    """gamma(v): v and the sine and cosine of 2^i * pi * v for i < num_freq; F = (2*num_freq+1)*D.
+
+    With `blur`, one number for each of the D coordinates, every wave is weighted by what uniform noise
+    of that size on its coordinate leaves of it on average.
+    """
     angles = v[..., None] * _octaves(num_freq, v.dtype, v.device)
-    waves = torch.cat((angles.sin(), angles.cos()), -1).flatten(-2)
+    sines, cosines = angles.sin(), angles.cos()
+    if any(blur):
+        left = remaining(blur, num_freq, v.dtype, v.device)
+        sines, cosines = sines * left, cosines * left
+    waves = torch.cat((sines, cosines), -1).flatten(-2)
     return torch.cat((v, waves), -1)
+
+
+@lru_cache(maxsize=1024)
+def remaining(
+    blur: tuple[float, ...], num_freq: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "D L"]:
+    """The mean of a wave over U(-blur, blur), as a share of the wave: the sinc of its octave. In
+    float64, so that octaves which the noise wipes out are exactly 0."""
+    octaves = 2.0 ** torch.arange(num_freq, dtype=torch.float64)
+    left = torch.sinc(torch.tensor(blur, dtype=torch.float64)[:, None] * octaves)
+    return torch.where(left.abs() < 1e-12, 0.0, left).to(device, dtype)
 
 
 @lru_cache(maxsize=16)
@@ -26,7 +47,12 @@ def _octaves(num_freq: int, dtype: torch.dtype, device: torch.device) -> Float[T
 
 @lru_cache(maxsize=1024)
 def whole_features(
-    span: Span, scale: int, num_freq: int, dtype: torch.dtype, device: torch.device
+    span: Span,
+    scale: int,
+    num_freq: int,
+    blur: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Float[Tensor, "1 C F"]:
     """gamma of an axis without noise: the layers that share the axis share it too."""
-    return fourier_features(whole(span, scale, dtype).pairs.to(device), num_freq)
+    return fourier_features(whole(span, scale, dtype).pairs.to(device), num_freq, blur)

@@ -23,11 +23,11 @@ class _Mlp(nn.Module):
     """Figure 3: a first layer over gamma(v), hidden layers with scaled residuals, k*k outputs."""
 
     def __init__(
-        self, spatial: int, layers: int, hidden: int, num_freq: int, residual: bool
+        self, spatial: int, layers: int, hidden: int, num_freq: int, residual: bool, blur: float
     ) -> None:
         super().__init__()
         per_axis = (2 * num_freq + 1) * 2
-        self.num_freq, self.residual = num_freq, residual
+        self.num_freq, self.residual, self.blur = num_freq, residual, blur
         # One linear map of (2*num_freq+1)*6 features, kept as its three per-axis column blocks:
         # a sum of three small products broadcast over pairs instead of one product per pair.
         self.layer, self.inputs, self.outputs = (
@@ -35,9 +35,26 @@ class _Mlp(nn.Module):
         )
         for part in (self.layer, self.inputs, self.outputs):
             nn.init.normal_(part.weight, std=1 / math.sqrt(3 * per_axis / 2))
-        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 2))
-        self.scale = nn.Parameter(torch.full((max(layers - 2, 1),), 0.1))
+        for columns in self.of_size(value=True):
+            nn.init.zeros_(columns)
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
+        self.scale = nn.Parameter(torch.full((max(layers - 1, 1),), 0.1))
         self.last = nn.Linear(hidden, spatial)
+        for each in self.hidden:
+            assert isinstance(each, nn.Linear)
+            nn.init.kaiming_normal_(each.weight, nonlinearity="relu")
+            nn.init.zeros_(each.bias)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def of_size(self, *, value: bool = False) -> list[Tensor]:
+        """The gradients (or the values) of the first layer's columns for the sizes L/N and C/N."""
+        found = []
+        for part in (self.layer, self.inputs, self.outputs):
+            whole = part.weight.data if value else part.weight.grad
+            if whole is not None:
+                found += [whole[:, 1:2], whole[:, 2 + 2 * self.num_freq :]]
+        return found
 
     def forward(self, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         layer = self.layer(fourier_features(at.layer, self.num_freq))
@@ -52,11 +69,14 @@ class _Mlp(nn.Module):
 
     def _along(self, axis: Along, at: Coordinates) -> Float[Tensor, "S C F"]:
         """gamma along one axis of channels."""
+        blur: tuple[float, ...] = ()
+        if self.blur and axis.span.morphs:
+            blur = (self.blur / axis.span.full, self.blur / at.scale)
         if at.exact:
             pairs = axis.pairs
-            key = (axis.span, at.scale, self.num_freq, pairs.dtype, pairs.device)
+            key = (axis.span, at.scale, self.num_freq, blur, pairs.dtype, pairs.device)
             return whole_features(*key).expand(len(pairs), -1, -1)
-        return fourier_features(axis.pairs, self.num_freq)
+        return fourier_features(axis.pairs, self.num_freq, blur)
 
     def _blocked(
         self, inputs: Float[Tensor, "S I H"], outputs: Float[Tensor, "S O H"]
@@ -97,6 +117,11 @@ class _Mlp(nn.Module):
 class ResidualMLP(Representation):
     """The supplement's INR: one MLP per parameter role (block-based) or one for all.
 
+    `layers` counts the first and the residual ones, as the supplement does: `layers` = 5 is a first
+    layer, four hidden residual ones, and the last one. `blur` weights the waves of axes that morph by
+    what noise of so many channels leaves of them: those that it wipes out would be noise alone. The
+    coordinates of size have no effect before training at several sizes gives them one.
+
     The output is scaled by `scales`, the root mean square of the source tensor of each role, so
     that the MLP itself works at unit scale.
     """
@@ -110,6 +135,7 @@ class ResidualMLP(Representation):
         num_freq: int = 16,
         residual: bool = True,
         block_based: bool = True,
+        blur: float = 0.0,
     ) -> None:
         super().__init__()
         self.block_based = block_based
@@ -121,7 +147,7 @@ class ResidualMLP(Representation):
         networks = spatial if block_based else shared
         self.networks = nn.ModuleDict(
             {
-                module_key(role): _Mlp(size, layers, hidden, num_freq, residual)
+                module_key(role): _Mlp(size, layers, hidden, num_freq, residual, blur)
                 for role, size in networks.items()
             }
         )

@@ -1,4 +1,5 @@
-"""Representations around a representation: anchored to the source, corrected by size. They compose."""
+"""Representations around a representation: centred behind ReLUs, anchored to the source, corrected by
+size. They compose."""
 
 from __future__ import annotations
 
@@ -11,6 +12,29 @@ from torch import Tensor, nn
 from neumeta.coordinates import Along, Coordinates, Site, Span
 from neumeta.representation.base import Representation, module_key
 from neumeta.representation.grid import Grid, interpolate, nested
+
+
+class Centred(Representation):
+    """Every filter that stands behind a ReLU sums to zero: the mean of its numbers is taken off.
+
+    One step of training moves all that a shared network makes the same way, and a filter's inputs are
+    positive there, so that a common shift of its numbers moves its output by many times as much, and
+    whole channels are switched off for good. What a source filter's sum adds belongs into its bias
+    (training/regression.py).
+    """
+
+    def __init__(self, inner: Representation, roles: Mapping[str, Site]) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def fill(self, site: Site, value: Tensor) -> bool:
+        """Let the inner representation start from the source's tensor if it can."""
+        return self.inner.fill(site, value)
+
+    def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The weights of `site` at these coordinates."""
+        made: Tensor = self.inner(site, at)
+        return made - made.mean((2, 3), keepdim=True) if site.positive else made
 
 
 class Anchored(Representation):

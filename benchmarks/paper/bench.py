@@ -1,0 +1,236 @@
+"""What the rows of several tables share: images, the source network, activations of its frozen part,
+and manifolds that are trained once. Knows no table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.paper.table import Results, Row
+from neumeta import checkpoint
+from neumeta.manifold import Manifold
+from neumeta.program import Program
+from neumeta.sample import sample
+from training import data, fit, pipeline, recipe, regression, source
+from training.data import pictures
+from training.data.pictures import Options
+from training.data.tree import read_archive
+from training.task import TASKS, Task
+
+GAMMAS = {"γ = 0": 1.0, "25 %": 0.75, "50 %": 0.5, "75 % (unseen)": 0.25}
+"""Compression of the hidden width of the last block, as a share of its channels that is left."""
+RAW = "cifar10-raw-test-even.tar.xz"
+TASK: Task = TASKS["classification"]
+
+
+class Late(Exception):
+    """The time allowed was up; what was done is kept."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where things are, and whether everything shall be tiny."""
+
+    quick: bool
+    data: Path | None
+    checkpoints: Path
+    models: Path
+    runs: Path
+    results: Results
+    deadline: float = float("inf")
+
+
+class Bench:
+    """The paper's scope: the hidden width of the last block of one source network, the rest frozen."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.first, self._tested = 0, dict[str, tuple[dict[str, Tensor], Tensor]]()
+
+    @cached_property
+    def asked(self) -> recipe.Recipe:
+        """The recipe that every row changes something of."""
+        if self.setting.quick:
+            return recipe.load("tiny").changed(
+                network={"train": {"epochs": 1, "lr": 0.1, "batch": 64}},
+                representation={
+                    "kind": "mlp",
+                    "options": {"layers": 2, "hidden": 8, "num_freq": 4, "blur": 0.5},
+                    "centred": {},
+                    "corrected": None,
+                    "noise": 0.5,
+                },
+                fit={
+                    "morph": ["conv3"], "width": [0.5, 1.0], "regression_steps": 2, "epochs": 0.1,
+                    "feature_views": 1, "sandwich": False, "distill": "source", "smallest": 0.5,
+                },
+            )  # fmt: skip
+        return recipe.load("cifar10-resnet20-last-block-mlp").changed(
+            fit={"regression_steps": 300, "epochs": 1, "feature_views": 1}
+        )
+
+    @cached_property
+    def loaded(self) -> data.Dataset:
+        """The images."""
+        found = pipeline.dataset(self.asked, self.setting.data)
+        assert isinstance(found, data.Dataset)
+        return found
+
+    @cached_property
+    def traced(self) -> pipeline.Traced:
+        """The source network, trained, and its graph."""
+        folder = self.setting.runs / "source"
+        folder.mkdir(parents=True, exist_ok=True)
+        net = pipeline.network(self.asked, self.loaded)
+        found = pipeline.traced(self.asked, self.loaded, net)
+        given = self.setting.models, folder
+        net = pipeline.trained_source(self.asked, self.loaded, found.module, *given)
+        return pipeline.Traced(net, found.graph)
+
+    def prepared(self, asked: recipe.Recipe) -> tuple[Manifold, dict[str, Tensor]]:
+        """A row's manifold before its fit, and the smoothed source."""
+        return pipeline.prepare(asked, self.loaded, self.traced.graph, self.traced.module)
+
+    @cached_property
+    def views(self) -> list[dict[str, Tensor]]:
+        """What the frozen part gives for the training images: the same whatever the order."""
+        manifold, smoothed = self.prepared(self.asked)
+        self.first = fit.frozen_steps(manifold.space)
+        return fit.frozen_features(
+            manifold.space, smoothed, self.first, self.loaded, self.asked, torch.device("cpu")
+        )
+
+    def tests(self) -> dict[str, data.Dataset]:
+        """The test images by name: raw pixels first, where there are any."""
+        if self.setting.quick:
+            return {"": self.loaded}
+        root = self.setting.data
+        assert root is not None
+        return {"": raw_tests(self.loaded, root / RAW), "jpeg": self.loaded}
+
+    def tested(self, manifold: Manifold, smoothed: Mapping[str, Tensor] | None = None) -> Any:
+        """What the frozen part gives for the test images, and their labels, by name."""
+        if not self._tested:
+            held = smoothed or self.prepared(self.asked)[1]
+            program = Program(manifold.space.graph, manifold.space.graph.full)
+            self.first = fit.frozen_steps(manifold.space)
+            for name, images in self.tests().items():
+                parts: dict[str, list[Tensor]] = {}
+                labels = []
+                with torch.no_grad():
+                    for x, y in images.test_batches():
+                        for key, value in program.leading(held, x, self.first).items():
+                            parts.setdefault(key, []).append(value)
+                        labels.append(y)
+                whole = {key: torch.cat(each) for key, each in parts.items()}
+                self._tested[name] = (whole, torch.cat(labels))
+        return self._tested
+
+    @torch.no_grad()
+    def scores(self, manifold: Manifold, *, samples: int = 1) -> Row:
+        """The score at every γ: on raw test images, and with ` (JPEG)` behind it on the others."""
+        found: Row = {}
+        tests = self.tested(manifold)
+        for column, width in GAMMAS.items():
+            architecture = manifold.space.architecture(width, extrapolate=True)
+            graph = manifold.space.graph_of(architecture).folded
+            program = Program(graph, manifold.space.sizes(architecture))
+            weights = {**manifold.frozen, **dict(sample(manifold, architecture, samples=samples))}
+            for name, (values, labels) in tests.items():
+                outputs = program.run(weights, values, first=self.first)
+                score = TASK.score(TASK.tally(TASK.read(outputs), labels))
+                found[f"{column} (JPEG)" if name else column] = round(score, 2)
+        return found
+
+    def source_scores(self) -> Row:
+        """Of the source network itself."""
+        tests = self.tests()
+        return {
+            f"{next(iter(GAMMAS))}{' (JPEG)' if name else ''}": round(
+                source.score(self.traced.module, images, TASK), 2
+            )
+            for name, images in tests.items()
+        }
+
+    def digest(self, asked: recipe.Recipe) -> str:
+        """What a training is known by: everything of its recipe but its titles and its table."""
+        told = {k: v for k, v in asked.as_dict().items() if k not in ("title", "evaluate", "name")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    def train(self, asked: recipe.Recipe) -> Row:
+        """The scores of this recipe's manifold: from an earlier row that it made, or its run, or
+        trained now. Raises Late when the time allowed is up; the run goes on from there."""
+        digest = self.digest(asked)
+        kept = self.setting.results.trained(digest)
+        if kept is not None:
+            return kept
+        folder = self.setting.runs / digest
+        path = folder / "row.json"
+        if path.exists():
+            return dict(json.loads(path.read_text()))
+        manifold, smoothed = self.prepared(asked)
+        goal = regression.targets(manifold, smoothed, self.loaded, asked.seed)
+        began = time.process_time()
+        left = (self.setting.deadline - time.monotonic()) / 60
+        if left <= 0 or not fit.fit(
+            manifold, smoothed, self.loaded, TASK, asked, folder, resume=True, max_minutes=left,
+            views=self.views,
+        ):  # fmt: skip
+            raise Late
+        seconds = time.process_time() - began
+        checkpoint.write(manifold, folder / "manifold.safetensors")
+        row = {
+            **self.scores(manifold),
+            "mean": 0.0,
+            "error": round(regression.error(manifold, goal), 4),
+            "total variation": round(manifold.about["permutation"]["total_variation"], 2),
+            "parameters, M": round(_held(manifold) / 1e6, 3),
+            "minutes": round(seconds / 60, 2),
+            "training": digest,
+        }
+        row["mean"] = round(float(np.mean([row[column] for column in GAMMAS])), 2)
+        path.write_text(json.dumps(row))
+        return row
+
+    def manifold(self, asked: recipe.Recipe) -> Manifold:
+        """The trained manifold of this recipe."""
+        path = self.setting.runs / self.digest(asked) / "manifold.safetensors"
+        if not path.exists():
+            # Another machine has trained it for its row: here it is trained for its weights.
+            forgetful = replace(self.setting, results=Results(self.setting.runs / "none"))
+            again = Bench(forgetful)
+            again.__dict__.update(loaded=self.loaded, traced=self.traced, views=self.views)
+            again.train(asked)
+        return checkpoint.read(path)
+
+
+def _held(manifold: Manifold) -> int:
+    """Numbers that are stored for what morphs."""
+    return sum(value.numel() for value in manifold.representation.state_dict().values())
+
+
+def raw_tests(loaded: data.Dataset, archive: Path) -> data.Dataset:
+    """The same data with the raw pixels of its test images, in this archive under the same names."""
+    tree = pictures.descend(read_archive(archive))
+    images, labels = [], []
+    for index, name in enumerate(loaded.classes):
+        for each in sorted(n for n in tree.names if f"/{name}/" in f"/{n}"):
+            images.append(pictures.pixels(tree.read(each), each, Options(None, 3, None, None)))
+            labels.append(index)
+    if len(images) != len(loaded.test_images):
+        raise ValueError(f"{archive}: {len(images)} images, not {len(loaded.test_images)}")
+    return replace(
+        loaded,
+        test_images=torch.from_numpy(np.stack(images)),
+        test_labels=torch.tensor(labels),
+    )
