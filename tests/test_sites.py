@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch import Tensor
 
 from neumeta.manifold import roles
 from neumeta.program import Program
