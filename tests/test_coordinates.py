@@ -120,6 +120,8 @@ def test_each_coordinate_moves_by_its_own_column_of_the_points() -> None:
         expected = 0.5 * points[:, column].float()
         turned = expected if (found - expected).abs().max() < 0.1 else -expected
         torch.testing.assert_close(found, turned, atol=1e-4, rtol=0)
+
+
 def test_noise_moves_neither_an_axis_that_keeps_its_size_nor_the_one_input_of_a_vector() -> None:
     space = lenet().space
     for name, rows, columns in (

@@ -233,7 +233,7 @@ def main_cifar10(bench: Bench) -> Table:
             return bench.train(bench.asked)
         found = checkpoint.read(bench.setting.models / "resnet20-last-block-mlp.safetensors")
         held = sum(value.numel() for value in found.representation.state_dict().values())
-        return {**bench.scores(found), "parameters, M": round(held / 1e6, 3)}
+        return {**bench.scores(found, samples=found.samples), "parameters, M": round(held / 1e6, 3)}
 
     def verdict(rows: Rows) -> str:
         full = rows[last][next(iter(GAMMAS))]
