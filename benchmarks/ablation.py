@@ -72,7 +72,9 @@ def measure(asked: recipe.Recipe, run: Path, root: Path | None) -> dict[str, Any
         "total variation": ready.manifold.about["permutation"]["total_variation"],
     }
     if asked.fit.regression_steps:
-        error = fit.initialise(ready.manifold, ready.targets, asked, lambda *logged: None)
+        error = fit.initialise(
+            ready.manifold, ready.smoothed, ready.targets, asked, lambda *logged: None
+        )
         return {**report, "regression error": error}
     rows = evaluate.evaluate(ready.fit(run), ready.data, asked)
     return {**report, **{str(row["width"]): row["score"] for row in rows}}

@@ -83,7 +83,7 @@ def products(root: Path | None, run: Path, steps: int) -> dict[str, Any]:
     asked = variants()["MLP, no noise"].changed(fit={"regression_steps": steps})
     ready = prepare(asked, root, run)
     manifold = ready.manifold
-    fit.initialise(manifold, ready.targets, asked, lambda name, value, step: None)
+    fit.initialise(manifold, ready.smoothed, ready.targets, asked, lambda name, value, step: None)
     full, made = manifold.space.full, {}
     made["float32"] = dict(sample(manifold, full, samples=1))
     made["tf32, imitated"] = imitated(manifold)

@@ -61,7 +61,7 @@ def manifold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifold, data.D
         network={"weights": "", "train": {"epochs": 0}}, fit={"width": (0.9, 1.0)}
     )
     made, smoothed = runs.prepared(asked, colour, tmp_path_factory.mktemp("source"))
-    fit.initialise(made, smoothed, asked, lambda *_: None)
+    fit.initialise(made, smoothed, smoothed, asked, lambda *_: None)
     statistics.calibrate(made, colour, calibration=32)
     return made, colour
 

@@ -24,6 +24,8 @@ from training.divergence import check_tensors
 
 IMAGES = 1000
 """How many images statistics are exact for, of up to PIXELS in all."""
+CANDIDATES = 4000
+"""Of how many images the carried ones are chosen, so that their moments are those of all."""
 PIXELS = 1000 * 64 * 64
 MOST_KEPT = 128
 """More sizes than that at scalar widths: those of widths on a ladder of STEP alone are kept."""
@@ -211,8 +213,9 @@ def calibrate(
     if not any(node.op == "batch_norm" for node in space.graph.nodes):
         return
     height, width = data.shape[1:]
-    most = max(calibration, min(IMAGES, PIXELS // (height * width)))
-    x = training_images(data, most, seed_of(seed, "statistics"))
+    fits = PIXELS // (height * width)
+    many = max(calibration, min(CANDIDATES, fits))
+    x = training_images(data, many, seed_of(seed, "statistics"))
     if images == "training":
         features = [moments(manifold, each, x) for each in _few(manifold)]
         carried = x[chosen(torch.cat(features, 1), calibration)]
@@ -221,6 +224,7 @@ def calibrate(
         carried = _as_pixels(carried, data)
     else:
         carried = own_images(images, data, calibration)
+    x = x[: max(calibration, min(IMAGES, fits))]
     kept = {
         each.key: compact(exact(manifold, each, x))
         for each in tqdm(usual(manifold), desc="statistics", mininterval=5)
@@ -235,10 +239,13 @@ def _as_pixels(x: Tensor, data: Data) -> Tensor:
 
 
 def _few(manifold: Manifold) -> Iterable[Architecture]:
-    """The sizes whose statistics the carried images shall share with all: both ends and the middle."""
+    """The sizes whose statistics the carried images shall share with all: both ends, the middle, and
+    those whose groups differ most, of which none is kept."""
     space = manifold.space
     low, high = space.width
     found = [space.architecture(width) for width in (low, (low + high) / 2, high)]
+    ends = [(low, high)[group % 2] for group in range(len(space.groups))]
+    found += [space.architecture(ends), space.architecture([low + high - end for end in ends])]
     if space.blocks:
         least = [max(space.blocks[0], stage.least) for stage in space.graph.stages]
         most = [max(space.blocks[1], stage.least) for stage in space.graph.stages]
