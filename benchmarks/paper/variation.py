@@ -133,8 +133,8 @@ def figure2(bench: Bench) -> Table:
         "figure2",
         "total variation after each strategy",
         f"Mean and deviation of {SEEDS} seeds over every folded weight and bias, whole networks, all"
-        " axes permuted: the public CIFAR-10 ResNets. The paper's LeNet, depth network, U-Net and VAE are"
-        " missing.",
+        " axes permuted: the public CIFAR-10 ResNets. The paper's LeNet, depth network, U-Net and VAE"
+        " are missing.",
         tuple(STRATEGIES),
         names,
         measure,
