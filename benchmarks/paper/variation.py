@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.paper.bench import Bench
 from benchmarks.paper.table import Row, Rows, Table
-from neumeta import checkpoint
 from neumeta.fold import fold
 from neumeta.graph import Graph
 from training import networks, plots, source
-from training import statistics as measured
 from training.order import STRATEGIES, apply, cliques, order, total_variation, tv_in, tv_out
 from training.trace import trace
 
@@ -27,7 +25,6 @@ PUBLIC = {
     "resnet44": "resnet44-014dd654.th",
     "resnet56": "resnet56-4bfd9763.th",
 }
-SHIPPED = {"lenet": "lenet-digits", "depth network": "resnet-mnist-depth"}
 
 
 def diagonal(weight: Tensor) -> float:
@@ -99,10 +96,6 @@ def _network(bench: Bench, name: str) -> nn.Module:
 
 
 def _folded(bench: Bench, name: str) -> tuple[Graph, dict[str, Tensor]]:
-    if name in SHIPPED and not bench.setting.quick:
-        manifold = checkpoint.read(bench.setting.models / f"{SHIPPED[name]}.safetensors")
-        graph = manifold.space.graph
-        return graph.folded, fold(graph, measured.whole(manifold, manifold.space.full))
     net = _network(bench, name)
     shape = bench.loaded.shape if bench.setting.quick else (3, 32, 32)
     graph, _ = trace(net, torch.zeros(1, *shape))
@@ -111,7 +104,7 @@ def _folded(bench: Bench, name: str) -> tuple[Graph, dict[str, Tensor]]:
 
 def figure2(bench: Bench) -> Table:
     """Total variation after each strategy: mean and deviation of five runs."""
-    names = ("lenet",) if bench.setting.quick else (*PUBLIC, *SHIPPED)
+    names = ("lenet",) if bench.setting.quick else tuple(PUBLIC)
 
     def measure(name: str) -> Row:
         graph, weights = _folded(bench, name)
@@ -140,8 +133,8 @@ def figure2(bench: Bench) -> Table:
         "figure2",
         "total variation after each strategy",
         f"Mean and deviation of {SEEDS} seeds over every folded weight and bias, whole networks, all"
-        " axes permuted: the public CIFAR-10 ResNets, and of the manifolds that ship LeNet (on digits,"
-        " not MNIST) and the depth network at full size. The paper's U-Net and VAE are missing.",
+        " axes permuted: the public CIFAR-10 ResNets. The paper's LeNet, depth network, U-Net and VAE"
+        " are missing.",
         tuple(STRATEGIES),
         names,
         measure,
