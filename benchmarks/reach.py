@@ -32,6 +32,7 @@ from training.data import pictures, tree
 RAW = "cifar10-raw-test-even.tar.xz"
 WIDTHS = (1.0, 0.97, 0.95, 0.9, 0.85, 0.75, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25)
 RANDOM = 40
+KINDS = ["width", "depth", "mixed"]
 
 
 def raw(jpeg: data.Dataset, root: Path) -> data.Dataset:
@@ -68,13 +69,16 @@ def points(manifold: Manifold) -> dict[str, list[Architecture]]:
     }
 
 
-def measure(manifold: Manifold, sets: dict[str, data.Dataset], path: Path) -> None:
-    """Every size that has no row in `path` yet."""
+def measure(
+    manifold: Manifold, sets: dict[str, data.Dataset], kinds: list[str], path: Path
+) -> None:
+    """Every size of these kinds that has no row in `path` yet."""
     held = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     if held.setdefault("digest", manifold.digest) != manifold.digest:
         raise ValueError(f"{path}: rows of another manifold: choose another --name")
-    for kind, wanted in points(manifold).items():
-        for architecture in wanted:
+    wanted = points(manifold)
+    for kind in kinds:
+        for architecture in wanted[kind]:
             row = held["rows"].setdefault(architecture.key, {"kinds": []})
             if kind not in row["kinds"]:
                 row["kinds"].append(kind)
@@ -177,6 +181,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="default $NEUMETA_DATA")
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/reach.svg"))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
@@ -186,7 +191,7 @@ def main() -> None:
         root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
         sets = {"raw": raw(jpeg, root), "jpeg": jpeg}
         name = arguments.name or arguments.manifold.stem
-        measure(manifold, sets, arguments.results / f"{name}.json")
+        measure(manifold, sets, arguments.kinds, arguments.results / f"{name}.json")
     report(arguments.results, arguments.figure)
 
 
