@@ -407,6 +407,13 @@ def test_layers_are_counted_as_the_supplement_does() -> None:
     assert held == 198 * 256 + 256 + 4 * (256 * 256 + 256 + 1) + 256 * 9 + 9
 
 
+def test_options_that_a_file_does_not_name_are_those_it_was_written_with() -> None:
+    """Files hold the options that were given alone: another default would refuse them."""
+    model = build("mlp", {}, roles(lenet().space))
+    held = sum(each.numel() for each in model.networks["conv2/weight"].parameters())
+    assert held == 198 * 512 + 512 + 7 * (512 * 512 + 512 + 1) + 512 * 9 + 9
+
+
 def test_features_kept_for_an_axis_are_those_of_its_coordinates() -> None:
     span = Span(((5, 9, 1), (3, 4, 2)), True)
     at = whole(span, 64, torch.float32)
