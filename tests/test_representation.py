@@ -436,6 +436,8 @@ def test_one_network_for_all_tells_roles_apart_by_their_place() -> None:
     found = sites(PLAIN, PLAIN.full)
     one, other = found["stage1.0.conv1.weight"], found["stage1.0.conv2.weight"]
     assert not torch.equal(model(one, coordinates(one, 64)), model(other, coordinates(other, 64)))
+    exact = coordinates(one, 64)
+    assert torch.equal(model(one, exact), model(one, replace(exact, exact=False)))
     # A vector takes the centre of 3x3.
     bias = found["stem.bias"]
     assert model(bias, coordinates(bias, 64)).shape == (1, 5, 1, 1)
