@@ -17,7 +17,7 @@ def test_constants_side_by_side_are_one_part() -> None:
 def test_flattening_keeps_an_axis_whose_channels_are_repeated_or_side_by_side() -> None:
     axes = Axes(2)
     axis = axes.new(5, "a")
-    ((index, _),) = axis
+    index = axis[0][0] or 0
     assert axes.merge([axis, ((None, 3),), ((None, 4),)], "") == ((index, 12),)
     assert axes.merge([((None, 3),), axis], "") == axis * 3
     assert axes.fixed(index) == ""
