@@ -89,9 +89,13 @@ def mutants(path: Path, wanted: Callable[[list[str]], list[str]], most: int) -> 
     for each in wanted(names):
         name, _, occurrence = each.partition(":")
         code = mutate_code(source, operators[name], int(occurrence))
-        if _program(code) in seen:
+        try:
+            program = _program(code)
+        except SyntaxError:  # `not` before an assignment within an expression
             continue
-        seen.add(_program(code))
+        if program in seen:
+            continue
+        seen.add(program)
         pairs = enumerate(zip(source.split("\n"), code.split("\n"), strict=False), 1)
         line, (before, after) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
         found.append(Mutant(each, line, before.strip(), after.strip(), code))

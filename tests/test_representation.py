@@ -407,6 +407,13 @@ def test_layers_are_counted_as_the_supplement_does() -> None:
     assert held == 198 * 256 + 256 + 4 * (256 * 256 + 256 + 1) + 256 * 9 + 9
 
 
+def test_options_that_a_file_does_not_name_are_those_it_was_written_with() -> None:
+    """Files hold the options that were given alone: another default would refuse them."""
+    model = build("mlp", {}, roles(lenet().space))
+    held = sum(each.numel() for each in model.networks["conv2/weight"].parameters())
+    assert held == 198 * 512 + 512 + 7 * (512 * 512 + 512 + 1) + 512 * 9 + 9
+
+
 def test_features_kept_for_an_axis_are_those_of_its_coordinates() -> None:
     span = Span(((5, 9, 1), (3, 4, 2)), True)
     at = whole(span, 64, torch.float32)
@@ -429,6 +436,8 @@ def test_one_network_for_all_tells_roles_apart_by_their_place() -> None:
     found = sites(PLAIN, PLAIN.full)
     one, other = found["stage1.0.conv1.weight"], found["stage1.0.conv2.weight"]
     assert not torch.equal(model(one, coordinates(one, 64)), model(other, coordinates(other, 64)))
+    exact = coordinates(one, 64)
+    assert torch.equal(model(one, exact), model(one, replace(exact, exact=False)))
     # A vector takes the centre of 3x3.
     bias = found["stem.bias"]
     assert model(bias, coordinates(bias, 64)).shape == (1, 5, 1, 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neumeta import sample as sampling
 from neumeta.coordinates import Site, coordinates
 from neumeta.fold import fold
 from neumeta.manifold import Contract, Manifold, roles
@@ -294,9 +295,24 @@ def test_even_points_fill_each_axis_one_to_a_cell(samples: int) -> None:
 def test_one_sample_is_noise_free_and_seeds_matter_only_with_noise() -> None:
     manifold = lenet()
     a, b = (dict(sample(manifold, manifold.space.full, samples=1, seed=s)) for s in (0, 1))
-    c, d = (dict(sample(manifold, manifold.space.full, samples=4, seed=s)) for s in (0, 1))
+    c, d = (dict(sample(manifold, manifold.space.full, samples=2, seed=s)) for s in (0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(c[name], d[name]) for name in c)
+
+
+def test_copies_made_a_few_at_a_time_are_those_made_together(
+    monkeypatch: pytest.MonkeyPatch, float64: None
+) -> None:
+    """Eight, by three, three and two."""
+    manifold, architecture = small("mlp")
+    manifold.representation.double()
+    site = sites(manifold.space, architecture)["conv2.weight"]
+    pairs = site.rows.count * site.columns.count
+    made = []
+    for at_once in (8, 3):
+        monkeypatch.setattr(sampling, "PAIRS_AT_ONCE", at_once * pairs)
+        made.append(sample_site(manifold, site, 8, 5))
+    torch.testing.assert_close(*made, atol=1e-12, rtol=1e-12)
 
 
 def test_a_grid_is_nested_in_the_absolute_channel_index() -> None:

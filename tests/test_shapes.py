@@ -24,6 +24,14 @@ def test_every_operation_has_a_rule_and_a_way_to_compute_it() -> None:
     assert set(RULES) == set(COMPUTE) == set(OPERATIONS)
 
 
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "div"])
+def test_a_value_of_fewer_dimensions_is_joined_at_the_last_ones(op: str) -> None:
+    for pair in ([(5, 4, 3), (3,)], [(3,), (5, 4, 3)], [(4, 1), (5, 1, 3)]):
+        assert RULES[op](pair, {}, {}) == (5, 4, 3)
+    with pytest.raises(_Unfit, match=r"\(5, 4, 3\) and \(1, 1, 4\)"):
+        RULES[op]([(5, 4, 3), (4,)], {}, {})
+
+
 def attribute(draw: Any, key: str, kind: str, rank: int) -> Any:
     """A value of an attribute, often one that fits."""
     spatial = max(1, rank - 2)

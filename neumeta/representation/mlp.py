@@ -169,7 +169,7 @@ class ResidualMLP(Representation):
             # One network for all: l/L places each role in a cell of its own.
             place = (index + at.layer[:, :1]) / len(self.order)
             layer = torch.cat((place, at.layer[:, 1:]), 1)
-            at = replace(at, layer=layer, exact=False)
+            at = replace(at, layer=layer)
             out = self.networks["all"](at)
             size = math.prod(site.spatial)
             if size < self.widest:

@@ -64,6 +64,12 @@ def arithmetic(op: str, flipped: bool = False) -> Rule:
     return rule
 
 
+def reciprocal(t: Tracing, a: dict[str, Any]) -> str:
+    """One by the value: what a number divided by a value begins with."""
+    x = t.read(a["self"])
+    return t.add("div_number", (x,), t.dims[x], {}, {"number": 1.0, "reversed": True})
+
+
 def _broadcast(t: Tracing, left: str, right: str) -> list[Dim]:
     a, b = list(t.dims[left]), list(t.dims[right])
     ones: list[Dim] = [((None, 1),)]

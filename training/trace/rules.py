@@ -38,6 +38,7 @@ RULES: dict[str, Rule] = {
     "rsub": pointwise.arithmetic("sub", flipped=True),
     "mul": pointwise.arithmetic("mul"),
     "div": pointwise.arithmetic("div"),
+    "reciprocal": pointwise.reciprocal,
     "cat": views.cat,
     "concat": views.cat,
     "max_pool1d": windows.pool("max_pool", 1),
