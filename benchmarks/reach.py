@@ -124,7 +124,7 @@ def report(results: Path, figures: Path) -> None:
         for row in of_kind(first, kind):
             key = f"{'.'.join(map(str, row['depth']))}/{'.'.join(map(str, row['channels']))}"
             cells = [
-                f"{held['rows'].get(key, {}).get(pixels, float('nan')):.2f}"
+                _told(held["rows"].get(key, {}).get(pixels))
                 for held in manifolds.values()
                 for pixels in ("raw", "jpeg")
             ]
@@ -139,6 +139,10 @@ def report(results: Path, figures: Path) -> None:
     draw(manifolds, single, figures)
     summary = {name: {"rows": len(held["rows"])} for name, held in manifolds.items()}
     print(json.dumps({"benchmark": "reach", "hardware": hardware(), "results": summary}))
+
+
+def _told(score: float | None) -> str:
+    return "" if score is None else f"{score:.2f}"
 
 
 def draw(manifolds: dict[str, Any], single: list[dict[str, Any]], path: Path) -> None:
