@@ -18,6 +18,7 @@ from tests.support.runs import prepared, space
 from training import data, fit, recipe
 from training.data import Dataset, to_float
 from training.data.dataset import moved
+from training.state import BadState
 from training.task import TASKS
 from training.teacher import Views
 
@@ -176,6 +177,10 @@ def test_a_teachers_views_are_moved_images_with_its_outputs_for_them(
             for dy, dx in shifts
         ]
         assert any(torch.equal(image, way) for way in ways)
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(state.read_bytes()[:-1000])
+    with pytest.raises(BadState, match="damaged.pt: damaged, cut short"):
+        Views(digits, teacher, 2, 0, damaged)
     seen.clear()
     again = Views(digits, teacher, 3, 0, state)  # two passes are kept, the third is made
     assert sum(len(x) for x in seen) == len(digits)

@@ -50,9 +50,11 @@ def test_a_model_is_had_by_body_and_by_url_and_computes_what_the_weights_do(
 
     weights, model = asyncio.run(check())
     (tmp_path / "net.safetensors").write_bytes(weights)
-    images = torch.rand(3, 1, 28, 28)
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     wanted = network.load(tmp_path / "net.safetensors")(images)
-    assert torch.allclose(outputs(model, images), wanted, rtol=1e-5, atol=1e-5)
+    # Of the largest output: a small one is a difference of large terms, summed in another order.
+    most = 1e-5 * float(wanted.abs().max())
+    torch.testing.assert_close(outputs(model, images), wanted, rtol=0, atol=most)
 
 
 def test_a_models_plan_and_head_say_its_length_and_sample_nothing(file: Path) -> None:
