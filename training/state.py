@@ -48,5 +48,7 @@ def reading(path: Path) -> Iterator[None]:
 @contextmanager
 def loaded(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
     """What `save` wrote, for a block that takes its content; raises as `reading` does."""
+    # From memory: torch's own reader answers some damage with an OSError.
+    raw = io.BytesIO(path.read_bytes())
     with reading(path):
-        yield torch.load(path, weights_only=True, map_location=device)
+        yield torch.load(raw, weights_only=True, map_location=device)
