@@ -24,7 +24,7 @@ from neumeta.graph import Graph
 from neumeta.manifold import Contract, Manifold, roles
 from neumeta.notation import pack
 from neumeta.program import Program
-from neumeta.representation import build
+from neumeta.representation import Expanded, build
 from neumeta.sites import kept
 from neumeta.space import Space
 from training import data, evaluate, fit, modules, networks, order, plots, source, statistics
@@ -398,7 +398,7 @@ def begun(
     asked: Recipe, loaded: data.Data, graph: Graph, checkpoints: Path
 ) -> tuple[Manifold, dict[str, Tensor]]:
     """The manifold that `fit.start` names, as this recipe goes on with it, and all tensors of its full
-    size: the source, smoothed.
+    size: the source, smoothed. A manifold that is not `expanded` can be: that is nothing at first.
 
     Raises BadRecipe if the file is none, or of another network, data set or representation.
     """
@@ -421,7 +421,10 @@ def begun(
         raise BadRecipe(asked.file, problems)
     model = build(built.kind, built.built, roles(covered))
     try:
-        model.load_state_dict(held.representation.state_dict())
+        inner: nn.Module = model
+        if isinstance(model, Expanded) and "expanded" not in held.options:
+            inner = model.inner
+        inner.load_state_dict(held.representation.state_dict())
     except RuntimeError:
         now = {"kind": held.kind, **held.options}
         told = refused("representation", {"kind": built.kind, **built.built}, f"{path} has {now}")

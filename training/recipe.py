@@ -129,8 +129,8 @@ class OrderSection(_Section):
 
 class RepresentationSection(_Section):
     """What holds the weights: its `kind` and that kind's `options`; around it what is `centred` (its
-    filters behind a ReLU sum to zero), what is `anchored` to the source near its size, and what is
-    `corrected` by size, each with its own options.
+    filters behind a ReLU sum to zero), what is `anchored` to the source near its size, what is
+    `corrected` and what is `expanded` by size, each with its own options.
 
     `noise` is the coordinate noise a of Algorithms 2 and 3, in channels; `samples` the default K of
     Algorithm 3; `scale` is N.
@@ -141,6 +141,7 @@ class RepresentationSection(_Section):
     centred: dict[str, Any] | None = None
     anchored: dict[str, Any] | None = None
     corrected: dict[str, Any] | None = None
+    expanded: dict[str, Any] | None = None
     noise: Noise = 0.0
     samples: Count = 1
     scale: Count = 64

@@ -10,7 +10,7 @@ from neumeta.representation.base import Representation
 from neumeta.representation.grid import Grid
 from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
-from neumeta.representation.wrappers import Anchored, Centred, Corrected
+from neumeta.representation.wrappers import Anchored, Centred, Corrected, Expanded
 
 __all__ = [
     "KINDS",
@@ -18,6 +18,7 @@ __all__ = [
     "Anchored",
     "Centred",
     "Corrected",
+    "Expanded",
     "Grid",
     "IntegralGrid",
     "Representation",
@@ -26,7 +27,12 @@ __all__ = [
 ]
 
 KINDS: dict[str, Any] = {"mlp": ResidualMLP, "grid": Grid, "integral": IntegralGrid}
-WRAPPERS: dict[str, Any] = {"centred": Centred, "anchored": Anchored, "corrected": Corrected}
+WRAPPERS: dict[str, Any] = {
+    "centred": Centred,
+    "anchored": Anchored,
+    "corrected": Corrected,
+    "expanded": Expanded,
+}
 """Applied in this order, where the options have an entry of the name."""
 
 

@@ -1,5 +1,5 @@
-"""Representations around a representation: centred behind ReLUs, anchored to the source, corrected by
-size. They compose."""
+"""Representations around a representation: centred behind ReLUs, anchored to the source, corrected and
+expanded by size. They compose."""
 
 from __future__ import annotations
 
@@ -135,3 +135,40 @@ class Corrected(Representation):
         if span.leading:
             return by_channel[None, : span.count]
         return by_channel[along.index[0].long()][None]
+
+
+class Expanded(Representation):
+    """Expands an inner representation W around the full size: W + (1 - s) W_1 + (1 - s)^2 W_2 + ...
+
+    s is the mean of both axes' sizes as fractions of the full ones, and every W_k a grid, zero at first.
+    What `Corrected` does for a channel this does for every weight: large and small networks, which
+    share most of theirs, need not agree on them.
+    """
+
+    def __init__(
+        self,
+        inner: Representation,
+        roles: Mapping[str, Site],
+        *,
+        orders: int = 1,
+        nodes: int = 0,
+        stepped: bool = True,
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.terms = nn.ModuleList(Grid(roles, nodes=nodes, stepped=stepped) for _ in range(orders))
+
+    def fill(self, site: Site, value: Tensor) -> bool:
+        """Let the inner representation start from the source's tensor if it can."""
+        return self.inner.fill(site, value)
+
+    def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The weights of `site` at these coordinates."""
+        made: Tensor = self.inner(site, at)
+        rows, columns = site.rows, site.columns
+        less = 1 - (rows.count / rows.full + columns.count / columns.full) / 2
+        if less == 0:
+            return made
+        for order, term in enumerate(self.terms, 1):
+            made = made + less**order * term(site, at)
+        return made
