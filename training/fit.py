@@ -94,7 +94,7 @@ def whole_growth(model: nn.Module) -> Iterator[None]:
 
 
 def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Architecture, ...]:
-    """This step's architectures: one from the pool, or the sandwich of largest, smallest, random."""
+    """This step's architectures: a random one, or with it the smallest and largest (`fit.sandwich`)."""
     low, high = space.width
 
     def uniform() -> float:

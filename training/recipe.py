@@ -162,11 +162,11 @@ class FitSection(_Section):
     otherwise); else with them, on statistics of each batch. Before any image,
     `regression_steps` on the smoothed weights. `widths`: the pool that random widths come from
     (empty: the whole range). `sandwich`: each step trains the largest, the smallest and one random
-    architecture; where width and depth both morph, those three at the source's depth and a fourth at
-    a random one. `smallest`: the share of random widths that are the smallest; `per_group`: of the
-    others, the share that differs by group. `full_weight`: of the
-    largest in the loss; 0 where the representation keeps the source's own size as it is (anchored):
-    then a second random width and the fewest blocks at full width are trained in its place.
+    architecture; where width and depth both morph, the smallest, one of a random width, one of a random
+    depth (at full width as often as not), and the largest if `full_weight` counts it. `smallest`: the
+    share of random widths that are the smallest; `per_group`: of the others, the share that differs by
+    group. `full_weight`: of the largest in the loss; 0 where the representation keeps the source's own
+    size as it is (anchored).
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones), with `distill_weight` of the loss. `depth_noise`: of the borders between
     blocks, in blocks. `warm`: the share of steps in which the learning rate rises; `ema`: of the moving
