@@ -204,25 +204,7 @@ def fit(
     that is not finite, and before the first step if the source has such a weight.
     """
     check_tensors("source", source)
-    with whole_growth(manifold.representation):
-        done = _fit(
-            manifold, source, data, task, recipe, run, resume, max_minutes, save_every, views or []
-        )
-    return done
-
-
-def _fit(
-    manifold: Manifold,
-    source: Tensors,
-    data: Data,
-    task: Task,
-    recipe: Recipe,
-    run: Path,
-    resume: bool,
-    max_minutes: float,
-    save_every: int,
-    views: list[dict[str, Tensor]],
-) -> bool:
+    views = views or []
     model, space, device = manifold.representation, manifold.space, manifold.device
     source = {name: value.to(device) for name, value in source.items()}
     targets = regression.targets(manifold, source, data, recipe.seed)
@@ -285,11 +267,7 @@ def _fit(
         if taught:
             for step, (some, _) in enumerate(rows, start):
                 x, y, outputs = taught.batch(some, step // per_epoch % len(taught.outputs))
-                yield (
-                    {"input": at_size(x, step), "teacher": outputs},
-                    x,
-                    y,
-                )
+                yield {"input": at_size(x, step), "teacher": outputs}, x, y
             return
         if not isinstance(data, Dataset):  # each process reads its own images alone
             rows = ((some[rank::world], seed + rank) for some, seed in rows)
@@ -338,13 +316,9 @@ def _fit(
                 programs[architecture.key] = Program(
                     space.graph_of(architecture), space.sizes(architecture)
                 )
-            weights = generated(
-                manifold,
-                architecture,
-                recipe.representation.noise,
-                generator,
-                recipe.fit.depth_noise,
-            )
+            noise, depth_noise = recipe.representation.noise, recipe.fit.depth_noise
+            with whole_growth(model):
+                weights = generated(manifold, architecture, noise, generator, depth_noise)
             laid_out = {name: _laid_out(value) for name, value in weights.items()}
             predicted = task.read(programs[architecture.key].run(laid_out, values, first=first))
             is_full = architecture == space.full
