@@ -106,14 +106,14 @@ def row(
         if isinstance(manifold.representation, ResidualMLP) and precision == "float32":
             work = partial(published, manifold, architecture, asked.baseline)
             found.setdefault("theirs", []).append(seconds(work) / asked.baseline)
-        for dtype in wire.DTYPES if samples == 1 and precision == "float32" else ("float32",):
+        for dtype in wire.KINDS if samples == 1 and precision == "float32" else ("float32",):
             start, whole = drain(manifold, architecture, samples, dtype)
             first.append(start)
             found.setdefault(dtype, []).append(whole)
     middle = {key: statistics.median(values) for key, values in found.items()}
     told: dict[str, Any] = {"samples": samples, "precision": precision}
     told |= {
-        f"ms_{dtype}": round(1000 * middle[dtype], 2) for dtype in wire.DTYPES if dtype in middle
+        f"ms_{dtype}": round(1000 * middle[dtype], 2) for dtype in wire.KINDS if dtype in middle
     }
     told["ms_to_the_first_tensor"] = round(1000 * statistics.median(first), 2)
     told["matrix_gflops"] = round(middle["rate"], 1)

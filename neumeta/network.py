@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from neumeta.graph import Graph, Sizes
 from neumeta.notation import sized
+from neumeta.plan import scaled
 from neumeta.program import Outputs, Program
 from neumeta.shapes import check
 
@@ -159,6 +160,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     about, weights = _read(Path(path))
     try:
         graph, sizes = sized(about)
+        _restore(weights, graph, sizes)
         _fitting(weights, {name: graph.shape(name, sizes) for name in graph.tensors})
         check(graph, sizes)
         if into is not None:
@@ -263,10 +265,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             names = list(file.keys())
             kinds = {name: file.get_slice(name).get_dtype() for name in names}
-            odd = [name for name in names if kinds[name] not in ("F16", "BF16", "F32", "F64")]
-            if odd or len(set(kinds.values())) > 1:
+            floats = {kind for kind in kinds.values() if kind in ("F16", "BF16", "F32", "F64")}
+            rest = set(kinds.values()) - floats
+            if len(floats) > 1 or (rest and (rest, floats) != ({"I8"}, {"F32"})):
                 raise ValueError(
-                    f"{path}: not a network: its tensors are not all of one float type"
+                    f"{path}: not a network: its tensors are not all of one float type, or int8 and"
+                    " float32"
                 )
             weights = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
@@ -282,6 +286,24 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if "representation" in about:
         raise ValueError(f"{path}: a manifold, not a network: neumeta-serve makes networks of it")
     return about, weights
+
+
+def _restore(weights: dict[str, Tensor], graph: Graph, sizes: Sizes) -> None:
+    """Make int8 tensors float32 by their scales, which are then no more.
+
+    Raises ValueError for one without scales of its shape, or that is no weight.
+    """
+    planned = scaled(graph, sizes, "int8")
+    for name in [name for name, tensor in weights.items() if tensor.dtype == torch.int8]:
+        if name not in planned:
+            raise ValueError(f"tensor {name} is int8, and has no scales")
+        numbers, own = weights[name], planned[name]
+        factors = weights.pop(own.name, None)
+        wanted = own.shape(tuple(numbers.shape))
+        if factors is None or tuple(factors.shape) != wanted:
+            given = "missing" if factors is None else f"{tuple(factors.shape)}"
+            raise ValueError(f"tensor {own.name} is {given} where {wanted} is expected")
+        weights[name] = numbers.float() * factors
 
 
 def _fitting(weights: Mapping[str, Tensor], planned: Mapping[str, tuple[int, ...]]) -> None:

@@ -6,7 +6,7 @@ the weights as the last fields of the graph. Knows no manifold, no torch, and ne
 
 Opset 17 (IR 8) is the lowest that has layer normalization, and so the one that most runtimes on
 devices know; what later opsets added (GELU, Mish, group norm) is a few nodes of it here.
-Weights of half precision are cast to float32 when a runtime loads them: half the bytes, and every
+Weights of half precision or int8 are made float32 when a runtime loads them: fewer bytes, and every
 runtime can compute with them.
 """
 
@@ -23,14 +23,14 @@ from typing import Any, BinaryIO
 from neumeta import __version__
 from neumeta.graph import BATCH, Dim, Graph, Sizes, extent
 from neumeta.operations import OPERATIONS
-from neumeta.plan import Plan
+from neumeta.plan import Plan, Scales, layout, scaled
 from neumeta.protobuf import before, data, fields, float32, number, single
 from neumeta.shapes import numeric
 
 OPSET, IR = 17, 8
 FLOAT, INT64 = 1, 7
-TYPES = {"float32": (FLOAT, 4), "float16": (10, 2), "bfloat16": (16, 2)}
-"""TensorProto's data type, and the bytes of a number."""
+TYPES = {"float32": FLOAT, "float16": 10, "bfloat16": 16, "int8": 3}
+"""TensorProto's data types."""
 LONGEST = (1 << 31) - 1
 """Bytes that a protobuf message may have."""
 MOST_TEXT = 16 << 20
@@ -140,13 +140,13 @@ def plan(graph: Graph, sizes: Sizes, about: Mapping[str, Any], dtype: str) -> Pl
     """
     names = tuple(sorted(graph.tensors))
     shapes = {name: graph.shape(name, sizes) for name in names}
-    kind, item = TYPES[dtype]
-    model = Model(set(names))
+    scales, parts = scaled(graph, sizes, dtype), layout(graph, sizes, dtype)
+    model = Model({part.name for part in parts})
     inputs = model.named("input")
     ends = []
     for key, _ in graph.outputs:
         ends.append(model.named(f"output{key}" if not key or key.isdigit() else key))
-    interface = _nodes(model, graph, sizes, about, shapes, kind != FLOAT, inputs, ends)
+    interface = _nodes(model, graph, sizes, about, shapes, dtype, scales, inputs, ends)
     texts = json.dumps(about, sort_keys=True, separators=(",", ":"))
     head = b"".join(
         (
@@ -161,14 +161,12 @@ def plan(graph: Graph, sizes: Sizes, about: Mapping[str, Any], dtype: str) -> Pl
     inner += [data(1, node) for node in model.nodes]
     inner += [data(5, held + data(8, name)) for held, name in model.constants.items()]
     body = b"".join(inner)
-    frames, length = [], len(body)
-    for name in names:
-        raw = math.prod(shapes[name]) * item
-        dims = b"".join(number(1, size) for size in shapes[name])
-        held = dims + number(2, kind) + data(8, name) + before(9, raw)
-        frame = before(5, len(held) + raw) + held
-        frames.append(frame)
-        length += len(frame) + raw
+    frames, length = {}, len(body)
+    for part in parts:
+        dims = b"".join(number(1, size) for size in part.shape)
+        held = dims + number(2, TYPES[part.dtype]) + data(8, part.name) + before(9, part.bytes)
+        frames[part.name] = before(5, len(held) + part.bytes) + held
+        length += len(frames[part.name]) + part.bytes
     header = head + before(7, length) + body
     return Plan(
         header,
@@ -176,7 +174,8 @@ def plan(graph: Graph, sizes: Sizes, about: Mapping[str, Any], dtype: str) -> Pl
         tuple(shapes.values()),
         dtype,
         len(header) - len(body) + length,
-        tuple(frames),
+        frames,
+        scales,
     )
 
 
@@ -229,7 +228,8 @@ def _nodes(
     sizes: Sizes,
     about: Mapping[str, Any],
     tensors: Mapping[str, Ints],
-    half: bool,
+    dtype: str,
+    scales: Mapping[str, Scales],
     inputs: str,
     ends: Sequence[str],
 ) -> list[bytes]:
@@ -246,7 +246,7 @@ def _nodes(
         model.stem = f"/{node.name}"
         for name in node.tensors.values():
             if name not in whole:
-                whole[name] = model.op("Cast", name, to=FLOAT) if half else name
+                whole[name] = _whole(model, name, dtype, scales.get(name))
         kinds = OPERATIONS[node.op].attributes
         shapes[node.name] = _shape(node.shape, sizes)
         step = Step(
@@ -262,6 +262,17 @@ def _nodes(
         model.op("Identity", values[value], makes=end)
         interface.append(data(12, _value(end, shapes[value])))
     return interface
+
+
+def _whole(m: Model, name: str, dtype: str, scales: Scales | None) -> str:
+    """A tensor of the file in float32.
+
+    DequantizeLinear would be one node for int8, with the same result, but ONNX Runtime does it in every
+    run, and these when it loads the model (docs/onnx.md has figures).
+    """
+    if scales:
+        return m.op("Mul", m.op("Cast", name, to=FLOAT), scales.name)
+    return name if dtype in ("float32", "int8") else m.op("Cast", name, to=FLOAT)
 
 
 def _shape(shape: tuple[Dim, ...], sizes: Sizes) -> Ints:

@@ -10,7 +10,6 @@ import asyncio
 import base64
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -28,10 +27,11 @@ from filelock import FileLock, Timeout
 
 from neumeta import atomic, onnx
 from neumeta.notation import BadGraph, sized
+from neumeta.plan import DTYPES, Part, layout
 
 RETRIED = {408, 429, 500, 502, 503, 504}
-ITEM = {"F32": 4, "F16": 2, "BF16": 2}
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+"""By dtype, what safetensors calls it."""
 FORMATS = ("safetensors", "onnx")
 LONGEST_WAIT = 60.0
 """Seconds: a Retry-After beyond it is not waited out."""
@@ -483,7 +483,7 @@ def _checked(file: BinaryIO, size: int, arch: str, dtype: str) -> str:
     count = int.from_bytes(file.read(8), "little")
     if size < 8 or count > size - 8:
         raise PullError("what arrived is no safetensors file")
-    end, wrong = _laid_out(json.loads(file.read(count)), arch, DTYPES.get(dtype, ""))
+    end, wrong = _laid_out(json.loads(file.read(count)), arch, dtype)
     if not wrong and 8 + count + end != size:
         raise PullError("what arrived does not have the length its header states")
     return wrong
@@ -495,19 +495,27 @@ def _held(
     """What is wrong with an ONNX model of these tensors, if anything."""
     if wrong := _other(about, arch):
         return wrong
-    graph, sizes = sized(about)
-    for name in graph.tensors:
-        if name not in tensors:
-            return f"{name} is missing"
-        kind, shape, count = tensors[name]
-        dtype = dtype or next(
-            (own for own, (code, _) in onnx.TYPES.items() if code == kind), "float32"
-        )
-        code, item = onnx.TYPES[dtype]
-        wanted = graph.shape(name, sizes)
-        if (kind, shape, count) != (code, wanted, item * math.prod(wanted)):
-            return f"{name} is type {kind} {shape}, not {dtype} {wanted}"[:160]
+    kinds = {name: kind for name, (kind, _, _) in tensors.items()}
+    for part in _parts(about, kinds, onnx.TYPES, dtype):
+        if part.name not in tensors:
+            return f"{part.name} is missing"
+        if tensors[part.name] != (onnx.TYPES[part.dtype], part.shape, part.bytes):
+            kind, shape, _ = tensors[part.name]
+            return f"{part.name} is type {kind} {shape}, not {part.dtype} {part.shape}"[:160]
     return ""
+
+
+def _parts(
+    about: Mapping[str, Any], kinds: Mapping[str, object], codes: Mapping[str, object], dtype: str
+) -> list[Part]:
+    """What is to lie in a file of this dtype; without one, of that which most of its tensors, whose
+    types are `kinds`, are made of."""
+    graph, sizes = sized(about)
+    if not dtype:
+        given = {kinds[name] for name in graph.tensors if name in kinds}
+        # Beside int8 there is float32.
+        dtype = next((each for each in [*codes][::-1] if codes[each] in given), "float32")
+    return layout(graph, sizes, dtype)
 
 
 def _other(about: Mapping[str, Any], arch: str) -> str:
@@ -521,20 +529,18 @@ def _laid_out(header: dict[str, Any], arch: str, dtype: str) -> tuple[int, str]:
     about = json.loads(header.pop("__metadata__")["neumeta"])
     if wrong := _other(about, arch):
         return 0, wrong
-    graph, sizes = sized(about)
-    offset, dtype = 0, dtype or next(iter(header.values()))["dtype"]
-    for name in sorted(graph.tensors):
-        wanted = list(graph.shape(name, sizes))
+    offset, kinds = 0, {name: entry["dtype"] for name, entry in header.items()}
+    for part in _parts(about, kinds, CODES, dtype):
+        name, wanted = part.name, list(part.shape)
         if name not in header:
             return 0, f"{name} is missing"
-        entry = header.pop(name)
-        end = offset + math.prod(wanted) * ITEM[dtype]
-        if entry["dtype"] != dtype or entry["shape"] != wanted:
+        entry, code = header.pop(name), CODES[part.dtype]
+        if entry["dtype"] != code or entry["shape"] != wanted:
             given = f"{entry['dtype']} {entry['shape']}"[:80]
-            return 0, f"{name} is {given}, not {dtype} {wanted}"
-        if entry["data_offsets"] != [offset, end]:
+            return 0, f"{name} is {given}, not {code} {wanted}"
+        if entry["data_offsets"] != [offset, offset + part.bytes]:
             return 0, f"{name} is not where its shape puts it"
-        offset = end
+        offset += part.bytes
     return offset, f"there is a tensor {ascii(next(iter(header)))[:60]}" if header else ""
 
 

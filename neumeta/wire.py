@@ -1,14 +1,14 @@
 """A network's file as a stream: header and length are known before any weight is.
 
-A safetensors file's bytes equal `safetensors.torch.save` of the same tensors and metadata; what an ONNX
-model is made of is `onnx.py`'s. Knows shapes and names, not where the tensors come from.
+A safetensors file's bytes equal `safetensors.torch.save` of the same tensors and metadata, but for the
+order of an int8 file's; what an ONNX model is made of is `onnx.py`'s. Knows shapes and names, not where
+the tensors come from.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,20 +16,24 @@ import torch
 from torch import Tensor
 
 from neumeta import onnx
+from neumeta.graph import Graph, Sizes
 from neumeta.manifold import Manifold
 from neumeta.notation import pack
-from neumeta.plan import Plan
+from neumeta.plan import Part, Plan, layout, scaled
 from neumeta.space import Architecture, Space
 
 FORMAT = 2
 """Of the metadata in a pulled file: the graph travels with the weights since 2."""
 
-DTYPES = {
-    "float32": (torch.float32, "F32", 4),
-    "float16": (torch.float16, "F16", 2),
-    "bfloat16": (torch.bfloat16, "BF16", 2),
+KINDS = {
+    "float32": (torch.float32, "F32"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "int8": (torch.int8, "I8"),
 }
-
+"""By dtype, torch's and safetensors' names for it."""
+LEVELS = 127
+"""The largest int8 number that is used: -128 has no counterpart."""
 
 FORMATS = ("safetensors", "onnx")
 """Of a file: weights that `network.load` runs, or a model that ONNX Runtime does."""
@@ -38,21 +42,24 @@ FORMATS = ("safetensors", "onnx")
 def plan(
     manifold: Manifold, architecture: Architecture, dtype: str, file_format: str = "safetensors"
 ) -> Plan:
-    """The header and length of the file of this architecture; nothing is materialized.
+    """The header and length of the file of this architecture; nothing is materialized."""
+    space = manifold.space
+    graph, sizes = space.graph_of(architecture).folded, space.sizes(architecture)
+    write = onnx.plan if file_format == "onnx" else plan_graph
+    return write(graph, sizes, about(manifold, architecture), dtype)
+
+
+def plan_graph(graph: Graph, sizes: Sizes, told: Mapping[str, Any], dtype: str) -> Plan:
+    """The safetensors file of a folded graph whose axes have these sizes.
 
     The one metadata key holds one JSON string, because safetensors writes several keys in an
     unstable order.
     """
-    space = manifold.space
-    graph, sizes = space.graph_of(architecture).folded, space.sizes(architecture)
-    if file_format == "onnx":
-        return onnx.plan(graph, sizes, about(manifold, architecture), dtype)
+    text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+    header, length = header_of(layout(graph, sizes, dtype), {"neumeta": text})
     names = tuple(sorted(graph.tensors))
     shapes = tuple(graph.shape(name, sizes) for name in names)
-    metadata = {
-        "neumeta": json.dumps(about(manifold, architecture), sort_keys=True, separators=(",", ":"))
-    }
-    return plan_tensors(names, shapes, dtype, metadata)
+    return Plan(header, names, shapes, dtype, length, scales=scaled(graph, sizes, dtype))
 
 
 def about(manifold: Manifold, architecture: Architecture) -> dict[str, Any]:
@@ -78,24 +85,29 @@ def packed(space: Space) -> str:
     return pack(space.graph.folded)
 
 
-def plan_tensors(
-    names: tuple[str, ...],
-    shapes: tuple[tuple[int, ...], ...],
-    dtype: str,
-    metadata: dict[str, str],
-) -> Plan:
-    """The plan of tensors of one dtype, names already sorted. The header is padded to 8 bytes."""
-    _, code, width = DTYPES[dtype]
+def header_of(parts: Sequence[Part], metadata: dict[str, str]) -> tuple[bytes, int]:
+    """The header of a file of these parts, and the length of all of it.
+
+    The header is padded so that what follows it starts at a multiple of 8; where int8 comes first,
+    which may start anywhere, so that what follows that does.
+    """
     entries: dict[str, object] = {"__metadata__": metadata}
-    offset = 0
-    for name, dimensions in zip(names, shapes, strict=True):
-        end = offset + math.prod(dimensions) * width
-        entries[name] = {"dtype": code, "shape": list(dimensions), "data_offsets": [offset, end]}
+    offset = shift = 0
+    for part in parts:
+        end = offset + part.bytes
+        code = KINDS[part.dtype][1]
+        entries[part.name] = {
+            "dtype": code,
+            "shape": list(part.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
+        if part.dtype == "int8":
+            shift = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + shift) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return Plan(header, names, shapes, dtype, len(header) + offset, (b"",) * len(names))
+    return header, len(header) + offset
 
 
 def encode(name: str, tensor: Tensor, dtype: str) -> bytes:
@@ -103,7 +115,7 @@ def encode(name: str, tensor: Tensor, dtype: str) -> bytes:
 
     Raises ValueError if it holds a number that is not finite, or becomes so when it is rounded.
     """
-    kind = DTYPES[dtype][0]
+    kind = KINDS[dtype][0]
     array = tensor.detach().to("cpu", kind).contiguous().flatten()
     if not bool(torch.isfinite(array).all()):
         if not bool(torch.isfinite(tensor).all()):
@@ -113,21 +125,49 @@ def encode(name: str, tensor: Tensor, dtype: str) -> bytes:
     return array.view(torch.uint8).numpy().tobytes()
 
 
+def quantized(name: str, tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """int8 numbers of a tensor's shape, and float32 factors, one for each place of `axis`, by which
+    they are the tensor again: nowhere off by more than half a factor.
+
+    The largest number of a channel becomes 127 or -127, the others are rounded, halves to even. A
+    channel of nothing but zeros, or of numbers too small for a factor that every processor can hold,
+    is zeros times 1. Raises ValueError if a number is not finite.
+    """
+    exact = tensor.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(exact).all()):
+        raise ValueError(f"{name}: sampled weights are not finite")
+    rest = [place for place in range(exact.ndim) if place != axis]
+    factors = exact.abs().amax(rest, keepdim=True) / LEVELS
+    factors[factors < torch.finfo(torch.float32).tiny] = 1.0
+    return (exact / factors).round().clamp(-LEVELS, LEVELS).to(torch.int8), factors
+
+
 def stream(plan: Plan, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]:
-    """The header, then each tensor's bytes behind its frame.
+    """The header, then each tensor's bytes behind its frame; of int8, those of scales and of tensors
+    that stay float32 at the end.
 
     Raises ValueError if the tensors are not exactly the planned ones, in order, or not finite in the
     plan's dtype.
     """
     yield plan.header
-    due = iter(zip(plan.names, plan.shapes, plan.frames, strict=True))
+    due = iter(zip(plan.names, plan.shapes, strict=True))
+    late: list[bytes] = []
     for name, tensor in tensors:
-        planned, dimensions, frame = next(due, (None, (), b""))
+        planned, dimensions = next(due, (None, ()))
         if name != planned or tuple(tensor.shape) != dimensions:
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} where {planned} {dimensions} is planned"
             )
-        yield frame + encode(name, tensor, plan.dtype)
+        frame = plan.frames.get(name, b"")
+        if scales := plan.scales.get(name):
+            numbers, factors = quantized(name, tensor, scales.axis)
+            yield frame + numbers.numpy().tobytes()
+            late.append(plan.frames.get(scales.name, b"") + encode(name, factors, "float32"))
+        elif plan.dtype == "int8":
+            late.append(frame + encode(name, tensor, "float32"))
+        else:
+            yield frame + encode(name, tensor, plan.dtype)
     missing = next(due, None)
     if missing is not None:
         raise ValueError(f"{missing[0]}: planned but never sampled")
+    yield from late

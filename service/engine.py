@@ -18,7 +18,7 @@ import torch
 from neumeta import checkpoint, onnx, wire
 from neumeta.graph import BATCH, extent
 from neumeta.manifold import Manifold
-from neumeta.plan import Plan
+from neumeta.plan import DTYPES, Plan
 from neumeta.representation.mlp import ResidualMLP
 from neumeta.sample import sample
 from neumeta.space import Architecture, BadArchitecture, Space
@@ -169,6 +169,11 @@ class Engine:
             entry = {"field": error.field, "given": error.given, "allowed": error.allowed}
             raise Problem(422, str(error), [entry]) from None
         plan = self._plan(asked.arch, architecture, asked.dtype, asked.format)
+        if asked.dtype == "int8" and not plan.scales:
+            allowed = (
+                "'float32', 'float16' or 'bfloat16': this network's weights are too small for int8"
+            )
+            raise refuse("dtype", asked.dtype, allowed)
         most = self.max_file_bytes
         if asked.format == "onnx":
             most = min(most, onnx.LONGEST)
@@ -319,7 +324,7 @@ class Engine:
             "stages": [stage.name for stage in space.graph.stages] if space.blocks else [],
             "blocks": list(space.blocks) if space.blocks else None,
             "named": {each: list(depth) for each, depth in space.named.items()},
-            "dtypes": list(wire.DTYPES),
+            "dtypes": list(DTYPES),
             "formats": list(wire.FORMATS),
             "samples": manifold.samples,
             "input": [extent(dim, {BATCH: 1}) for dim in space.graph.input[1:]],

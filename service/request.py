@@ -25,7 +25,7 @@ ALLOWED = {
     "width": "a number more than 0 and at most 2, a list of 1 to 64 of them, one per group, or an"
     " object of them by group (in a query 'group:number,group:number')",
     "depth": "a list of 1 to 64 whole numbers from 1 to 64",
-    "dtype": "'float32', 'float16' or 'bfloat16'",
+    "dtype": "'float32', 'float16', 'bfloat16' or 'int8'",
     "format": "'safetensors' or 'onnx'",
     "samples": "a whole number of at least 1",
     "seed": "a whole number from 0 to 2^53",
@@ -57,7 +57,7 @@ class WeightsRequest(BaseModel):
         | None
     ) = None
     depth: Annotated[list[Blocks], Field(min_length=1, max_length=MOST)] | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     format: Literal["safetensors", "onnx"] = "safetensors"
     samples: Annotated[int, Field(ge=1, le=4096, strict=True)] | None = None
     seed: Annotated[int, Field(ge=0, le=1 << 53, strict=True)] = 0

@@ -62,7 +62,7 @@ def test_a_gpu_samples_what_the_processor_samples(file: Path) -> None:
     engines = [Engine([file], device=device) for device in ("cpu", "cuda")]
     jobs = [engine.job(WeightsRequest(arch="lenet", width=0.5)) for engine in engines]
     assert jobs[0].etag != jobs[1].etag and jobs[0].plan == jobs[1].plan
-    assert jobs[0].plan.dtype in wire.DTYPES
+    assert jobs[0].plan.dtype in wire.KINDS
     bodies = [b"".join(engine.weights(job)) for engine, job in zip(engines, jobs, strict=True)]
     cpu, cuda = (torch.frombuffer(bytearray(body), dtype=torch.float32) for body in bodies)
     torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-3)

@@ -52,9 +52,13 @@ def pulled(path: Path, dtype: str = "float32") -> Path:
     return path
 
 
-def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
+def rewritten(
+    path: Path,
+    change: Callable[[dict[str, Any], dict[str, Tensor]], object],
+    dtype: str = "float32",
+) -> None:
     """A pulled file whose metadata and tensors `change` has changed."""
-    with safe_open(pulled(path), framework="pt") as file:
+    with safe_open(pulled(path, dtype), framework="pt") as file:
         about = json.loads(file.metadata()["neumeta"])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     change(about, tensors)
@@ -178,10 +182,11 @@ def test_onnx_computes_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(np.array(logits)), net(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", list(wire.DTYPES))
+@pytest.mark.parametrize("dtype", list(wire.KINDS))
 def test_a_pulled_file_takes_raw_pixels(dtype: str, tmp_path: Path) -> None:
     net = network.load(pulled(tmp_path / "net.safetensors", dtype))
-    assert not net.training and net.mean.dtype == wire.DTYPES[dtype][0]
+    kind = torch.float32 if dtype == "int8" else wire.KINDS[dtype][0]
+    assert not net.training and net.mean.dtype == kind
     plain = copy.deepcopy(net)
     plain.normalise([0.0], [1.0])
     x = torch.rand(2, 1, 28, 28)  # float32, whatever the file's precision
@@ -230,6 +235,10 @@ CHANGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], object], 
         lambda _, t: t.update({k: v.to(torch.int8) for k, v in t.items()}),
         "one float type",
     ),
+    "other integers": (
+        lambda _, t: t.update({"conv1.weight": t["conv1.weight"].to(torch.uint8)}),
+        "one float type",
+    ),
     "no tensors": (lambda _, t: t.clear(), "is missing"),
 }
 
@@ -239,6 +248,39 @@ def test_a_file_that_is_not_whole_is_refused_by_name(kind: str, tmp_path: Path) 
     path = tmp_path / "net.safetensors"
     change, match = CHANGED[kind]
     rewritten(path, change)
+    with pytest.raises(ValueError, match=match) as refused:
+        network.load(path)
+    assert str(refused.value).startswith(f"{path}: ")
+
+
+INT8: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], object], str]] = {
+    "no scales": (lambda _, t: t.pop("conv2.weight_scale"), "conv2.weight_scale is missing"),
+    "scales of one channel": (
+        lambda _, t: t.update({"conv2.weight_scale": t["conv2.weight_scale"][:1]}),
+        r"conv2.weight_scale is \(1, 1, 1, 1\) where \(26, 1, 1, 1\) is expected",
+    ),
+    "a weight less": (
+        lambda _, t: t.update({"conv2.weight": t["conv2.weight"][1:]}),
+        r"conv2.weight_scale is \(26, 1, 1, 1\) where \(25, 1, 1, 1\)",
+    ),
+    "an int8 bias": (
+        lambda _, t: t.update({"conv1.bias": torch.ones(13, dtype=torch.int8)}),
+        "bias",
+    ),
+    "scales of nothing": (lambda _, t: t.update(x_scale=torch.ones(1)), "x_scale is no part"),
+    "other floats": (lambda _, t: t.update({"conv1.bias": torch.ones(13).half()}), "one float"),
+    "a weight in float32": (
+        lambda _, t: t.update({"conv2.weight": t["conv2.weight"].float()}),
+        "tensor conv2.weight_scale is no part",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(INT8))
+def test_an_int8_file_that_is_not_whole_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    change, match = INT8[kind]
+    rewritten(path, change, "int8")
     with pytest.raises(ValueError, match=match) as refused:
         network.load(path)
     assert str(refused.value).startswith(f"{path}: ")

@@ -51,15 +51,18 @@ def run(raw: bytes, images: Tensor) -> list[Tensor]:
     return [torch.from_numpy(np.asarray(each)) for each in given]
 
 
-def compare(graph: Graph, sizes: dict[str, int], images: Tensor, seed: int = 0) -> float:
+def compare(graph: Graph, sizes: dict[str, int], images: Tensor, dtype: str = "float32") -> float:
     """The largest difference, relative, of a graph run by ONNX Runtime and by torch."""
     check(graph, sizes)
-    tensors = modules.drawn(graph, sizes, seed)
+    tensors = modules.drawn(graph, sizes)
     channels = images.shape[1]
     about = {"mean": [0.4] * channels, "std": [0.3] * channels}
-    plan = written.plan(graph, sizes, about, "float32")
+    plan = written.plan(graph, sizes, about, dtype)
     raw = b"".join(wire.stream(plan, sorted(tensors.items())))
     assert len(raw) == plan.length and raw.startswith(plan.header)
+    for name, scales in plan.scales.items():
+        numbers, factors = wire.quantized(name, tensors[name], scales.axis)
+        tensors[name] = numbers.float() * factors
     wanted = Program(graph, sizes).run(tensors, (images - 0.4) / 0.3)
     found = run(raw, images)
     assert [each.shape for each in found] == [each.shape for each in modules.flat(wanted)]
@@ -96,6 +99,16 @@ def test_a_network_is_the_same_in_onnx_runtime(name: str) -> None:
     images = torch.rand(3, *(modules.MODULES | modules.DEEP)[name][1])
     for sizes in (graph.full, modules.halved(graph)):
         assert compare(graph, sizes, images) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "name", ["depthwise", "transposed", "transposed groups", "shared", "layer scale"]
+)
+def test_an_int8_network_is_its_weights_times_their_scales(name: str) -> None:
+    graph = modules.traced(name)[1].folded
+    sizes = {axis: 4 * size for axis, size in graph.full.items()}
+    images = torch.rand(3, *modules.MODULES[name][1])
+    assert compare(graph, sizes, images, "int8") < CLOSE
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -295,7 +308,7 @@ def test_a_shipped_manifolds_networks_are_the_same_in_both_formats(
     torch.manual_seed(0)
     shape = [sum(repeat for _, repeat in dim) for dim in manifold.space.graph.input[1:]]
     for place, architecture in enumerate(sizes_of(manifold.space, 4)):
-        dtype = ("float32", "float16", "bfloat16", "float32")[place]
+        dtype = ("float32", "float16", "bfloat16", "int8")[place]
         tensors = list(sample(manifold, architecture))
         file = tmp_path / f"{place}.safetensors"
         plain = wire.plan(manifold, architecture, dtype)
@@ -306,6 +319,10 @@ def test_a_shipped_manifolds_networks_are_the_same_in_both_formats(
         plan = wire.plan(manifold, architecture, dtype, "onnx")
         raw = b"".join(wire.stream(plan, tensors))
         assert len(raw) == plan.length and raw.startswith(plan.header)
+        # int8 is the smaller one where anything is int8: scales cost less than they save.
+        for form, each in (("safetensors", plain), ("onnx", plan)):
+            exact = wire.plan(manifold, architecture, "float32", form)
+            assert each.length < exact.length or dtype == "float32"
         assert raw == b"".join(
             wire.stream(wire.plan(manifold, architecture, dtype, "onnx"), tensors)
         )
@@ -327,7 +344,7 @@ def model(dtype: str = "float32", width: float = 0.5) -> bytes:
     return b"".join(wire.stream(plan, sample(manifold, architecture, samples=1)))
 
 
-@pytest.mark.parametrize("dtype", list(wire.DTYPES))
+@pytest.mark.parametrize("dtype", list(wire.KINDS))
 def test_a_models_tensors_are_the_sampled_ones_and_its_metadata_the_contract(dtype: str) -> None:
     manifold = lenet()
     architecture = manifold.space.architecture(0.5)
@@ -341,11 +358,20 @@ def test_a_models_tensors_are_the_sampled_ones_and_its_metadata_the_contract(dty
     held = {each.name: each for each in found.graph.initializer}
     for name, tensor in sample(manifold, architecture, samples=1):
         given = torch.from_numpy(numpy_helper.to_array(held[name]).astype(np.float32))
-        assert torch.equal(given, tensor.to(wire.DTYPES[dtype][0]).float())
+        if dtype != "int8":
+            assert torch.equal(given, tensor.to(wire.KINDS[dtype][0]).float())
+        elif name.endswith("bias"):
+            assert torch.equal(given, tensor)
+        else:
+            numbers, factors = wire.quantized(name, tensor, 0)
+            scale = numpy_helper.to_array(held[f"{name}_scale"])
+            assert held[name].data_type == onnx.TensorProto.INT8
+            assert torch.equal(given, numbers.float()) and np.array_equal(scale, factors.numpy())
 
 
-def test_what_a_device_reads_of_a_model_is_what_onnx_reads(tmp_path: Path) -> None:
-    raw = model("float16")
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_what_a_device_reads_of_a_model_is_what_onnx_reads(tmp_path: Path, dtype: str) -> None:
+    raw = model(dtype)
     (tmp_path / "net.onnx").write_bytes(raw)
     with (tmp_path / "net.onnx").open("rb") as file:
         about, tensors = written.contents(file, len(raw))
@@ -355,6 +381,8 @@ def test_what_a_device_reads_of_a_model_is_what_onnx_reads(tmp_path: Path) -> No
         each.name: (each.data_type, tuple(each.dims), len(each.raw_data))
         for each in found.graph.initializer
     }
+    check_file(tmp_path / "net.onnx", "lenet", dtype, "onnx")
+    check_file(tmp_path / "net.onnx")
 
 
 def swapped(raw: bytes, old: bytes, new: bytes) -> bytes:
@@ -372,6 +400,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "broken metadata": (swapped(model(), b'{"arch"', b'["arch"'), "no whole ONNX model"),
     "another network": (swapped(model(), b'"lenet"', b'"venet"'), "it is 'venet'"),
     "another dtype": (model("float16"), "not float32"),
+    "int8": (model("int8"), "conv1.weight is type 3 .*, not float32"),
     "another size": (swapped(model(), b'"channels":[16,', b'"channels":[15,'), "not float32"),
     "a tensor renamed": (swapped(model(), b"conv1.bias", b"conv7.bias"), "conv1.bias is missing"),
     "a network's safetensors": (b"\x20" + bytes(7) + b"{" + b" " * 31, "no whole ONNX model"),

@@ -306,6 +306,7 @@ BAD = {
     "another shape": rewritten(lambda header: entry(header).update(shape=[16, 32, 3, 3])),
     "another dtype": rewritten(lambda header: entry(header).update(dtype="F64")),
     "asked for other dtype": body_of("float16"),
+    "int8": body_of("int8"),
     "overlap": rewritten(lambda header: entry(header).update(data_offsets=[0, 18432])),
 }
 
@@ -322,11 +323,21 @@ def test_what_is_no_such_file_is_never_put_in_place(tmp_path: Path, name: str, k
     assert not kept or out.read_bytes() == b"the last good file"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_the_dtype_that_was_asked_for_is_accepted(tmp_path: Path, dtype: str) -> None:
     out = tmp_path / "net.safetensors"
     body = body_of(dtype)
     assert pull(out, answer(body), dtype=dtype).error is None and out.read_bytes() == body
+    client.check_file(out)
+    if dtype == "int8":
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        start, end = header.pop("conv1.weight_scale")["data_offsets"]
+        raw = json.dumps(header).encode()
+        at = 8 + int.from_bytes(body[:8], "little")
+        data = body[at : at + start] + body[at + end :]
+        out.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+        with pytest.raises(client.PullError, match="conv1.weight_scale is missing"):
+            client.check_file(out)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from neumeta import pull as client
 from tests.conftest import lenet
 from tests.test_pull import files
 
-WHOLE = "/weights/lenet?width=0.5&dtype=float16&format=onnx"
+WHOLE = "/weights/lenet?width=0.5&dtype=int8&format=onnx"
 
 
 def outputs(path: Path, images: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_curl_resumes_a_model_where_it_was_cut(url: str, tmp_path: Path) -> None
         out.write_bytes(whole[:kept])
         subprocess.run(["curl", "-sSf", "-C", "-", "-o", str(out), url + WHOLE], check=True)
         assert out.read_bytes() == whole
-    client.check_file(out, "lenet", "float16", "onnx")
+    client.check_file(out, "lenet", "int8", "onnx")
 
 
 @pytest.fixture
