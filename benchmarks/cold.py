@@ -1,8 +1,10 @@
 """POST /weights of sizes that are in no cache: the first and the last byte.
 
     python -m benchmarks.cold
+    python -m benchmarks.cold --formats safetensors onnx --dtypes float32 int8
 
-One request after the other on one connection to a service of its own. Last line: one JSON object.
+With `--formats`, also the first byte of sizes that nobody has asked for, whose header is made then. One
+request after the other on one connection to a service of its own. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.local import Service, hardware, replicas
+from neumeta import wire
 
 SIZES: dict[str, dict[str, Any]] = {"width 0.5": {"width": 0.5}, "width 1": {"width": 1.0}}
 
@@ -64,6 +67,14 @@ def latencies(
     return found
 
 
+def headers(service: Service, arch: str, asked: Mapping[str, Any], rounds: int) -> float:
+    """Milliseconds to the first byte of a size asked for once: the median of so many sizes."""
+    client = Client(service.port)
+    widths = [0.31 + 0.68 * step / rounds for step in range(rounds)]
+    taken = [client.post({"arch": arch, "width": width, **asked})[0] for width in widths]
+    return round(1000 * statistics.median(taken), 1)
+
+
 def cold(
     models: Path, arch: str, sizes: Mapping[str, Mapping[str, Any]], rounds: int
 ) -> dict[str, Any]:
@@ -77,8 +88,23 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--formats", nargs="+", choices=wire.FORMATS, default=[])
+    parser.add_argument("--dtypes", nargs="+", choices=list(wire.KINDS), default=["float32"])
     asked = parser.parse_args()
-    found = cold(asked.models, asked.arch, SIZES, asked.rounds)
+    if not asked.formats:
+        found = cold(asked.models, asked.arch, SIZES, asked.rounds)
+    else:
+        pairs = [
+            {"format": form, "dtype": dtype} for form in asked.formats for dtype in asked.dtypes
+        ]
+        found = {}
+        with replicas(1, asked.models, "--cache-bytes", "0") as (service,):
+            for pair in pairs:
+                told = " ".join(pair.values())
+                sizes = {f"{told}, {name}": {**size, **pair} for name, size in SIZES.items()}
+                found |= latencies(service, asked.arch, sizes, asked.rounds)
+                new = headers(service, asked.arch, pair, 2 * asked.rounds)
+                found[f"{told}, sizes that are new"] = {"first_byte_ms": new}
     for name, row in found.items():
         print(name, row)
     print(json.dumps({"benchmark": "cold", "hardware": hardware(), "result": found}))

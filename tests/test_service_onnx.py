@@ -1,4 +1,4 @@
-"""The service's ONNX models: what holds for a safetensors file holds for them."""
+"""The service's ONNX models and int8 files: what holds for any other file holds for them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ import onnxruntime
 import pytest
 import torch
 
-from neumeta import network, onnx
+from neumeta import checkpoint, network, onnx
+from neumeta.manifold import Contract, Manifold, roles
+from neumeta.representation import build
+from neumeta.space import Space
 from tests.conftest import served
+from training.trace import trace
 
 WHOLE = "/weights/lenet?width=0.5&format=onnx"
+INT8 = "/weights/lenet?width=0.5&dtype=int8"
 
 
 def outputs(raw: bytes, images: torch.Tensor) -> torch.Tensor:
@@ -60,9 +65,10 @@ def test_a_model_is_had_by_body_and_by_url_and_computes_what_the_weights_do(
 def test_a_models_plan_and_head_say_its_length_and_sample_nothing(file: Path) -> None:
     async def check() -> None:
         async with served(file) as (client, app):
-            asked = {"arch": "lenet", "width": 0.5, "dtype": "float16", "format": "onnx"}
+            asked = {"arch": "lenet", "width": 0.5, "dtype": "int8", "format": "onnx"}
             plan = (await client.post("/plan", json=asked)).json()
-            assert plan["format"] == "onnx" and plan["repr_digest"] is None
+            assert (plan["format"], plan["dtype"]) == ("onnx", "int8")
+            assert plan["repr_digest"] is None
             head = await client.head(plan["location"])
             assert (head.headers["content-length"], head.headers["etag"]) == (
                 str(plan["bytes"]),
@@ -76,11 +82,15 @@ def test_a_models_plan_and_head_say_its_length_and_sample_nothing(file: Path) ->
             assert whole.content.startswith(start.content)
             models = (await client.get("/models/lenet")).json()
             assert models["formats"] == ["safetensors", "onnx"]
+            assert models["dtypes"] == ["float32", "float16", "bfloat16", "int8"]
+            exact = (await client.post("/plan", json={**asked, "dtype": "float32"})).json()
+            assert plan["bytes"] < 0.33 * exact["bytes"] and plan["etag"] != exact["etag"]
 
     asyncio.run(check())
 
 
-def test_a_models_first_bytes_come_before_the_first_weight(file: Path) -> None:
+@pytest.mark.parametrize("path", [WHOLE, INT8, f"{INT8}&format=onnx"])
+def test_a_files_first_bytes_come_before_the_first_weight(file: Path, path: str) -> None:
     """The sampler is never let begin: what is sent is what is known without it."""
 
     async def check() -> None:
@@ -104,22 +114,32 @@ def test_a_models_first_bytes_come_before_the_first_weight(file: Path) -> None:
                     seen.append(bytes(part))
                 held.set()
 
-            answer, _ = await asyncio.gather(client.get(WHOLE), watch())
+            answer, _ = await asyncio.gather(client.get(path), watch())
             assert b"".join(seen) == answer.content[: sum(map(len, seen))] and len(seen[0]) > 1000
 
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("asked", ["bytes=3000-", "bytes=100-5000", "bytes=-1"])
-def test_a_part_of_a_model_is_that_part_while_it_is_made_and_afterwards(
-    file: Path, asked: str
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (WHOLE, "bytes=3000-"),
+        (WHOLE, "bytes=100-5000"),
+        (WHOLE, "bytes=-1"),
+        (INT8, "bytes=3000-"),
+        (f"{INT8}&format=onnx", "bytes=100-5000"),
+        (INT8, "bytes=-1"),
+    ],
+)
+def test_a_part_of_a_file_is_that_part_while_it_is_made_and_afterwards(
+    file: Path, path: str, asked: str
 ) -> None:
     async def check() -> None:
         async with served(file) as (client, _):
-            part = await client.get(WHOLE, headers={"Range": asked})
-            whole = await client.get(WHOLE)
+            part = await client.get(path, headers={"Range": asked})
+            whole = await client.get(path)
             again = await client.get(
-                WHOLE, headers={"Range": asked, "If-Range": whole.headers["etag"]}
+                path, headers={"Range": asked, "If-Range": whole.headers["etag"]}
             )
             assert part.status_code == again.status_code == 206
             first, _, last = asked.removeprefix("bytes=").partition("-")
@@ -128,7 +148,7 @@ def test_a_part_of_a_model_is_that_part_while_it_is_made_and_afterwards(
                 wanted = whole.content[int(first) : int(last) + 1]
             assert part.content == again.content == wanted
             kept = {"If-None-Match": whole.headers["etag"]}
-            assert (await client.get(WHOLE, headers=kept)).status_code == 304
+            assert (await client.get(path, headers=kept)).status_code == 304
 
     asyncio.run(check())
 
@@ -151,6 +171,42 @@ def test_a_format_that_does_not_exist_is_refused_by_name(file: Path, given: str)
                         "allowed": "'safetensors' or 'onnx'",
                     }
                 ]
+
+    asyncio.run(check())
+
+
+def test_int8_of_a_network_with_nothing_to_make_smaller_is_refused_by_name(tmp_path: Path) -> None:
+    class Tiny(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = torch.nn.Conv2d(1, 8, 3), torch.nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.stem(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+    over = Space("tiny", trace(Tiny().eval(), torch.zeros(1, 1, 5, 5))[0], (0.5, 1.0))
+    model = build("grid", {}, roles(over))
+    contract = Contract((0.3,), (0.4,), ("a", "b", "c"))
+    path = tmp_path / "tiny.safetensors"
+    checkpoint.write(Manifold(over, model, "grid", {}, 0.0, 1, 64, contract), path)
+
+    async def check() -> None:
+        async with served(path) as (client, _):
+            asked = {"arch": "tiny", "dtype": "int8"}
+            for answer in (
+                await client.post("/weights", json=asked),
+                await client.post("/plan", json={**asked, "format": "onnx"}),
+                await client.post("/plan", json={**asked, "budget": {"max_bytes": 9000}}),
+                await client.get("/weights/tiny?dtype=int8"),
+                await client.head("/weights/tiny?dtype=int8"),
+            ):
+                assert answer.status_code == 422
+                if answer.request.method == "HEAD":
+                    continue
+                (entry,) = answer.json()["errors"]
+                assert (entry["field"], entry["given"]) == ("dtype", "'int8'")
+                assert entry["allowed"].startswith("'float32', 'float16' or 'bfloat16': ")
+            assert (await client.get("/weights/tiny?dtype=float16")).status_code == 200
 
     asyncio.run(check())
 

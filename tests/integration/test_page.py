@@ -156,14 +156,14 @@ def test_sliders_move_the_numbers_and_the_numbers_are_the_plans(browser: Browser
 
     browser.find("#groups").click()
     browser.slide("#width-3", 0.3)
-    browser.set("#dtype", "float16")
-    staged = plan(url, arch="resnet20", width=[0.68, 0.68, 0.3], dtype="float16")
+    browser.set("#dtype", "int8")
+    staged = plan(url, arch="resnet20", width=[0.68, 0.68, 0.3], dtype="int8")
     assert browser.settled() == shown(staged)
 
     browser.find("#groups").click()
     browser.find("#extrapolate").click()
     browser.slide("#width", 1.5)
-    beyond = plan(url, arch="resnet20", width=1.5, dtype="float16", extrapolate=True)
+    beyond = plan(url, arch="resnet20", width=1.5, dtype="int8", extrapolate=True)
     assert browser.settled() == shown(beyond)
     assert browser.text("#score-of") == "not measured"
     assert browser.complaints() == []
@@ -202,6 +202,18 @@ def test_the_curl_line_and_the_download_give_the_apis_bytes(
     assert browser.downloaded("resnet20-w0.4.safetensors") == expected
     subprocess.run(shlex.split(browser.text("#curl")), cwd=tmp_path, check=True, timeout=30)
     assert (tmp_path / "resnet20-w0.4.safetensors").read_bytes() == expected
+    browser.set("#dtype", "int8")
+    browser.set("#format", "onnx")
+    asked = "width=0.4&dtype=int8&format=onnx"
+    expected = httpx.get(f"{url}/weights/resnet20?{asked}").raise_for_status().content
+    assert browser.settled()["bytes"] == len(expected)
+    browser.find("#download").click()
+    assert browser.downloaded("resnet20-w0.4-int8.onnx") == expected
+    assert shlex.split(browser.text("#curl"))[2:] == [
+        f"{url}/weights/resnet20?{asked}",
+        "-o",
+        "resnet20-w0.4-int8.onnx",
+    ]
     browser.find("#copy").click()
     browser.until(lambda: browser.text("#copy") in ("Copied", "Selected"))
     assert browser.complaints() == []
