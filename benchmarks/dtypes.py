@@ -3,11 +3,11 @@
     python -m benchmarks.dtypes [MANIFOLD] --data /path/to/datasets
 
 The score is ONNX Runtime's, over raw test images (as in `benchmarks.reach`), of the ONNX file that a
-device would pull. Latency is of one image and one thread, the median of many runs that take turns:
-ONNX Runtime as it is installed, and the module that `network.load` makes of the safetensors file. The
-rows `int8, DequantizeLinear` are of the same models with that operation in place of a cast and a
-product. Rows are kept in RESULTS, and a score that is there is not measured again. Last line: one JSON
-object.
+device would pull. Latency is of one image and one thread, the median of many runs that take turns, in
+the thread's processor time, so that other work on this machine is not counted: ONNX Runtime as it is
+installed, and the module that `network.load` makes of the safetensors file. Rows of `int8,
+DequantizeLinear` are of the same models with that operation in place of a cast and a product. Rows are
+kept in RESULTS, and a score that is there is not measured again. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 3):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = time.thread_time()
             run()
             if turn >= 3:
-                taken[name].append(1000 * (time.perf_counter() - began))
+                taken[name].append(1000 * (time.thread_time() - began))
     return {name: round(statistics.median(each), 3) for name, each in taken.items()}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import imagenet, size, statistics, streamed, versions
+from benchmarks import dtypes, imagenet, size, statistics, streamed, versions
 from benchmarks.life import body
 from benchmarks.manifolds import random_manifold, served, space
 from benchmarks.published import flops, published
@@ -101,6 +101,21 @@ def test_the_widths_asked_for_while_redis_fails_are_different_small_files(name: 
     asked = [over.architecture([*map(float, text.split(","))]) for text in smallest(over)]
     assert len({each.key for each in asked}) == len(asked) == SIZES
     assert all(each.channels[0] < over.full.channels[0] / 2 for each in asked)
+
+
+def test_dequantize_linear_computes_what_a_cast_and_a_product_do() -> None:
+    """What docs/onnx.md compares with is the same network, of ONNX's own operation for int8."""
+    manifold = served(noise=0.0)
+    size = manifold.space.architecture(0.5)
+    plan = wire.plan(manifold, size, "int8", "onnx")
+    raw = b"".join(wire.stream(plan, sample(manifold, size)))
+    other = dtypes.dequantizing(raw)
+    for model, kinds in ((raw, ("Cast", "Mul")), (other, ("DequantizeLinear",))):
+        assert all(kind.encode() in model for kind in kinds)
+    assert b"Cast" not in other and other.count(b"DequantizeLinear") >= len(plan.scales)
+    images = torch.rand(2, 1, 28, 28).numpy()
+    found, wanted = (dtypes.session(each).run(None, {"input": images})[0] for each in (other, raw))
+    assert abs(found - wanted).max() <= 1e-5 * abs(wanted).max()
 
 
 def normed(carried: int) -> tuple[Manifold, Dataset]:
