@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from neumeta import __version__
 from neumeta.graph import BATCH, Dim, Graph, Sizes, extent
 from neumeta.operations import OPERATIONS
-from neumeta.plan import Plan, Scales, layout, scaled
+from neumeta.plan import Plan, Scales, layout
 from neumeta.protobuf import before, data, fields, float32, number, single
 from neumeta.shapes import numeric
 
@@ -140,7 +140,7 @@ def plan(graph: Graph, sizes: Sizes, about: Mapping[str, Any], dtype: str) -> Pl
     """
     names = tuple(sorted(graph.tensors))
     shapes = {name: graph.shape(name, sizes) for name in names}
-    scales, parts = scaled(graph, sizes, dtype), layout(graph, sizes, dtype)
+    parts, scales = layout(graph, sizes, dtype)
     model = Model({part.name for part in parts})
     inputs = model.named("input")
     ends = []

@@ -83,8 +83,8 @@ def scaled(graph: Graph, sizes: Sizes, dtype: str) -> dict[str, Scales]:
     return found
 
 
-def layout(graph: Graph, sizes: Sizes, dtype: str) -> list[Part]:
-    """What lies in a file, in its order: the tensors by name.
+def layout(graph: Graph, sizes: Sizes, dtype: str) -> tuple[list[Part], dict[str, Scales]]:
+    """What lies in a file, in its order: the tensors by name; and which of them are `scaled`.
 
     Of int8, first the int8 ones by name, and then what is float32: the others, and each one's scales
     where it would be. So all of it can be sent as it is sampled, but for a few numbers that wait, and
@@ -98,4 +98,4 @@ def layout(graph: Graph, sizes: Sizes, dtype: str) -> list[Part]:
             floats.append(Part(own.name, "float32", own.shape(shape)))
         else:
             floats.append(Part(name, "float32" if dtype == "int8" else dtype, shape))
-    return ints + floats
+    return ints + floats, scales

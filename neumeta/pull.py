@@ -515,7 +515,7 @@ def _parts(
         given = {kinds[name] for name in graph.tensors if name in kinds}
         # Beside int8 there is float32.
         dtype = next((each for each in [*codes][::-1] if codes[each] in given), "float32")
-    return layout(graph, sizes, dtype)
+    return layout(graph, sizes, dtype)[0]
 
 
 def _other(about: Mapping[str, Any], arch: str) -> str:

@@ -19,7 +19,7 @@ from neumeta import onnx
 from neumeta.graph import Graph, Sizes
 from neumeta.manifold import Manifold
 from neumeta.notation import pack
-from neumeta.plan import Part, Plan, layout, scaled
+from neumeta.plan import Part, Plan, layout
 from neumeta.space import Architecture, Space
 
 FORMAT = 2
@@ -56,10 +56,11 @@ def plan_graph(graph: Graph, sizes: Sizes, told: Mapping[str, Any], dtype: str) 
     unstable order.
     """
     text = json.dumps(told, sort_keys=True, separators=(",", ":"))
-    header, length = header_of(layout(graph, sizes, dtype), {"neumeta": text})
+    parts, scales = layout(graph, sizes, dtype)
+    header, length = header_of(parts, {"neumeta": text})
     names = tuple(sorted(graph.tensors))
     shapes = tuple(graph.shape(name, sizes) for name in names)
-    return Plan(header, names, shapes, dtype, length, scales=scaled(graph, sizes, dtype))
+    return Plan(header, names, shapes, dtype, length, scales=scales)
 
 
 def about(manifold: Manifold, architecture: Architecture) -> dict[str, Any]:
