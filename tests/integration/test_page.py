@@ -218,7 +218,7 @@ def test_the_curl_line_and_the_download_give_the_apis_bytes(
     browser.until(lambda: browser.text("#copy") in ("Copied", "Selected"))
     assert browser.complaints() == []
     if PICTURE:
-        size = {"width": 1100, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": 1100, "height": 830, "deviceScaleFactor": 1, "mobile": False}
         browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.open(url)
         browser.until(lambda: browser.driver.find_elements("css selector", "#here"))
