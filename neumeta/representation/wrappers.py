@@ -140,7 +140,7 @@ class Corrected(Representation):
 class Expanded(Representation):
     """Expands an inner representation W around the full size: W + (1 - s) W_1 + (1 - s)^2 W_2 + ...
 
-    s is the mean of both axes' sizes as fractions of the full ones, and every W_k a grid, zero at first.
+    s is the mean of both axes' sizes as fractions of the full ones; every W_k is a grid, zero at first.
     What `Corrected` does for a channel this does for every weight: large and small networks, which
     share most of theirs, need not agree on them.
     """
