@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neumeta import checkpoint
+from neumeta.manifold import Manifold
+from neumeta.representation import Expanded
 from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
 from training import cli, data, fit, networks, pipeline, recipe, source
@@ -216,6 +218,31 @@ def test_a_manifold_that_does_not_fit_is_no_start(
     code, lines = run(text=AGAIN.replace(old, new), folder="new")
     assert code == 2 and any(re.search(told, line) for line in lines), lines
     assert not (place / "new").exists()
+
+
+def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: Path) -> None:
+    def again(text: str) -> Manifold:
+        (place / "again.toml").write_text(text)
+        asked, digits = recipe.load(str(place / "again.toml")), data.load("digits")
+        found = pipeline.check(asked, digits, place, place / "again")
+        return pipeline.begun(asked, digits, found.graph, place)[0]
+
+    expanded = AGAIN.replace("samples = 1", "samples = 1\nexpanded = {}")
+    kept = place / "run" / "manifold.safetensors"
+    before, begun = checkpoint.read(kept), again(expanded)
+    assert isinstance(begun.representation, Expanded) and begun.options == {"expanded": {}}
+    size = before.space.architecture(0.5)
+    old, new = (dict(sample(each, size)) for each in (before, begun))
+    assert all(torch.equal(new[name], value) for name, value in old.items())
+    # Now one that is: its terms are taken too, and a recipe without them has no place for them.
+    for value in begun.representation.terms.parameters():
+        value.data.fill_(0.1)
+    checkpoint.write(begun, kept)
+    new, taken = (dict(sample(each, size)) for each in (begun, again(expanded)))
+    assert all(torch.equal(taken[name], value) for name, value in new.items())
+    assert not torch.equal(new["conv2.weight"], old["conv2.weight"])
+    with pytest.raises(recipe.BadRecipe, match="representation: .*'expanded'"):
+        again(AGAIN)
 
 
 def test_images_too_small_for_the_network_are_told(run: Run, place: Path) -> None:

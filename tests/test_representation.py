@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neumeta.coordinates import Along, Coordinates, Site, Span, coordinates, whole
 from neumeta.manifold import roles
-from neumeta.representation import Anchored, Corrected, Grid, IntegralGrid, build
+from neumeta.representation import Anchored, Corrected, Expanded, Grid, IntegralGrid, build
 from neumeta.representation.features import fourier_features, remaining
 from neumeta.representation.grid import interpolate
 from neumeta.representation.mlp import _Mlp
@@ -31,6 +31,7 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "corrected": {"corrected": {"orders": 2, "depths": True}},
     "both": {"anchored": {"reach": 0.5}, "corrected": {}},
     "centred": {"centred": {}},
+    "expanded": {"expanded": {"orders": 2}},
 }
 PLAIN = Space("plain", traced("plain")[1], (0.25, 1.0), (1, 4))
 DENSE = Space("concatenated", traced("concatenated")[1], (0.25, 1.0))
@@ -54,15 +55,15 @@ def made(kind: str, wrapped: str, space: Space) -> Any:
 @torch.no_grad()
 def test_nothing_sampled_depends_on_train_or_eval(kind: str, wrapped: str) -> None:
     model = made(kind, wrapped, PLAIN)
-    for depth in ([2, 3], [4, 1]):
-        for site in sites(PLAIN, PLAIN.architecture(0.8, depth)).values():
-            generator = torch.Generator().manual_seed(0)
-            noisy = coordinates(site, 64, noise=0.5, samples=2, generator=generator)
-            for at in (coordinates(site, 64), noisy):
-                training, evaluating = model.train()(site, at), model.eval()(site, at)
-                assert torch.equal(training, evaluating)
-                shape = (site.rows.count, site.columns.count, math.prod(site.spatial))
-                assert training.shape == (len(at.layer), *shape)
+    # One stage is deeper than the source's, and one shallower.
+    for site in sites(PLAIN, PLAIN.architecture(0.8, [4, 1])).values():
+        generator = torch.Generator().manual_seed(0)
+        noisy = coordinates(site, 64, noise=0.5, samples=2, generator=generator)
+        for at in (coordinates(site, 64), noisy):
+            training, evaluating = model.train()(site, at), model.eval()(site, at)
+            assert torch.equal(training, evaluating)
+            shape = (site.rows.count, site.columns.count, math.prod(site.spatial))
+            assert training.shape == (len(at.layer), *shape)
 
 
 @pytest.mark.parametrize("wrapped", list(WRAPPED))
@@ -86,7 +87,7 @@ def test_a_noisy_copy_is_the_same_alone_and_among_others(kind: str, wrapped: str
             torch.testing.assert_close(model(site, one)[0], together[k], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wrapped", ["alone", "corrected", "both"])
+@pytest.mark.parametrize("wrapped", ["alone", "corrected", "both", "expanded"])
 @given(st.lists(st.floats(0.05, 1.6), min_size=3, max_size=3))
 @settings(max_examples=10, deadline=None)
 @torch.no_grad()
@@ -112,7 +113,7 @@ def test_a_concatenated_dimension_has_the_first_channels_of_every_part() -> None
     assert torch.equal(model(narrow, coordinates(narrow, 64))[0, :, :, 0], source[:, kept])
 
 
-# --- centred, anchored and corrected ---------------------------------------------------------------
+# --- centred, anchored, corrected and expanded ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,15 +212,65 @@ def test_depth_corrects_nothing_unless_it_is_asked_for() -> None:
             assert torch.equal(model(site, at), model(replace(site, deeper=deeper), at)) == alike
 
 
+@torch.no_grad()
+def test_an_expansion_is_nothing_at_full_size_and_a_polynomial_elsewhere() -> None:
+    fresh, model = build("grid", WRAPPED["expanded"], roles(PLAIN)), made("grid", "expanded", PLAIN)
+    assert isinstance(model, Expanded) and len(model.terms) == 2
+    randomised(fresh.inner)
+    for architecture in (PLAIN.full, PLAIN.architecture(1.0, [1, 4])):  # whatever the depth
+        for site in sites(PLAIN, architecture).values():
+            at = coordinates(site, 64)
+            assert torch.equal(model(site, at), model.inner(site, at))
+    for architecture in (PLAIN.architecture(0.6), PLAIN.architecture([0.3, 0.8])):
+        shares = set()
+        for site in sites(PLAIN, architecture).values():
+            at = coordinates(site, 64)
+            inner, found = model.inner(site, at)[0], model(site, at)[0]
+            rows, columns = site.rows.count, site.columns.count
+            less = 1 - (rows / site.rows.full + columns / site.columns.full) / 2
+            shares.add(less)
+            # At the source's depth a block has its own node.
+            linear, square = (each.grid[site.role.replace(".", "/")] for each in model.terms)
+            node = round(site.cell[0] * len(linear))
+            for o in range(rows):
+                for i in range(columns):
+                    expected = inner[o, i] + less * linear[node, o, i]
+                    expected = expected + less**2 * square[node, o, i]
+                    torch.testing.assert_close(found[o, i], expected, atol=1e-6, rtol=1e-5)
+            assert torch.equal(fresh(site, at), fresh.inner(site, at))  # terms begin as nothing
+        assert len(shares) > 3
+
+
+@torch.no_grad()
+def test_one_linear_term_in_a_node_for_each_block_is_what_expands_unless_told_otherwise() -> None:
+    """Files hold the options that were given alone."""
+    model = randomised(build("grid", {"nodes": 0, "expanded": {}}, roles(PLAIN)))
+    (term,) = model.terms
+    assert len(term.grid["stage1/n/conv1/weight"]) == 2
+    found = sites(PLAIN, PLAIN.architecture(0.6, [4, 3]))
+    first, second, third, last = (found[f"stage1.{n}.conv1.weight"] for n in range(4))
+
+    def made_by(site: Site) -> Tensor:
+        weights: Tensor = term(site, coordinates(site, 64))
+        return weights
+
+    assert torch.equal(made_by(first), made_by(second))
+    assert torch.equal(made_by(third), made_by(last))
+    assert not torch.equal(made_by(second), made_by(third))
+
+
 def test_wrappers_stand_around_each_other_and_unknown_options_are_refused() -> None:
     model = made("integral", "both", PLAIN)
     assert isinstance(model, Corrected) and isinstance(model.inner, Anchored)
     assert isinstance(model.inner.inner, IntegralGrid)
+    outer = build("grid", {"expanded": {}, "corrected": {}}, roles(PLAIN))
+    assert isinstance(outer, Expanded) and isinstance(outer.inner, Corrected)
     for kind, options, match in (
         ("spline", {}, "'spline' is not one of"),
         ("grid", {"density": 1.0}, "grid: .*density"),
         ("grid", {"corrected": {"order": 3}}, "grid: .*order"),
-        ("mlp", {"anchored": {}}, "mlp: .*reach"),
+        ("grid", {"expanded": {"depths": True}}, "grid: .*depths"),
+        ("mlp", {"layers": 1, "hidden": 8, "anchored": {}}, "mlp: .*reach"),
     ):
         with pytest.raises(ValueError, match=match):
             build(kind, options, roles(PLAIN))
