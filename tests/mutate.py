@@ -70,7 +70,7 @@ class Baseline:
 def mutants(path: Path, wanted: Callable[[list[str]], list[str]], most: int) -> list[Mutant]:
     """The first `most` mutants of a file, among those that `wanted` takes of all their names, in its
     order, whose program differs in more than annotations, docstrings, what decorators are told (how
-    much is cached, whether a class is frozen) and whether `zip` is strict."""
+    much is cached, whether a class is frozen), a `*` between parameters and whether `zip` is strict."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
@@ -117,6 +117,10 @@ def _program(source: str) -> str:
             node.decorator_list = calls
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node.returns = None
+        if isinstance(node, ast.arguments):  # `*` and `/` between them: no operators
+            node.args = node.posonlyargs + node.args + node.kwonlyargs
+            node.defaults += [each for each in node.kw_defaults if each]
+            node.posonlyargs, node.kwonlyargs, node.kw_defaults = [], [], []
         if isinstance(node, ast.keyword) and node.arg == "strict":
             node.value = ast.Constant(None)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

@@ -14,8 +14,9 @@ from training.data import load_from, pictures
 
 @pytest.fixture(autouse=True)
 def folder_of_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NEUMETA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    folder = tmp_path / "not yet" / "cache"
+    monkeypatch.setenv("NEUMETA_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture

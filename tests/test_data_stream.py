@@ -59,6 +59,11 @@ def test_a_stream_has_the_images_labels_and_classes_of_its_folders(tmp_path: Pat
     assert sorted(number for x, _ in found for number in numbers(x, data)) == list(range(12, 18))
     x = torch.cat([data.batch(torch.arange(12), torch.Generator(), False)[0]])
     assert x.mean((0, 2, 3)).abs().max() < 5e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 0.05
+    given = [0.1, 0.2, 0.3]  # one of them: the other is measured
+    half = stream(tmp_path / "net", size=(16, 24), workers=0, mean=given)
+    assert (half.mean, half.std) == (given, data.std)
+    half = stream(tmp_path / "net", size=(16, 24), workers=0, std=given)
+    assert (half.mean, half.std) == (data.mean, given)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -110,6 +115,12 @@ def test_a_part_lies_inside_and_is_neither_small_nor_narrow(
     w, h = right - left, bottom - top
     if min(width, height) >= 30 and max(width, height) <= 2 * min(width, height):
         assert 0.7 < w / h < 1.45 and w * h >= 0.06 * width * height
+
+
+def test_where_no_part_fits_the_middle_is_taken_as_narrow_as_a_part_may_be() -> None:
+    draws = [1.0, 0.5] * 11 + [0.5]  # the whole area as a square, ten times
+    assert part(300, 30, draws) == (130, 0, 170, 30)
+    assert part(30, 300, draws) == (0, 130, 30, 170)
 
 
 def test_parts_are_of_all_places_and_sizes() -> None:
@@ -253,7 +264,11 @@ def test_a_users_datasets_are_a_stream(mine: str, workers: int) -> None:
     raw = x * data.std[0] + data.mean[0]
     assert float(raw[0].min()) >= 0.2 and float(raw[0].max()) <= 0.3 + 1e-6
     assert torch.cat([y for _, y in data.test_batches(2)]).tolist() == [0, 1, 2, 0, 1]
-    assert data.digest() == load_from(f"{mine}:build").digest()
+    other = load_from(f"{mine}:build", workers=0, mean=[0.5])
+    assert data.digest() == other.digest()
+    assert (other.mean, other.std) == ([0.5], data.std)
+    other = load_from(f"{mine}:build", workers=0, std=[0.5])
+    assert (other.mean, other.std) == (data.mean, [0.5])
 
 
 def test_a_users_module_is_found_by_its_name(

@@ -113,7 +113,7 @@ def test_a_concatenated_dimension_has_the_first_channels_of_every_part() -> None
     assert torch.equal(model(narrow, coordinates(narrow, 64))[0, :, :, 0], source[:, kept])
 
 
-# --- centred, anchored, corrected and expanded ---------------------------------------------------------------
+# --- centred, anchored, corrected and expanded -----------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -463,6 +463,18 @@ def test_options_that_a_file_does_not_name_are_those_it_was_written_with() -> No
     model = build("mlp", {}, roles(lenet().space))
     held = sum(each.numel() for each in model.networks["conv2/weight"].parameters())
     assert held == 198 * 512 + 512 + 7 * (512 * 512 + 512 + 1) + 512 * 9 + 9
+
+
+def test_so_are_those_of_grids_and_of_what_stands_around_them() -> None:
+    key = "stage1/n/conv1/weight"  # 2 blocks of 5 channels, 3x3
+    grid, integral = (build(kind, {}, roles(PLAIN)) for kind in ("grid", "integral"))
+    assert grid.grid[key].shape == (1, 5, 5, 9) and not grid.stepped
+    assert integral.grid[key].shape == (1, 2, 2, 9) and not integral.stepped  # 0.375 of 5
+    anchored = build("grid", {"anchored": {"reach": 0.1}}, roles(PLAIN))
+    assert anchored.source.grid[key].shape == (2, 5, 5, 9) and anchored.source.stepped
+    assert anchored.growth == 1.0
+    corrected = build("grid", {"corrected": {}}, roles(PLAIN))
+    assert corrected.rows[key].shape == corrected.columns[key].shape == (5, 3)
 
 
 def test_features_kept_for_an_axis_are_those_of_its_coordinates() -> None:

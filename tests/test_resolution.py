@@ -20,4 +20,8 @@ def test_smaller_images_keep_their_brightness_and_lose_what_is_too_fine() -> Non
     stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 1, 32, 32)
     # Sampling every second pixel would give 1 or -1 everywhere.
     assert shrunk(stripes, 0.5)[..., 2:-2].abs().max() < 0.2
+    # Nor is it enough to mix the two pixels in the middle of every four: they are always alike here.
+    fours = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(8).expand(1, 1, 32, 32)
+    assert shrunk(fours, 0.25)[..., 1:-1].abs().max() < 0.5
     assert shrunk(flat, 1.0) is flat
+    assert shrunk(torch.full((1, 1, 2, 8), 0.7), 0.25).shape == (1, 1, 1, 2)  # one pixel is left

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from neumeta.manifold import Manifold
+from neumeta.manifold import Contract, Manifold, roles
+from neumeta.representation import build
 from neumeta.sample import normalised
+from neumeta.sites import kept, sites
+from neumeta.space import Space
 from neumeta.statistics import unflatten
-from tests.support import runs
-from training import data, fit, recipe, statistics
+from tests.support.modules import traced
+from training import data, source, statistics
 
 
 def test_chosen_rows_have_a_mean_nearer_to_all_than_random_ones() -> None:
@@ -45,9 +49,19 @@ def test_numbers_that_float16_would_lose_stay_in_float32() -> None:
         torch.testing.assert_close(found.float(), kept, atol=1e-6, rtol=1e-3)
 
 
+def filled(space: Space, module: torch.nn.Module, loaded: data.Dataset) -> Manifold:
+    """A manifold that starts as its source."""
+    own, model = source.tensors(module, space.graph.tensors), build("grid", {}, roles(space))
+    for name, site in sites(space, space.full).items():
+        model.fill(site, own[name])
+    contract = Contract(tuple(loaded.mean), tuple(loaded.std), loaded.classes)
+    frozen = {name: own[name] for name in kept(space.graph)}
+    return Manifold(space, model, "grid", {}, 0.0, 1, 64, contract, frozen)
+
+
 @pytest.fixture(scope="module")
-def manifold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifold, data.Dataset]:
-    """A small ResNet on the digits as colour images, started as its untrained source."""
+def manifold() -> tuple[Manifold, data.Dataset]:
+    """A small ResNet on the digits as colour images, calibrated."""
     digits = data.load("digits")
     colour = replace(
         digits,
@@ -57,11 +71,8 @@ def manifold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifold, data.D
         std=[0.4] * 3,
         pad=0,
     )
-    asked = recipe.load("cifar10-resnet20").changed(
-        network={"weights": "", "train": {"epochs": 0}}, fit={"width": (0.9, 1.0)}
-    )
-    made, smoothed = runs.prepared(asked, colour, tmp_path_factory.mktemp("source"))
-    fit.initialise(made, smoothed, smoothed, asked, lambda *_: None)
+    module, graph = traced("resnet")
+    made = filled(Space("resnet", graph, (0.7, 1.0)), module, colour)
     statistics.calibrate(made, colour, calibration=32)
     return made, colour
 
@@ -74,6 +85,8 @@ def test_kept_statistics_are_those_of_all_images_and_carried_ones_are_near(
     images = made.statistics.images
     assert images is not None and images.dtype == torch.uint8 and len(images) == 32
     x = statistics.training_images(colour, 300, statistics.seed_of(0, "statistics"))
+    known = {image.numpy().tobytes() for image in colour.train_images}
+    assert {image.numpy().tobytes() for image in images} <= known
     architecture = made.space.full
     exact = statistics.exact(made, architecture, x)
     kept = made.statistics.kept[architecture.key].float()
@@ -94,21 +107,48 @@ def test_kept_statistics_are_those_of_all_images_and_carried_ones_are_near(
     }
 
 
-@pytest.mark.parametrize("kind", ["noise", "own"])
-def test_images_may_be_noise_or_the_users_own(
-    manifold: tuple[Manifold, data.Dataset], kind: str, tmp_path: Path
-) -> None:
-    import numpy as np
-
+def test_images_may_be_noise(manifold: tuple[Manifold, data.Dataset]) -> None:
     made, colour = manifold
-    if kind == "own":
-        own = colour.test_images[:8].expand(-1, 3, -1, -1).numpy()
-        labels = np.arange(8) % 2
-        np.savez(tmp_path / "own.npz", train_images=own, train_labels=labels,
-                 test_images=own, test_labels=labels)  # fmt: skip
-        found = statistics.own_images(str(tmp_path / "own.npz"), colour, 4)
-        assert torch.equal(found, data.to_float(torch.from_numpy(own[:4]), colour))
-        return
     found = statistics.noise_images(colour.shape, 6, 0)
     assert found.shape == (6, 3, 8, 8) and float(found.std()) == pytest.approx(1, abs=0.01)
     assert torch.equal(found, statistics.noise_images(colour.shape, 6, 0))
+    # Its power falls with frequency, by as much for rows as for columns.
+    power = torch.fft.fft2(statistics.noise_images((1, 8, 8), 2000, 0)).abs().square().mean((0, 1))
+    for one, four in ((power[0, 1], power[0, 4]), (power[1, 0], power[4, 0])):
+        assert float(one / four) == pytest.approx(16, rel=0.2)
+    made = replace(made)
+    statistics.calibrate(made, colour, calibration=6, images="noise")
+    images = made.statistics.images
+    assert images is not None and images.dtype == torch.uint8 and images.shape == (6, 3, 8, 8)
+    as_they_are = found * 0.4 + 0.3
+    seeded = statistics.noise_images(colour.shape, 6, statistics.seed_of(0, "noise"))
+    wanted = ((seeded * 0.4 + 0.3) * 255).clamp(0, 255).round()
+    assert as_they_are.min() < 0 and torch.equal(images.float(), wanted)
+
+
+def test_images_may_be_the_users_own(
+    manifold: tuple[Manifold, data.Dataset], tmp_path: Path
+) -> None:
+    made, colour = manifold
+    own = colour.test_images[:8].expand(-1, 3, -1, -1).numpy()
+    labels = np.arange(8) % 2
+    np.savez(tmp_path / "own.npz", train_images=own, train_labels=labels,
+             test_images=own, test_labels=labels)  # fmt: skip
+    found = statistics.own_images(str(tmp_path / "own.npz"), colour, 4)
+    assert torch.equal(found, data.to_float(torch.from_numpy(own[:4]), colour))
+
+
+def test_usual_sizes_are_the_scalar_widths_or_a_ladder_of_them_and_even_depths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, graph = traced("plain")
+    space = Space("plain", graph, (0.25, 0.93), (1, 2), 3, {"lopsided": (3, 1)})
+    made = filled(space, module, data.load("digits"))
+    depths = [[1, 1], [2, 2], [3, 3], [3, 1]]  # up to the deepest there may be, and those of a name
+    deep = [space.architecture(0.93, depth, extrapolate=True) for depth in depths]
+    found = statistics.usual(made)
+    assert found == list(dict.fromkeys([*space.scaled(), *deep]))
+    monkeypatch.setattr(statistics, "MOST_KEPT", 3)
+    monkeypatch.setattr(statistics, "STEP", 0.25)
+    ladder = [space.architecture(width) for width in (0.25, 0.5, 0.75, 0.93)]
+    assert len(space.scaled()) > 4 and statistics.usual(made) == [*ladder, *deep]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 def resolution(stages: Sequence[float], step: int, steps: int) -> float:
     """The share of the images' full side that `step` of `steps` trains on: each stage lasts as long."""
-    return stages[min(step * len(stages) // steps, len(stages) - 1)]
+    return stages[step * len(stages) // steps]
 
 
 def shrunk(x: Float[Tensor, "N C H W"], share: float) -> Float[Tensor, "N C h w"]:
