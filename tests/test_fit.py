@@ -11,21 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from neumeta.sample import sample
 from tests.support.runs import prepared, space
 from training import data, fit, recipe
-from training.data import Dataset, to_float
-from training.data.dataset import moved
-from training.state import BadState
+from training.data import Dataset
 from training.task import TASKS
-from training.teacher import Views
 
 TASK = TASKS["classification"]
 
 TINY = recipe.load("tiny").changed(
     network={"train": {"epochs": 1, "lr": 0.1, "batch": 64}},
+    order={"strategy": "none"},
     fit={"epochs": 1.5, "batch": 256},
     evaluate={"widths": (1.0, 0.5)},
 )
@@ -75,15 +72,6 @@ def test_a_grid_starts_as_the_source_network(digits: Dataset, run_folder: Path) 
         torch.testing.assert_close(made[name], value, atol=0, rtol=0)
 
 
-def test_regression_lowers_the_error(digits: Dataset, run_folder: Path) -> None:
-    errors = []
-    for steps in (2, 60):
-        asked = MLP.changed(representation={"noise": 0.0}, fit={"regression_steps": steps})
-        manifold, smoothed = prepared(asked, digits, run_folder)
-        errors.append(fit.initialise(manifold, smoothed, smoothed, asked, lambda *_: None))
-    assert errors[1] < 0.9 * errors[0]
-
-
 def test_architectures_come_from_the_pool(digits: Dataset) -> None:
     generator, covered = torch.Generator().manual_seed(0), space(TINY, digits)
     listed = TINY.changed(fit={"widths": (0.5, 0.75), "sandwich": False})
@@ -123,7 +111,7 @@ def test_a_size_that_is_kept_is_not_trained(digits: Dataset) -> None:
 
 
 GROWING = TINY.changed(
-    network={"network": "resnet20"},
+    network={"train": {"epochs": 0}},
     fit={"distill": "source", "teacher_views": 2, "resolutions": (0.5, 1.0), "epochs": 1},
 )
 
@@ -150,41 +138,6 @@ def test_growing_images_and_a_teachers_views_train_and_resume_to_the_same_result
     whole, resumed = results
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
-
-
-def test_a_teachers_views_are_moved_images_with_its_outputs_for_them(
-    digits: Dataset, tmp_path: Path
-) -> None:
-    seen: list[Tensor] = []
-
-    def teacher(x: Tensor) -> Tensor:
-        seen.append(x)
-        return torch.stack((x.flatten(1).sum(1), x[:, 0, 0, 0]), 1)
-
-    state = tmp_path / "teacher.pt"
-    views = Views(digits, teacher, 2, 0, state)
-    rows = torch.tensor([7, 3, 900])
-    first, labels, outputs = views.batch(rows, 0)
-    second, _, _ = views.batch(rows, 1)
-    assert torch.equal(labels, digits.train_labels[rows].long())
-    torch.testing.assert_close(outputs, teacher(first).half().float())
-    assert not torch.equal(first, second)  # each pass moves the images in its own way
-    shifts = {(dy, dx) for dy in range(3) for dx in range(3)}
-    for row, image in zip(rows, first, strict=True):
-        one = digits.train_images[row : row + 1]
-        ways = [
-            to_float(moved(one, 1, torch.tensor([[dy]]), torch.tensor([[dx]]), None), digits)[0]
-            for dy, dx in shifts
-        ]
-        assert any(torch.equal(image, way) for way in ways)
-    damaged = tmp_path / "damaged.pt"
-    damaged.write_bytes(state.read_bytes()[:-1000])
-    with pytest.raises(BadState, match="damaged.pt: damaged, cut short"):
-        Views(digits, teacher, 2, 0, damaged)
-    seen.clear()
-    again = Views(digits, teacher, 3, 0, state)  # two passes are kept, the third is made
-    assert sum(len(x) for x in seen) == len(digits)
-    assert torch.equal(again.batch(rows, 0)[2], outputs)
 
 
 SCRIPT = """

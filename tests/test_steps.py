@@ -11,6 +11,9 @@ import torch
 
 from neumeta.program import Program
 from neumeta.representation.wrappers import Anchored
+from neumeta.sample import sample
+from neumeta.space import Architecture, Space
+from tests.conftest import lenet
 from tests.support import runs
 from training import data, fit, recipe, source
 from training.task import TASKS
@@ -24,14 +27,15 @@ def tiny(**changes: Any) -> recipe.Recipe:
         "epochs": 1.0, "batch": 256, "sandwich": False, "distill": "none",
         "reconstruction": 0.0, "regularisation": 0.0,
     }  # fmt: skip
-    return recipe.load("tiny").changed(network={"train": {"epochs": 0}}, fit=few | changes)
+    asked = recipe.load("tiny").changed(network={"train": {"epochs": 0}}, fit=few | changes)
+    return asked.changed(order={"strategy": "none"})
 
 
-def fitted(folder: Path, **changes: Any) -> tuple[Any, dict[str, Any]]:
+def fitted(folder: Path, save_every: int = 200, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """The manifold after a fit, and the state that the fit left."""
     asked, digits = tiny(**changes), data.load("digits")
     manifold, smoothed = runs.prepared(asked, digits, folder)
-    assert fit.fit(manifold, smoothed, digits, TASK, asked, folder)
+    assert fit.fit(manifold, smoothed, digits, TASK, asked, folder, save_every=save_every)
     return manifold, torch.load(folder / "fit.pt", weights_only=True)
 
 
@@ -72,13 +76,13 @@ def test_the_manifold_is_the_moving_average_of_its_steps(
         return late
 
     monkeypatch.setattr(fit, "_finish", recorded)
-    manifold, kept = fitted(tmp_path, epochs=2.0, ema=0.3)
+    manifold, kept = fitted(tmp_path, batch=64, epochs=0.5, ema=0.5)
     found = manifold.representation.state_dict()
     assert len(states) == kept["step"] + 1 > 8
     for name, value in found.items():
         expected = states[0][name]
         for step, state in enumerate(states[1:]):
-            decay = min(0.3, (1 + step) / (10 + step))
+            decay = min(0.5, (1 + step) / (10 + step))  # from the ninth step on the first
             expected = decay * expected + (1 - decay) * state[name]
         torch.testing.assert_close(value, expected)
         assert torch.equal(kept["model"][name], states[-1][name])
@@ -104,21 +108,28 @@ def test_the_rate_follows_the_cycle_and_vectors_do_not_decay() -> None:
     assert isinstance(fit._optimiser(model, tiny(optimiser="sgd")), torch.optim.SGD)
 
 
-def test_warm_is_the_share_of_steps_that_the_rate_rises(
+def test_the_rate_rises_for_the_share_that_is_warm_and_state_is_kept_every_so_many_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    finish = fit._finish
+    kept: list[int] = []
+    finish, save = fit._finish, fit.states.save
 
     def recorded(model: Any, optimiser: Any, *rest: Any) -> bool:
         rates.append(optimiser.param_groups[0]["lr"])
         return finish(model, optimiser, *rest)
 
+    def saved(state: Any, path: Path) -> None:
+        if path.name == "fit.pt":
+            kept.append(state["step"])
+        save(state, path)
+
     monkeypatch.setattr(fit, "_finish", recorded)
-    fitted(tmp_path, epochs=2.0, warm=0.5, lr=0.01)
-    steps = len(rates)
-    assert rates == pytest.approx([0.01 * source.one_cycle(s, steps, 0.5) for s in range(steps)])
-    assert rates.index(max(rates)) in (steps // 2 - 1, steps // 2)
+    monkeypatch.setattr(fit.states, "save", saved)
+    fitted(tmp_path, 4, batch=64, epochs=0.5, warm=0.5, lr=0.01)
+    assert rates == pytest.approx([0.01 * source.one_cycle(s, 10, 0.5) for s in range(10)])
+    assert rates.index(max(rates)) in (4, 5)
+    assert kept == [4, 8, 10]
 
 
 def test_cells_of_a_stage_cover_it_whatever_the_noise() -> None:
@@ -136,16 +147,39 @@ def test_cells_of_a_stage_cover_it_whatever_the_noise() -> None:
     assert min(moved) < -0.38 and max(moved) > 0.38 and abs(sum(moved) / len(moved)) < 0.03
 
 
-def test_the_share_of_widths_by_group_is_per_group() -> None:
+def test_shares_of_widths_are_the_smallest_and_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
     space = runs.space(tiny(), data.load("digits"))
-    generator = torch.Generator().manual_seed(0)
-    even = {space.architecture(w / 1000).channels for w in range(250, 1001)}
-    for share, least, most in ((0.0, 0, 0), (0.5, 150, 250), (1.0, 380, 400)):
-        asked = tiny(per_group=share)
-        uneven = sum(
-            fit.choose(asked, space, generator)[0].channels not in even for _ in range(400)
-        )
-        assert least <= uneven <= most
+    generator, full, drawn = torch.Generator().manual_seed(0), space.full, list[Any]()
+
+    def asked_for(_: Space, width: Any, depth: Any = None) -> Architecture:
+        drawn.append(width)
+        return full
+
+    monkeypatch.setattr(Space, "architecture", asked_for)
+    for share, least, most in ((0.0, 0, 0), (0.5, 70, 130), (1.0, 200, 200)):
+        for key in ("smallest", "per_group"):
+            asked = tiny(**{"per_group": 0.0, key: share})
+            drawn.clear()
+            for _ in range(200):
+                fit.choose(asked, space, generator)
+            smallest = drawn.count(0.25)
+            uneven = [width for width in drawn if isinstance(width, list)]
+            assert least <= (smallest if key == "smallest" else len(uneven)) <= most
+            if key == "per_group":
+                assert smallest == 0 and all(len(set(each)) == 3 for each in uneven)
+            others = [width for width in drawn if isinstance(width, float) and width != 0.25]
+            if others:  # over the whole range, all alike
+                assert 0.25 < min(others) < 0.28 and 0.97 < max(others) < 1
+
+
+def test_what_a_step_makes_is_what_is_sampled() -> None:
+    manifold = replace(lenet("grid"), noise=0.0, samples=1)
+    for width in (1.0, 0.5, 0.3):
+        size = manifold.space.architecture(width)
+        found = fit.generated(manifold, size, 0.0, torch.Generator())
+        wanted = dict(sample(manifold, size))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name].detach(), value) for name, value in wanted.items())
 
 
 def test_frozen_features_are_what_the_first_operations_make(tmp_path: Path) -> None:
