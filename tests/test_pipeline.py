@@ -85,6 +85,7 @@ def test_a_finished_run_is_evaluated_again_by_another_title_and_other_sizes(
     assert run("--resume", text=text.replace("samples = 1", "samples = 2")) == (0, [])
     manifold = checkpoint.read(place / "run" / "manifold.safetensors")
     assert manifold.about["title"] == "renamed" and manifold.samples == 2
+    assert manifold.about["source"]["kind"] == "train"
     assert [row["width"] for row in manifold.about["evaluation"]] == [0.5, 0.3]
     assert manifold.contract.classes == tuple("0123456789")
     after = load_file(place / "run" / "manifold.safetensors")
@@ -370,6 +371,23 @@ def test_images_that_cannot_be_trained_on_are_one_line_before_anything_is_writte
     code, (line,) = run("--data", str(place), text=text, folder="new")
     assert code == 2 and told in line
     assert not (place / "new").exists()
+
+
+def test_a_network_of_which_nothing_can_be_resized_is_told() -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    asked, digits = recipe.load("tiny"), data.load("digits")
+    graph = pipeline.traced(asked, digits, net).graph
+    with pytest.raises(recipe.BadRecipe, match="fit.width: .*nothing in this network can be"):
+        pipeline.space(asked, graph)
+
+
+def test_calibration_images_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
+    told = recipe.load("tiny").as_dict()
+    for name in ("noise", "own"):
+        (tmp_path / name).mkdir()
+    for name, found in (("noise", "noise"), ("own", str(tmp_path / "own")), ("gone", "gone")):
+        told["data"]["calibration_images"] = name
+        assert pipeline._images(recipe.parse(told, str(tmp_path / "x.toml"))) == found
 
 
 def test_images_that_are_too_small_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

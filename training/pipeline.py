@@ -130,14 +130,15 @@ def traced(asked: Recipe, loaded: data.Data, module: nn.Module) -> Traced:
 def space(asked: Recipe, graph: Graph) -> Space:
     """The architectures that the recipe's manifold covers. Raises BadRecipe."""
     fit_, deep, problems = asked.fit, asked.fit.blocks is not None, list[str]()
+    made = graph.folded if asked.folded else graph
+    if asked.wide and not made.axes:
+        allowed = "nothing in this network can be resized"
+        raise BadRecipe(asked.file, [refused("fit.width", fit_.width, allowed)])
     try:
-        made = graph.folded if asked.folded else graph
         # Width that does not morph keeps its axes' sizes.
         made = made.morphing(fit_.morph if asked.wide else (), depth=deep)
     except ValueError as error:
         raise BadRecipe(asked.file, [f"fit.morph: {error}"]) from None
-    if asked.wide and not made.axes:
-        problems.append(refused("fit.width", fit_.width, "nothing in this network can be resized"))
     if fit_.blocks and not made.stages:
         allowed = "this network has no stages: no container of blocks that are alike"
         problems.append(refused("fit.blocks", fit_.blocks, allowed))
