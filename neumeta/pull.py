@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote
 
 import httpx
 from filelock import FileLock, Timeout
@@ -38,6 +38,11 @@ LONGEST_WAIT = 60.0
 LOCK_WAIT = 600.0
 """Seconds another pull of the same file is waited for."""
 REDIRECTS = 5
+LONGEST_ADDRESS = 8192
+LONGEST_TOLD = 16 << 20
+"""Bytes of a plan, a problem or a description."""
+MOVES = 3
+"""Addresses in a row that are gone when they are asked for: manifolds are being replaced."""
 PAST_CACHES = {"Accept-Encoding": "identity", "Cache-Control": "no-cache"}
 """Headers of a question that a shared cache is to pass on."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -73,7 +78,9 @@ def pull(
 
     `parameters` are those of `GET /weights/{arch}`. A temporary file in the same folder is hashed
     while it streams; length, digest, header and shapes are checked, then it is synced and renamed
-    over `out`, and the folder synced. A broken transfer is resumed by Range where the ETag still
+    over `out`, and the folder synced. The file is asked for at the address that names its content
+    (`GET /plan/{arch}` tells it), which any cache may answer; what a cache gets wrong is asked for
+    past it. A broken transfer is resumed by Range where the ETag still
     holds, also one that an earlier process left. Processes that pull to one `out` take turns: who
     finds it taken calls `waiting` and waits at most `lock_wait` seconds. A file that is whole and
     current is not pulled again. Where `out` is a symbolic link, what it names is replaced.
@@ -277,6 +284,7 @@ class _Transfer:
         state = _read(record)
         self.size, self.total, self.etag, self.promised = 0, -1, "", ""
         self.hash, self.inherited, self.current = hashlib.sha256(), False, ""
+        self.located, self.place, self.wanted, self.vouched, self.past = False, "", "", "", False
         self.good = _kept(out, state, source)
         self.good_etag = str(state.get("etag", "")) if self.good else ""
         self.kept = {key: state[key] for key in ("kept", "etag", "sha256")} if self.good else {}
@@ -302,27 +310,91 @@ class _Transfer:
         if self.current:
             return
         # A cold answer starts before its digest is known; by now it is.
-        promised = self.promised or self._asked_digest()
+        promised = self.vouched or self.promised or self._asked_digest()
         arrived = f"sha-256=:{base64.b64encode(self.hash.digest()).decode()}:"
         if promised and promised != arrived:
             self._restart()
+            self._pass_by()
             raise _Retry("the bytes that arrived do not have the digest the service states")
         if not promised:
             if self.inherited:
                 self._restart()  # a power cut may have left holes, and nothing here would show them
             raise _Retry("no digest vouches for what arrived")
 
-    def _fetch(self) -> None:
+    def _locate(self) -> None:
+        """Ask which bytes these are and at which address, unless they are known to be current."""
         headers = {"Accept-Encoding": "identity"}
-        if self.size and self.etag:
+        if self.good_etag and not (self.size and self.etag):
+            headers["If-None-Match"] = f"W/{self.good_etag}"
+        there = f"/plan/{quote(self.arch, safe='')}"
+        with self._request("GET", headers, there, self.asked) as answer:
+            status = answer.status_code
+            if status == 304 and "If-None-Match" in headers:
+                self.current = self.good
+                return
+            if status == 200:
+                self._aim(_told(answer))
+            # A service of before, or a mirror that has files alone, knows no such path.
+            elif status in (401, 422) or status in RETRIED or not 400 <= status < 500:
+                _extent(answer)
+        self.located = True
+
+    def _aim(self, told: Mapping[str, Any]) -> None:
+        """From here on, ask for the bytes of this plan or problem; by arch and size, if it has none.
+
+        Of an address the part from its path on counts: where the service is, who asks knows best."""
+        address = str(told.get("address", ""))[:LONGEST_ADDRESS]
+        rest = address.partition("/weights/")[2]
+        etag = parse_qs(rest.partition("?")[2]).get("etag", [""])[0]
+        self.place = f"/weights/{rest}" if etag and rest.isascii() and rest.isprintable() else ""
+        self.wanted = f'"{etag}"' if self.place else ""
+        same = self.place and told.get("etag") == self.wanted
+        self.vouched = str(told.get("repr_digest") or "") if same else ""
+
+    def _pass_by(self) -> None:
+        """A cache on the way has other bytes than were asked for: ask the way that none answers."""
+        if self.place:
+            self._aim({})
+            self.past = True
+
+    def _fetch(self) -> None:
+        if not self.located:
+            self._locate()
+        moves = 0
+        while not self.current and self._asked_for():
+            # Its manifold was replaced in between, or a cache on the way had something else.
+            moves += 1
+            if moves == MOVES:
+                self._aim({})
+
+    def _asked_for(self) -> bool:
+        """Ask for the rest of the file once; whether another place is to be asked instead."""
+        headers = {"Accept-Encoding": "identity"}
+        if self.past:
+            headers["Content-Type"] = "application/json"
+        elif self.size and self.etag:
             headers |= {"Range": f"bytes={self.size}-", "If-Range": self.etag}
         elif self.good_etag:
             headers["If-None-Match"] = self.good_etag
-        with self._request("GET", headers) as answer:
+        if self.past:
+            asking = self._request("POST", headers, "/weights", content=self._body())
+        elif self.place:
+            asking = self._request("GET", headers, self.place)
+        else:
+            asking = self._request("GET", headers)
+        with asking as answer:
             etag = answer.headers.get("etag", "")
+            if self.place and answer.status_code == 404:
+                self._aim(_told(answer))
+                return True
+            bytes_of_it = self.place and answer.status_code in (200, 206, 304)
+            # Without an ETag only a digest that the service told can say what this is.
+            if bytes_of_it and etag != self.wanted and (etag or not self.vouched):
+                self._pass_by()
+                return True
             if answer.status_code == 304 and "If-None-Match" in headers:
                 self.current = self.good
-                return
+                return False
             if answer.status_code in (200, 416):
                 self._restart()
             start, total = _extent(answer)
@@ -352,15 +424,24 @@ class _Transfer:
             if self.size > self.total:
                 self._restart()
             raise _Retry(why)
+        return False
+
+    def _body(self) -> bytes:
+        return json.dumps({"arch": self.arch, **_json_values(self.asked)}).encode()
 
     @contextmanager
     def _request(
-        self, method: str, headers: dict[str, str], path: str = "", content: bytes | None = None
+        self,
+        method: str,
+        headers: dict[str, str],
+        path: str = "",
+        asked: Mapping[str, str] | None = None,
+        content: bytes | None = None,
     ) -> Iterator[httpx.Response]:
         """The answer, redirects followed. To another host httpx sends no token along; from https to
         http is never followed, because whoever listens there could write the answer."""
         there = path or f"/weights/{quote(self.arch, safe='')}"
-        asked = None if path else self.asked
+        asked = asked if path else self.asked
         request = self.http.build_request(
             method, there, params=asked, headers=headers, content=content
         )
@@ -396,15 +477,11 @@ class _Transfer:
 
     def _planned_digest(self) -> str:
         """By POST, which no cache answers, whatever it was told to ignore."""
-        body = json.dumps({"arch": self.arch, **_json_values(self.asked)}).encode()
         headers = {"Content-Type": "application/json"}
-        with self._request("POST", headers, "/plan", body) as answer:
-            try:
-                told = json.loads(answer.read())
-                same = self.etag and told["etag"] == self.etag
-                return str(told["repr_digest"] or "") if same else ""
-            except (ValueError, KeyError, TypeError):
-                return ""
+        with self._request("POST", headers, "/plan", content=self._body()) as answer:
+            told = _told(answer)
+        same = self.etag and told.get("etag") == self.etag
+        return str(told.get("repr_digest") or "") if same else ""
 
 
 def _json_values(asked: Mapping[str, str]) -> dict[str, Any]:
@@ -447,12 +524,25 @@ def _extent(answer: httpx.Response) -> tuple[int, int]:
         raise _Retry("the answer does not state its length") from None
 
 
-def _reason(answer: httpx.Response) -> str:
-    answer.read()
+def _told(answer: httpx.Response) -> dict[str, Any]:
+    """The JSON object that an answer is, or an empty one."""
+    if "json" not in answer.headers.get("content-type", ""):
+        return {}  # a page, or a file
+    text = b""
+    for part in answer.iter_bytes():
+        text += part
+        if len(text) > LONGEST_TOLD:
+            return {}
     try:
-        return f"status {answer.status_code}: {str(answer.json()['detail'])[:300]}"
-    except (ValueError, KeyError, TypeError):
-        return f"status {answer.status_code}"
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _reason(answer: httpx.Response) -> str:
+    detail = _told(answer).get("detail")
+    return f"status {answer.status_code}" + (f": {str(detail)[:300]}" if detail else "")
 
 
 def check_file(path: Path, arch: str = "", dtype: str = "", file_format: str = "") -> None:
