@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 import types
@@ -26,6 +27,7 @@ import httpx
 from filelock import FileLock, Timeout
 
 from neumeta import atomic, onnx
+from neumeta import watch as watching
 from neumeta.notation import BadGraph, sized
 from neumeta.plan import DTYPES, Part, layout
 
@@ -653,7 +655,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Exit codes: 0 pulled; else, where there is a whole network at `--out`, 1: it is
     still the last good one; without one 2: refused (the command line, or by the service), 3: not
     reached; 130: interrupted. With --offline-ok a file that is still whole is enough, where the
-    service cannot be reached: 0.
+    service cannot be reached: 0. SIGTERM ends --watch with 0.
     """
     parser = argparse.ArgumentParser(
         prog="neumeta-pull", description="Download the weights of one architecture, verified."
@@ -681,30 +683,41 @@ def main(argv: list[str] | None = None) -> int:
         default=LOCK_WAIT,
         help="seconds to wait for another pull of the same file (default %(default)g)",
     )
-    given = parser.parse_args(argv)
+    parser.add_argument(
+        "--watch", type=_seconds, metavar="SECONDS", help="stay, and ask again so often"
+    )
+    parser.add_argument("--on-change", metavar="CMD", help="with --watch: run after each new file")
     names = ("width", "depth", "dtype", "format", "samples", "seed")
+    given = parser.parse_args(argv)
+    if given.on_change and given.watch is None:
+        parser.error("--on-change needs --watch")
     parameters = {name: value for name in names if (value := getattr(given, name)) is not None}
     if given.extrapolate:
         parameters["extrapolate"] = "true"
-    try:
+
+    def pulled() -> str:
         token = os.environ.get("NEUMETA_TOKEN", "")
         if given.token_file:
             token = given.token_file.read_text().strip()
         if not (token.isascii() and token.isprintable()):
             raise PullError("the token is not one line of ASCII", refused=True)
-        bar = _Bar() if sys.stderr.isatty() else None
-        digest = pull(
+        return pull(
             given.url,
             given.arch,
             given.out,
             parameters=parameters,
             token=token,
-            progress=bar,
+            progress=_Bar() if sys.stderr.isatty() else None,
             lock_wait=given.lock_wait,
             waiting=lambda: _tell(
                 f"waiting for another pull of {given.out}, at most {given.lock_wait:g} seconds"
             ),
         )
+
+    try:
+        if given.watch is not None:
+            return _watched(pulled, given.out, given.watch, given.on_change or "")
+        digest = pulled()
     except KeyboardInterrupt:
         _tell("interrupted; the next pull goes on from here")
         return 130
@@ -722,6 +735,58 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         return 2 if isinstance(error, PullError) and error.refused else 3
     print(f"{given.out} {given.out.stat().st_size} bytes sha256 {digest}")
+    return 0
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e8:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; a number of seconds more than 0")
+    return value
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+def _watched(pulled: Callable[[], str], out: Path, seconds: float, command: str) -> int:
+    """Keep `out` current until SIGTERM (0) or Ctrl-C (130); a first question that is refused ends it.
+
+    The command runs whenever the file is another than that for which it last ended well, which is kept
+    beside it: a device that lost its power in between runs it later.
+    """
+    known = False
+    marked = _beside(_target(out), "seen")
+
+    def ask() -> str:
+        nonlocal known
+        digest = pulled()
+        known = True
+        return digest
+
+    def changed(digest: str) -> None:
+        print(f"{out} {out.stat().st_size} bytes sha256 {digest}", flush=True)
+        if command:
+            watching.run(command, NEUMETA_FILE=str(out), NEUMETA_SHA256=digest)
+            _write(marked, {"seen": digest})
+
+    def failed(error: Exception, wait: float) -> None:
+        if isinstance(error, PullError) and error.refused and not known:
+            raise error
+        _tell(f"{error or type(error).__name__}{_standing(out)[1]}; asking again in {wait:.3g} s")
+
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    expected = (PullError, watching.CommandFailed, OSError, httpx.HTTPError, httpx.InvalidURL)
+    seen = str(_read(marked).get("seen", "")) if command else ""
+    try:
+        watching.watch(ask, seconds, changed, failed, seen=seen, expected=expected)
+    except _Terminated:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
