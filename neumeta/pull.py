@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, parse_qsl, quote
 
 import httpx
 from filelock import FileLock, Timeout
 
-from neumeta import atomic, onnx
+from neumeta import afford, atomic, measure, onnx
 from neumeta import watch as watching
 from neumeta.notation import BadGraph, sized
 from neumeta.plan import DTYPES, Part, layout
@@ -268,6 +268,34 @@ class _Retry(Exception):
         self.after = after
 
 
+@contextmanager
+def _send(
+    http: httpx.Client,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    asked: Mapping[str, str] | None = None,
+    content: bytes | None = None,
+) -> Iterator[httpx.Response]:
+    """The answer, redirects followed. To another host httpx sends no token along; from https to
+    http is never followed, because whoever listens there could write the answer."""
+    request = http.build_request(method, path, params=asked, headers=headers, content=content)
+    for _ in range(REDIRECTS + 1):
+        answer = http.send(request, stream=True, follow_redirects=False)
+        if (following := answer.next_request) is None:
+            try:
+                yield answer
+            finally:
+                answer.close()
+            return
+        answer.close()
+        if request.url.scheme == "https" and following.url.scheme != "https":
+            told = f"redirected from https to {following.url.scheme}, which is not followed"
+            raise PullError(told, refused=True)
+        request = following
+    raise PullError(f"redirected more than {REDIRECTS} times", refused=True)
+
+
 class _Transfer:
     """What has arrived so far: bytes on disk, their hash, and the ETag they belong to."""
 
@@ -440,27 +468,11 @@ class _Transfer:
         asked: Mapping[str, str] | None = None,
         content: bytes | None = None,
     ) -> Iterator[httpx.Response]:
-        """The answer, redirects followed. To another host httpx sends no token along; from https to
-        http is never followed, because whoever listens there could write the answer."""
         there = path or f"/weights/{quote(self.arch, safe='')}"
-        asked = asked if path else self.asked
-        request = self.http.build_request(
-            method, there, params=asked, headers=headers, content=content
-        )
-        for _ in range(REDIRECTS + 1):
-            answer = self.http.send(request, stream=True, follow_redirects=False)
-            if (following := answer.next_request) is None:
-                try:
-                    yield answer
-                finally:
-                    answer.close()
-                return
-            answer.close()
-            if request.url.scheme == "https" and following.url.scheme != "https":
-                told = f"redirected from https to {following.url.scheme}, which is not followed"
-                raise PullError(told, refused=True)
-            request = following
-        raise PullError(f"redirected more than {REDIRECTS} times", refused=True)
+        with _send(
+            self.http, method, there, headers, asked if path else self.asked, content
+        ) as answer:
+            yield answer
 
     def _asked_digest(self) -> str:
         if told := self._told_digest():
@@ -684,26 +696,50 @@ def main(argv: list[str] | None = None) -> int:
         help="seconds to wait for another pull of the same file (default %(default)g)",
     )
     parser.add_argument(
-        "--watch", type=_seconds, metavar="SECONDS", help="stay, and ask again so often"
+        "--watch", type=_positive, metavar="SECONDS", help="stay, and ask again so often"
     )
     parser.add_argument("--on-change", metavar="CMD", help="with --watch: run after each new file")
+    parser.add_argument(
+        "--max-ms",
+        type=_positive,
+        metavar="M",
+        help="measure here, and pull the best size that takes at most M milliseconds an image",
+    )
+    parser.add_argument("--max-bytes", type=int, help="pull the best size of at most so many bytes")
+    parser.add_argument("--threads", type=int, default=1, help="with --max-ms (default 1)")
+    parser.add_argument("--runtime", choices=list(measure.RUNTIMES), help="with --max-ms")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure again what was measured here before"
+    )
     names = ("width", "depth", "dtype", "format", "samples", "seed")
     given = parser.parse_args(argv)
     if given.on_change and given.watch is None:
         parser.error("--on-change needs --watch")
+    budgeted = given.max_ms is not None or given.max_bytes is not None
+    if budgeted and given.width:
+        parser.error("--width is what --max-ms and --max-bytes choose; give one or the other")
+    if given.threads < 1 or (given.max_bytes is not None and given.max_bytes < 1):
+        parser.error("--threads and --max-bytes: whole numbers of at least 1")
     parameters = {name: value for name in names if (value := getattr(given, name)) is not None}
     if given.extrapolate:
         parameters["extrapolate"] = "true"
 
+    arch, choice = given.arch, None
+
     def pulled() -> str:
+        nonlocal arch, parameters, choice
         token = os.environ.get("NEUMETA_TOKEN", "")
         if given.token_file:
             token = given.token_file.read_text().strip()
         if not (token.isascii() and token.isprintable()):
             raise PullError("the token is not one line of ASCII", refused=True)
+        if budgeted:
+            choice = choice or _Choice(given, parameters)
+            arch, parameters = choice.known  # for where the service is away
+            arch, parameters = choice.made(token)
         return pull(
             given.url,
-            given.arch,
+            arch,
             given.out,
             parameters=parameters,
             token=token,
@@ -724,7 +760,7 @@ def main(argv: list[str] | None = None) -> int:
     except (PullError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         away = isinstance(error, (PullError, httpx.TransportError))
         if given.offline_ok and away and not getattr(error, "refused", False):
-            digest = kept_whole(given.url, given.arch, given.out, parameters)
+            digest = kept_whole(given.url, arch, given.out, parameters)
             if digest:
                 size = given.out.stat().st_size
                 print(f"{given.out} {size} bytes sha256 {digest} (kept; the service is away)")
@@ -738,11 +774,150 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _seconds(text: str) -> float:
+def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e8:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; a number of seconds more than 0")
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; a number more than 0")
     return value
+
+
+class _Choice:
+    """The size that --max-ms and --max-bytes ask for, which is chosen again where something changed."""
+
+    def __init__(self, given: argparse.Namespace, base: dict[str, str]) -> None:
+        self.given, self.base, self.again = given, dict(base), given.measure
+        self.runtime, self.device = "", []
+        if given.max_ms is not None:
+            try:
+                self.runtime = measure.runtime_of(given.runtime or "", base.get("format", ""))
+            except measure.NoRuntime as error:
+                raise PullError(str(error), refused=True) from None
+            self.device = measure.device(self.runtime, given.threads)
+            if self.runtime == "onnx":
+                self.base["format"] = "onnx"
+        self.record = _beside(_target(given.out), "choice")
+        asked = [given.url, given.arch, sorted(self.base.items()), given.max_ms, given.max_bytes]
+        self.key = [*asked, *self.device]
+        kept = afford.remembered(self.record, self.key)
+        self.etag = str(kept.get("etag", ""))
+        self.known = (str(kept.get("arch", given.arch)), dict(kept.get("parameters", self.base)))
+
+    def made(self, token: str) -> tuple[str, dict[str, str]]:
+        """The arch and the parameters to pull. Raises PullError."""
+        given = self.given
+        with _client(given.url, 30.0, token) as http:
+            asking = _Asking(http, given.url)
+            whole = asking.get(f"/plan/{given.arch}", self.base)
+            if not whole:
+                raise PullError(f"{given.arch}: {asking.refusal}", refused=True)
+            if whole["etag"] == self.etag and not self.again:
+                return self.known
+            chosen = self._measured(asking, whole) if self.runtime else self._fitting(asking)
+        self.etag, self.known, self.again = whole["etag"], chosen, False
+        kept = {"etag": self.etag, "arch": chosen[0], "parameters": chosen[1]}
+        afford.remember(self.record, self.key, kept)
+        return chosen
+
+    def _fitting(self, asking: _Asking) -> tuple[str, dict[str, str]]:
+        """By bytes alone the service chooses."""
+        budget = {"budget": {"max_bytes": self.given.max_bytes}}
+        told = asking.post({"arch": self.given.arch, **_json_values(self.base), **budget})
+        return told["arch"], dict(parse_qsl(told["location"].partition("?")[2]))
+
+    def _measured(self, asking: _Asking, whole: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+        given, arch = self.given, self.given.arch
+        found, about = afford.sizes(asking.get, arch, self.base, whole)
+        most = given.max_bytes or math.inf
+        fit = [size for size in found if size.bytes <= most]
+        if not fit:
+            least = min(size.bytes for size in found)
+            raise PullError(f"--max-bytes {most}: the smallest has {least}", refused=True)
+
+        def fetch(size: afford.Size, path: Path) -> str:
+            asked = {**self.base, **dict(size.asked)}
+            return pull(given.url, arch, path, parameters=asked, client=asking.http)
+
+        try:
+            size, _ = afford.choose(
+                fit,
+                about,
+                given.max_ms,
+                runtime=self.runtime,
+                threads=given.threads,
+                dtype=self.base.get("dtype", "float32"),
+                header=lambda: asking.header(arch, self.base),
+                fetch=fetch,
+                say=_tell,
+            )
+        except measure.TooSlow as error:
+            raise PullError(f"--max-ms {given.max_ms:g}: {error}", refused=True) from None
+        except (BadGraph, ImportError) as error:
+            raise PullError(f"no candidate can be made: {error}", refused=True) from None
+        return arch, {**self.base, **dict(size.asked)}
+
+
+class _Asking:
+    """Questions about sizes, asked again where that may help."""
+
+    def __init__(self, http: httpx.Client, url: str, retries: int = 4) -> None:
+        self.http, self.url, self.retries, self.refusal = http, url, retries, ""
+
+    def _once(
+        self,
+        method: str,
+        path: str,
+        asked: Mapping[str, str] | None,
+        headers: dict[str, str],
+        content: bytes | None = None,
+    ) -> dict[str, Any]:
+        for attempt in range(self.retries + 1):
+            try:
+                with _send(self.http, method, path, headers, asked, content) as answer:
+                    if answer.status_code == 200:
+                        return _told(answer)
+                    if answer.status_code not in RETRIED:
+                        self.refusal = _reason(answer)
+                        return {}
+                    why = f"status {answer.status_code}"
+            except httpx.TransportError as error:
+                why = str(error) or type(error).__name__
+            if attempt < self.retries:
+                time.sleep(random.uniform(0, min(10.0, 0.25 * 2**attempt)))  # noqa: S311
+        raise PullError(f"{self.url}: {why}")
+
+    def get(self, path: str, asked: Mapping[str, str]) -> dict[str, Any]:
+        """The JSON object there; an empty one where it is refused, and `refusal` says why."""
+        return self._once("GET", quote(path), asked, {})
+
+    def post(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The plan of a body. Raises PullError if it is refused."""
+        body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        if not (told := self._once("POST", "/plan", None, headers, body)):
+            raise PullError(self.refusal, refused=True)
+        return told
+
+    def header(self, arch: str, base: Mapping[str, str]) -> dict[str, Any]:
+        """What a safetensors file of this manifold says of itself, from its first bytes alone."""
+        asked = {name: value for name, value in base.items() if name not in ("format", "dtype")}
+        count = int.from_bytes(self._part(arch, asked, 0, 8), "little")
+        try:
+            told = json.loads(self._part(arch, asked, 8, 8 + min(count, LONGEST_TOLD)))
+            return dict(json.loads(told["__metadata__"]["neumeta"]))
+        except (ValueError, KeyError, TypeError):
+            raise PullError(f"{self.url}: what arrived has a broken header") from None
+
+    def _part(self, arch: str, asked: Mapping[str, str], start: int, stop: int) -> bytes:
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
+        there, part = f"/weights/{quote(arch, safe='')}", b""
+        with _send(self.http, "GET", there, headers, asked) as answer:
+            if answer.status_code not in (200, 206):
+                raise PullError(_reason(answer), refused=400 <= answer.status_code < 500)
+            skipped = start if answer.status_code == 200 else 0  # it knows no ranges
+            for chunk in answer.iter_raw():
+                part += chunk
+                if len(part) >= skipped + stop - start:
+                    break
+        return part[skipped : skipped + stop - start]
 
 
 class _Terminated(BaseException):
