@@ -805,17 +805,23 @@ class _Choice:
     def made(self, token: str) -> tuple[str, dict[str, str]]:
         """The arch and the parameters to pull. Raises PullError."""
         given = self.given
-        with _client(given.url, 30.0, token) as http:
-            asking = _Asking(http, given.url)
-            whole = asking.get(f"/plan/{given.arch}", self.base)
-            if not whole:
-                raise PullError(f"{given.arch}: {asking.refusal}", refused=True)
-            if whole["etag"] == self.etag and not self.again:
-                return self.known
-            chosen = self._measured(asking, whole) if self.runtime else self._fitting(asking)
-        self.etag, self.known, self.again = whole["etag"], chosen, False
-        kept = {"etag": self.etag, "arch": chosen[0], "parameters": chosen[1]}
-        afford.remember(self.record, self.key, kept)
+        try:
+            with _client(given.url, 30.0, token) as http:
+                asking = _Asking(http, given.url)
+                whole = asking.get(f"/plan/{given.arch}", self.base)
+                if not whole:
+                    raise PullError(f"{given.arch}: {asking.refusal}", refused=True)
+                if whole["etag"] == self.etag and not self.again:
+                    return self.known
+                chosen = self._measured(asking, whole) if self.runtime else self._fitting(asking)
+            self.etag, self.known, self.again = str(whole["etag"]), chosen, False
+            kept = {"etag": self.etag, "arch": chosen[0], "parameters": chosen[1]}
+            afford.remember(self.record, self.key, kept)
+        except atomic.BadTarget as error:
+            raise PullError(str(error), refused=True) from None
+        except (KeyError, TypeError, ValueError) as error:
+            told = f"{given.url}: what it tells of {given.arch}'s sizes is broken: {error!r}"
+            raise PullError(told[:300]) from None
         return chosen
 
     def _fitting(self, asking: _Asking) -> tuple[str, dict[str, str]]:
@@ -860,7 +866,8 @@ class _Asking:
     """Questions about sizes, asked again where that may help."""
 
     def __init__(self, http: httpx.Client, url: str, retries: int = 4) -> None:
-        self.http, self.url, self.retries, self.refusal = http, url, retries, ""
+        self.http, self.url, self.retries = http, url, retries
+        self.refusal = "what came is no plan"
 
     def _once(
         self,

@@ -323,7 +323,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def model(request: Request, arch: str) -> JSONResponse:
         """One served architecture: ranges, parameters, MACs, score by size."""
         no_query(request.query_params)
-        return JSONResponse(engine.model(arch))
+        headers = {"Cache-Control": f"{shared}, {BRIEFLY}"}
+        return JSONResponse(engine.model(arch), headers=headers)
 
     @app.get("/", include_in_schema=False)
     @app.head("/", include_in_schema=False)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,40 @@ def test_a_file_that_cannot_be_made_is_an_error_and_not_a_kept_fragment(file: Pa
     asyncio.run(check())
 
 
+def test_who_leaves_while_the_digest_is_waited_for_stops_the_sampling(file: Path) -> None:
+    async def check() -> None:
+        async with served(file) as (client, app):
+            address = (await client.head(CANONICAL)).headers["content-location"]
+            released, weights, sent = threading.Event(), app.state.engine.weights, []
+
+            def slow(job: Any) -> Iterator[bytes]:
+                assert released.wait(20)
+                yield from weights(job)
+
+            async def receive() -> dict[str, Any]:
+                while not app.state.cache.flights:
+                    await asyncio.sleep(0.01)
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            app.state.engine.weights = slow
+            path, _, query = address.partition("?")
+            scope = {
+                "type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1",
+                "method": "GET", "scheme": "http", "path": path, "raw_path": path.encode(),
+                "query_string": query.encode(), "root_path": "", "headers": [],
+                "server": ("test", 80), "client": ("test", 1),
+            }  # fmt: skip
+            await app(scope, receive, send)
+            assert not app.state.cache.flights and not sent
+            released.set()
+            assert (await client.get(address)).headers["x-neumeta-cache"] == "computed"
+
+    asyncio.run(check())
+
+
 def test_where_a_file_is_may_be_told_again_for_seconds(file: Path) -> None:
     async def check() -> None:
         async with served(file) as (client, _):
@@ -159,6 +194,8 @@ def test_where_a_file_is_may_be_told_again_for_seconds(file: Path) -> None:
                 assert (same.status_code, same.content) == (304, b"")
                 assert same.headers["cache-control"] == plan.headers["cache-control"]
             assert told(await client.head(asked)) == told(plan)
+            sizes = await client.get("/models/lenet")
+            assert sizes.headers["cache-control"] == plan.headers["cache-control"]
 
     asyncio.run(check())
 

@@ -56,6 +56,16 @@ def test_what_was_measured_here_is_pulled_and_measured_again_when_something_chan
     ):
         told = pulled(*more, code=1)
         assert why in told and len(told.splitlines()) == 1
+    record.unlink()
+    record.mkdir()  # where nothing can be remembered
+    assert "choice: is a folder" in pulled("--max-bytes", str(half), code=1)
+    record.rmdir()
+    for body in ("[]", '{"etag": 7}', "<html>"):
+        page = lambda *given, body=body: json.loads(body) if body[0] == "{" else {}  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "_told", page)
+            told = pulled("--max-ms", "9", code=1)
+        assert ("is broken" in told or "no plan" in told) and len(told.splitlines()) == 1
     assert out.read_bytes() == before
     out.unlink()
     assert "allowed" in pulled("--max-ms", "0.000001", code=2)
