@@ -2,9 +2,9 @@
 
     python -m benchmarks.choose [--models FILE] [--runs 1000] [--load N]
 
-Five limits, spread between what the smallest and the largest size take here. Each choice is made anew
-and then run so often in this process. With --load, N processes are busy meanwhile. The last line is one
-JSON object.
+Five limits, spread between what the smallest and the largest size take here (95th percentile). Each
+choice is made anew and then run so often in this process. With --load, N processes are busy meanwhile.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def main() -> None:
         ends = []
         for width in ("0.25", "1"):
             assert client.main([*asked, "--width", width]) == 0
-            ends.append(measure.latency(measure.runner("onnx", out, shape, 1), 2).median)
-        low, high = ends
+            ends.append(taken().high)
+        low, high = sorted(ends)
         for step in range(5):
-            limit = round(low * 1.5 * (high * 1.5 / low) ** (step / 4), 3)
+            limit = round(1.1 * low * (1.3 * high / low) ** (step / 4), 3)
             out.unlink(missing_ok=True)
             began = time.monotonic()
             code = client.main([*asked, "--max-ms", str(limit), "--measure"])

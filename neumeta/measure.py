@@ -28,6 +28,8 @@ LEAST, MOST = 5, 2000
 """Runs of a size."""
 TRIES, CONFIRMED = 8, 4
 """How many sizes are run at most beside those that the fit begins with, and how many are run longer."""
+MARGIN = 0.95
+"""What is measured for seconds differs from what is measured for a day: so much of a limit is used."""
 HIGH = 0.95
 """The percentile that has to stay within the limit, beside the median."""
 
@@ -166,12 +168,12 @@ def choose(
         for size in sizes:
             expected = seen.get(size) or Latency(median(size), high(size))
             known = size in seen or tries < TRIES
-            if known and expected.within(limit / (1.0 if size in confirmed else slack)):
+            if known and expected.within(MARGIN * limit / (1.0 if size in confirmed else slack)):
                 hoped.append(size)
-        if not hoped and fastest not in confirmed and seen[fastest].within(limit):
-            hoped = [fastest]
         if not hoped:
-            break
+            if not seen[fastest].within(limit):
+                break
+            hoped = [fastest]
         best = max(hoped, key=worth)
         if best in confirmed:
             return best, seen[best]

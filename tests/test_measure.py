@@ -65,7 +65,7 @@ def test_a_time_is_fitted_over_macs_and_blocks_and_more_never_takes_less() -> No
 def test_the_best_size_within_the_limit_at_both_is_chosen_and_was_run_longer(limit: float) -> None:
     asked: list[tuple[int, float]] = []
     chosen, taken = choose(SIZES, limit, timed(lambda size: size.macs / 12.5, 1.1, asked))
-    fits = [each for each in SIZES if 1.1 * each.macs / 12.5 <= limit]
+    fits = [each for each in SIZES if 1.1 * each.macs / 12.5 <= limit * measure.MARGIN]
     assert chosen == max(fits, key=lambda each: each.macs)
     assert taken.within(limit) and asked[-1] == (chosen.macs, LONGER)
     assert len(asked) <= 5 + measure.TRIES + measure.CONFIRMED
@@ -106,8 +106,13 @@ def test_a_device_on_which_everything_slows_down_has_the_fastest_size_or_is_told
 def test_depth_costs_time_beside_macs() -> None:
     deep = [size(macs, macs + blocks, blocks) for macs in (10, 40, 80) for blocks in (1, 4, 9)]
     time = lambda size: size.macs / 10 + size.blocks  # noqa: E731
-    chosen, _ = choose(deep, 11, timed(time, 1.0))
+    chosen, _ = choose(deep, 11 / measure.MARGIN, timed(time, 1.0))
     assert chosen == max((each for each in deep if time(each) <= 11), key=lambda each: each.score)
+
+
+def test_the_fastest_size_is_better_than_none() -> None:
+    just = timed(lambda size: size.macs / 10.2, 1.0)
+    assert choose(SIZES, 1, just)[0].macs == 10  # between the margin and the limit
 
 
 def test_a_limit_that_all_sizes_miss_says_by_how_much() -> None:
