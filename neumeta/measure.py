@@ -22,11 +22,11 @@ from neumeta import onnx
 from neumeta.notation import sized
 
 RUNTIMES = {"onnx": "onnxruntime", "torch": "torch"}
-SECONDS, LONGER = 0.5, 2.0
+SECONDS, LONGER = 0.5, 1.5
 """For how long a size is run: to compare it, and before it is chosen."""
 LEAST, MOST = 5, 2000
 """Runs of a size."""
-TRIES, CONFIRMED = 8, 4
+TRIES, CONFIRMED = 6, 3
 """How many sizes are run at most beside those that the fit begins with, and how many are run longer."""
 MARGIN = 0.95
 """What is measured for seconds differs from what is measured for a day: so much of a limit is used."""
