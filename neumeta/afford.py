@@ -1,6 +1,6 @@
 """The size that a device can afford: what there is to choose from, and what was chosen before.
 
-Knows no HTTP: who calls brings two questions and a way to fetch a file.
+Knows no HTTP: who calls brings the questions.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from neumeta.measure import Latency, Size
 
 GRID = 12
 """Scalar widths that are looked at beside the sizes that were scored."""
-MADE = ("float32", "float16", "bfloat16")
-"""Types whose files are made here; others are pulled to be run."""
 
 Parameters = dict[str, str]
 Get = Callable[[str, Mapping[str, str]], dict[str, Any]]
@@ -81,18 +79,14 @@ def choose(
     threads: int,
     dtype: str,
     header: Callable[[], Mapping[str, Any]],
-    fetch: Callable[[Size, Path], object],
     say: Callable[[str], None],
 ) -> tuple[Size, Latency]:
     """The best of these sizes that this device runs within `limit` milliseconds, and its latency.
 
-    `header` gets what a pulled file of the manifold says of itself, `fetch` a size's whole file. Raises
-    TooSlow, and what those raise.
+    `header` gets what a pulled file of the manifold says of itself. Raises TooSlow.
     """
     file_format = "onnx" if runtime == "onnx" else "safetensors"
-    own = header() if dtype in MADE else {}
-    if not own:
-        say(f"{dtype} candidates are pulled to be run")
+    own = header()
     began, runs = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="neumeta-") as folder:
         made: dict[Size, Callable[[], object]] = {}
@@ -103,10 +97,7 @@ def choose(
             if size not in made:
                 made.clear()
                 path = Path(folder) / f"candidate.{file_format}"
-                if own:
-                    path.write_bytes(measure.candidate(own, size, dtype, file_format))
-                else:
-                    fetch(size, path)
+                path.write_bytes(measure.candidate(own, size, dtype, file_format))
                 made[size] = measure.runner(runtime, path, about["input"], threads)
             return measure.latency(made[size], seconds)
 

@@ -6,9 +6,9 @@ every pulled file has and random weights. Knows no HTTP. Runtimes are imported w
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -20,6 +20,7 @@ from typing import Any
 
 from neumeta import onnx
 from neumeta.notation import sized
+from neumeta.plan import layout
 
 RUNTIMES = {"onnx": "onnxruntime", "torch": "torch"}
 SECONDS, LONGER = 0.5, 1.5
@@ -229,20 +230,21 @@ def candidate(about: Mapping[str, Any], size: Size, dtype: str, file_format: str
     else:
         from neumeta import wire  # with torch, which alone runs such a file
 
-        names = tuple(sorted(graph.tensors))
-        shapes = tuple(graph.shape(name, sizes) for name in names)
-        plan = wire.plan_tensors(names, shapes, dtype, {"neumeta": json.dumps(about)})
-    chance, parts = np.random.default_rng(0), [plan.header]
-    for shape, frame in zip(plan.shapes, plan.frames, strict=True):
+        plan = wire.plan_graph(graph, sizes, about, dtype)
+    chance, found = np.random.default_rng(0), [plan.header]
+    for part in layout(graph, sizes, dtype)[0]:
         # As small as trained ones, and none so small that a processor takes longer over it.
-        fan = math.sqrt(math.prod(shape[1:]) or 1)
-        values = chance.uniform(0.5, 1.5, shape) * chance.choice((-1, 1), shape) / fan
-        if dtype == "bfloat16":
-            raw = (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+        values = chance.uniform(0.5, 1.5, part.shape) * chance.choice((-1, 1), part.shape)
+        if part.dtype == "int8":
+            raw = (80 * values).astype("i1").tobytes()
         else:
-            raw = values.astype({"float32": "<f4", "float16": "<f2"}[dtype]).tobytes()
-        parts += [frame, raw]
-    return b"".join(parts)
+            values /= math.sqrt(math.prod(part.shape[1:]) or 1)
+            if part.dtype == "bfloat16":
+                raw = (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+            else:
+                raw = values.astype("<f4" if part.dtype == "float32" else "<f2").tobytes()
+        found += [plan.frames.get(part.name, b""), raw]
+    return b"".join(found)
 
 
 def runner(runtime: str, path: Path, shape: Sequence[int], threads: int) -> Callable[[], object]:
@@ -251,8 +253,7 @@ def runner(runtime: str, path: Path, shape: Sequence[int], threads: int) -> Call
 
     image = np.random.default_rng(0).random((1, *shape), dtype=np.float32)
     if runtime == "onnx":
-        import onnxruntime
-
+        onnxruntime = importlib.import_module("onnxruntime")  # it tells no types
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -839,10 +840,6 @@ class _Choice:
             least = min(size.bytes for size in found)
             raise PullError(f"--max-bytes {most}: the smallest has {least}", refused=True)
 
-        def fetch(size: afford.Size, path: Path) -> str:
-            asked = {**self.base, **dict(size.asked)}
-            return pull(given.url, arch, path, parameters=asked, client=asking.http)
-
         try:
             size, _ = afford.choose(
                 fit,
@@ -852,7 +849,6 @@ class _Choice:
                 threads=given.threads,
                 dtype=self.base.get("dtype", "float32"),
                 header=lambda: asking.header(arch, self.base),
-                fetch=fetch,
                 say=_tell,
             )
         except measure.TooSlow as error:

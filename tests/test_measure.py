@@ -138,7 +138,7 @@ def test_without_a_runtime_it_is_said_what_to_install(
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "torch"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_a_candidate_is_a_whole_file_that_its_runtime_runs(
     tmp_path: Path, runtime: str, dtype: str
 ) -> None:
