@@ -35,6 +35,9 @@ class Slow(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path.startswith("/plan/"):  # as a mirror that has files alone
+            self.send_error(404)
+            return
         first = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.began.append(first)
         self.send_response(206 if first else 200)

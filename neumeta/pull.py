@@ -10,9 +10,11 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 import types
@@ -20,12 +22,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote
+from urllib.parse import parse_qs, parse_qsl, quote
 
 import httpx
 from filelock import FileLock, Timeout
 
-from neumeta import atomic, onnx
+from neumeta import afford, atomic, measure, onnx
+from neumeta import watch as watching
 from neumeta.notation import BadGraph, sized
 from neumeta.plan import DTYPES, Part, layout
 
@@ -38,6 +41,11 @@ LONGEST_WAIT = 60.0
 LOCK_WAIT = 600.0
 """Seconds another pull of the same file is waited for."""
 REDIRECTS = 5
+LONGEST_ADDRESS = 8192
+LONGEST_TOLD = 16 << 20
+"""Bytes of a plan, a problem or a description."""
+MOVES = 3
+"""Addresses in a row that are gone when they are asked for: manifolds are being replaced."""
 PAST_CACHES = {"Accept-Encoding": "identity", "Cache-Control": "no-cache"}
 """Headers of a question that a shared cache is to pass on."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -73,7 +81,9 @@ def pull(
 
     `parameters` are those of `GET /weights/{arch}`. A temporary file in the same folder is hashed
     while it streams; length, digest, header and shapes are checked, then it is synced and renamed
-    over `out`, and the folder synced. A broken transfer is resumed by Range where the ETag still
+    over `out`, and the folder synced. The file is asked for at the address that names its content
+    (`GET /plan/{arch}` tells it), which any cache may answer; what a cache gets wrong is asked for
+    past it. A broken transfer is resumed by Range where the ETag still
     holds, also one that an earlier process left. Processes that pull to one `out` take turns: who
     finds it taken calls `waiting` and waits at most `lock_wait` seconds. A file that is whole and
     current is not pulled again. Where `out` is a symbolic link, what it names is replaced.
@@ -259,6 +269,34 @@ class _Retry(Exception):
         self.after = after
 
 
+@contextmanager
+def _send(
+    http: httpx.Client,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    asked: Mapping[str, str] | None = None,
+    content: bytes | None = None,
+) -> Iterator[httpx.Response]:
+    """The answer, redirects followed. To another host httpx sends no token along; from https to
+    http is never followed, because whoever listens there could write the answer."""
+    request = http.build_request(method, path, params=asked, headers=headers, content=content)
+    for _ in range(REDIRECTS + 1):
+        answer = http.send(request, stream=True, follow_redirects=False)
+        if (following := answer.next_request) is None:
+            try:
+                yield answer
+            finally:
+                answer.close()
+            return
+        answer.close()
+        if request.url.scheme == "https" and following.url.scheme != "https":
+            told = f"redirected from https to {following.url.scheme}, which is not followed"
+            raise PullError(told, refused=True)
+        request = following
+    raise PullError(f"redirected more than {REDIRECTS} times", refused=True)
+
+
 class _Transfer:
     """What has arrived so far: bytes on disk, their hash, and the ETag they belong to."""
 
@@ -277,6 +315,7 @@ class _Transfer:
         state = _read(record)
         self.size, self.total, self.etag, self.promised = 0, -1, "", ""
         self.hash, self.inherited, self.current = hashlib.sha256(), False, ""
+        self.located, self.place, self.wanted, self.vouched, self.past = False, "", "", "", False
         self.good = _kept(out, state, source)
         self.good_etag = str(state.get("etag", "")) if self.good else ""
         self.kept = {key: state[key] for key in ("kept", "etag", "sha256")} if self.good else {}
@@ -302,27 +341,91 @@ class _Transfer:
         if self.current:
             return
         # A cold answer starts before its digest is known; by now it is.
-        promised = self.promised or self._asked_digest()
+        promised = self.vouched or self.promised or self._asked_digest()
         arrived = f"sha-256=:{base64.b64encode(self.hash.digest()).decode()}:"
         if promised and promised != arrived:
             self._restart()
+            self._pass_by()
             raise _Retry("the bytes that arrived do not have the digest the service states")
         if not promised:
             if self.inherited:
                 self._restart()  # a power cut may have left holes, and nothing here would show them
             raise _Retry("no digest vouches for what arrived")
 
-    def _fetch(self) -> None:
+    def _locate(self) -> None:
+        """Ask which bytes these are and at which address, unless they are known to be current."""
         headers = {"Accept-Encoding": "identity"}
-        if self.size and self.etag:
+        if self.good_etag and not (self.size and self.etag):
+            headers["If-None-Match"] = f"W/{self.good_etag}"
+        there = f"/plan/{quote(self.arch, safe='')}"
+        with self._request("GET", headers, there, self.asked) as answer:
+            status = answer.status_code
+            if status == 304 and "If-None-Match" in headers:
+                self.current = self.good
+                return
+            if status == 200:
+                self._aim(_told(answer))
+            # A service of before, or a mirror that has files alone, knows no such path.
+            elif status in (401, 422) or status in RETRIED or not 400 <= status < 500:
+                _extent(answer)
+        self.located = True
+
+    def _aim(self, told: Mapping[str, Any]) -> None:
+        """From here on, ask for the bytes of this plan or problem; by arch and size, if it has none.
+
+        Of an address the part from its path on counts: where the service is, who asks knows best."""
+        address = str(told.get("address", ""))[:LONGEST_ADDRESS]
+        rest = address.partition("/weights/")[2]
+        etag = parse_qs(rest.partition("?")[2]).get("etag", [""])[0]
+        self.place = f"/weights/{rest}" if etag and rest.isascii() and rest.isprintable() else ""
+        self.wanted = f'"{etag}"' if self.place else ""
+        same = self.place and told.get("etag") == self.wanted
+        self.vouched = str(told.get("repr_digest") or "") if same else ""
+
+    def _pass_by(self) -> None:
+        """A cache on the way has other bytes than were asked for: ask the way that none answers."""
+        if self.place:
+            self._aim({})
+            self.past = True
+
+    def _fetch(self) -> None:
+        if not self.located:
+            self._locate()
+        moves = 0
+        while not self.current and self._asked_for():
+            # Its manifold was replaced in between, or a cache on the way had something else.
+            moves += 1
+            if moves == MOVES:
+                self._aim({})
+
+    def _asked_for(self) -> bool:
+        """Ask for the rest of the file once; whether another place is to be asked instead."""
+        headers = {"Accept-Encoding": "identity"}
+        if self.past:
+            headers["Content-Type"] = "application/json"
+        elif self.size and self.etag:
             headers |= {"Range": f"bytes={self.size}-", "If-Range": self.etag}
         elif self.good_etag:
             headers["If-None-Match"] = self.good_etag
-        with self._request("GET", headers) as answer:
+        if self.past:
+            asking = self._request("POST", headers, "/weights", content=self._body())
+        elif self.place:
+            asking = self._request("GET", headers, self.place)
+        else:
+            asking = self._request("GET", headers)
+        with asking as answer:
             etag = answer.headers.get("etag", "")
+            if self.place and answer.status_code == 404:
+                self._aim(_told(answer))
+                return True
+            bytes_of_it = self.place and answer.status_code in (200, 206, 304)
+            # Without an ETag only a digest that the service told can say what this is.
+            if bytes_of_it and etag != self.wanted and (etag or not self.vouched):
+                self._pass_by()
+                return True
             if answer.status_code == 304 and "If-None-Match" in headers:
                 self.current = self.good
-                return
+                return False
             if answer.status_code in (200, 416):
                 self._restart()
             start, total = _extent(answer)
@@ -352,32 +455,25 @@ class _Transfer:
             if self.size > self.total:
                 self._restart()
             raise _Retry(why)
+        return False
+
+    def _body(self) -> bytes:
+        return json.dumps({"arch": self.arch, **_json_values(self.asked)}).encode()
 
     @contextmanager
     def _request(
-        self, method: str, headers: dict[str, str], path: str = "", content: bytes | None = None
+        self,
+        method: str,
+        headers: dict[str, str],
+        path: str = "",
+        asked: Mapping[str, str] | None = None,
+        content: bytes | None = None,
     ) -> Iterator[httpx.Response]:
-        """The answer, redirects followed. To another host httpx sends no token along; from https to
-        http is never followed, because whoever listens there could write the answer."""
         there = path or f"/weights/{quote(self.arch, safe='')}"
-        asked = None if path else self.asked
-        request = self.http.build_request(
-            method, there, params=asked, headers=headers, content=content
-        )
-        for _ in range(REDIRECTS + 1):
-            answer = self.http.send(request, stream=True, follow_redirects=False)
-            if (following := answer.next_request) is None:
-                try:
-                    yield answer
-                finally:
-                    answer.close()
-                return
-            answer.close()
-            if request.url.scheme == "https" and following.url.scheme != "https":
-                told = f"redirected from https to {following.url.scheme}, which is not followed"
-                raise PullError(told, refused=True)
-            request = following
-        raise PullError(f"redirected more than {REDIRECTS} times", refused=True)
+        with _send(
+            self.http, method, there, headers, asked if path else self.asked, content
+        ) as answer:
+            yield answer
 
     def _asked_digest(self) -> str:
         if told := self._told_digest():
@@ -396,15 +492,11 @@ class _Transfer:
 
     def _planned_digest(self) -> str:
         """By POST, which no cache answers, whatever it was told to ignore."""
-        body = json.dumps({"arch": self.arch, **_json_values(self.asked)}).encode()
         headers = {"Content-Type": "application/json"}
-        with self._request("POST", headers, "/plan", body) as answer:
-            try:
-                told = json.loads(answer.read())
-                same = self.etag and told["etag"] == self.etag
-                return str(told["repr_digest"] or "") if same else ""
-            except (ValueError, KeyError, TypeError):
-                return ""
+        with self._request("POST", headers, "/plan", content=self._body()) as answer:
+            told = _told(answer)
+        same = self.etag and told.get("etag") == self.etag
+        return str(told.get("repr_digest") or "") if same else ""
 
 
 def _json_values(asked: Mapping[str, str]) -> dict[str, Any]:
@@ -447,12 +539,25 @@ def _extent(answer: httpx.Response) -> tuple[int, int]:
         raise _Retry("the answer does not state its length") from None
 
 
-def _reason(answer: httpx.Response) -> str:
-    answer.read()
+def _told(answer: httpx.Response) -> dict[str, Any]:
+    """The JSON object that an answer is, or an empty one."""
+    if "json" not in answer.headers.get("content-type", ""):
+        return {}  # a page, or a file
+    text = b""
+    for part in answer.iter_bytes():
+        text += part
+        if len(text) > LONGEST_TOLD:
+            return {}
     try:
-        return f"status {answer.status_code}: {str(answer.json()['detail'])[:300]}"
-    except (ValueError, KeyError, TypeError):
-        return f"status {answer.status_code}"
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _reason(answer: httpx.Response) -> str:
+    detail = _told(answer).get("detail")
+    return f"status {answer.status_code}" + (f": {str(detail)[:300]}" if detail else "")
 
 
 def check_file(path: Path, arch: str = "", dtype: str = "", file_format: str = "") -> None:
@@ -563,7 +668,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Exit codes: 0 pulled; else, where there is a whole network at `--out`, 1: it is
     still the last good one; without one 2: refused (the command line, or by the service), 3: not
     reached; 130: interrupted. With --offline-ok a file that is still whole is enough, where the
-    service cannot be reached: 0.
+    service cannot be reached: 0. SIGTERM ends --watch with 0.
     """
     parser = argparse.ArgumentParser(
         prog="neumeta-pull", description="Download the weights of one architecture, verified."
@@ -591,37 +696,72 @@ def main(argv: list[str] | None = None) -> int:
         default=LOCK_WAIT,
         help="seconds to wait for another pull of the same file (default %(default)g)",
     )
-    given = parser.parse_args(argv)
+    parser.add_argument(
+        "--watch", type=_positive, metavar="SECONDS", help="stay, and ask again so often"
+    )
+    parser.add_argument("--on-change", metavar="CMD", help="with --watch: run after each new file")
+    parser.add_argument(
+        "--max-ms",
+        type=_positive,
+        metavar="M",
+        help="measure here, and pull the best size that takes at most M milliseconds an image",
+    )
+    parser.add_argument("--max-bytes", type=int, help="pull the best size of at most so many bytes")
+    parser.add_argument("--threads", type=int, default=1, help="with --max-ms (default 1)")
+    parser.add_argument("--runtime", choices=list(measure.RUNTIMES), help="with --max-ms")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure again what was measured here before"
+    )
     names = ("width", "depth", "dtype", "format", "samples", "seed")
+    given = parser.parse_args(argv)
+    if given.on_change and given.watch is None:
+        parser.error("--on-change needs --watch")
+    budgeted = given.max_ms is not None or given.max_bytes is not None
+    if budgeted and given.width:
+        parser.error("--width is what --max-ms and --max-bytes choose; give one or the other")
+    if given.threads < 1 or (given.max_bytes is not None and given.max_bytes < 1):
+        parser.error("--threads and --max-bytes: whole numbers of at least 1")
     parameters = {name: value for name in names if (value := getattr(given, name)) is not None}
     if given.extrapolate:
         parameters["extrapolate"] = "true"
-    try:
+
+    arch, choice = given.arch, None
+
+    def pulled() -> str:
+        nonlocal arch, parameters, choice
         token = os.environ.get("NEUMETA_TOKEN", "")
         if given.token_file:
             token = given.token_file.read_text().strip()
         if not (token.isascii() and token.isprintable()):
             raise PullError("the token is not one line of ASCII", refused=True)
-        bar = _Bar() if sys.stderr.isatty() else None
-        digest = pull(
+        if budgeted:
+            choice = choice or _Choice(given, parameters)
+            arch, parameters = choice.known  # for where the service is away
+            arch, parameters = choice.made(token)
+        return pull(
             given.url,
-            given.arch,
+            arch,
             given.out,
             parameters=parameters,
             token=token,
-            progress=bar,
+            progress=_Bar() if sys.stderr.isatty() else None,
             lock_wait=given.lock_wait,
             waiting=lambda: _tell(
                 f"waiting for another pull of {given.out}, at most {given.lock_wait:g} seconds"
             ),
         )
+
+    try:
+        if given.watch is not None:
+            return _watched(pulled, given.out, given.watch, given.on_change or "")
+        digest = pulled()
     except KeyboardInterrupt:
         _tell("interrupted; the next pull goes on from here")
         return 130
     except (PullError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         away = isinstance(error, (PullError, httpx.TransportError))
         if given.offline_ok and away and not getattr(error, "refused", False):
-            digest = kept_whole(given.url, given.arch, given.out, parameters)
+            digest = kept_whole(given.url, arch, given.out, parameters)
             if digest:
                 size = given.out.stat().st_size
                 print(f"{given.out} {size} bytes sha256 {digest} (kept; the service is away)")
@@ -632,6 +772,199 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         return 2 if isinstance(error, PullError) and error.refused else 3
     print(f"{given.out} {given.out.stat().st_size} bytes sha256 {digest}")
+    return 0
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e8:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; a number more than 0")
+    return value
+
+
+class _Choice:
+    """The size that --max-ms and --max-bytes ask for, which is chosen again where something changed."""
+
+    def __init__(self, given: argparse.Namespace, base: dict[str, str]) -> None:
+        self.given, self.base, self.again = given, dict(base), given.measure
+        self.runtime, self.device = "", []
+        if given.max_ms is not None:
+            try:
+                self.runtime = measure.runtime_of(given.runtime or "", base.get("format", ""))
+            except measure.NoRuntime as error:
+                raise PullError(str(error), refused=True) from None
+            self.device = measure.device(self.runtime, given.threads)
+            if self.runtime == "onnx":
+                self.base["format"] = "onnx"
+        self.record = _beside(_target(given.out), "choice")
+        asked = [given.url, given.arch, sorted(self.base.items()), given.max_ms, given.max_bytes]
+        self.key = [*asked, *self.device]
+        kept = afford.remembered(self.record, self.key)
+        self.etag = str(kept.get("etag", ""))
+        self.known = (str(kept.get("arch", given.arch)), dict(kept.get("parameters", self.base)))
+
+    def made(self, token: str) -> tuple[str, dict[str, str]]:
+        """The arch and the parameters to pull. Raises PullError."""
+        given = self.given
+        try:
+            with _client(given.url, 30.0, token) as http:
+                asking = _Asking(http, given.url)
+                whole = asking.get(f"/plan/{given.arch}", self.base)
+                if not whole:
+                    raise PullError(f"{given.arch}: {asking.refusal}", refused=True)
+                if whole["etag"] == self.etag and not self.again:
+                    return self.known
+                chosen = self._measured(asking, whole) if self.runtime else self._fitting(asking)
+            self.etag, self.known, self.again = str(whole["etag"]), chosen, False
+            kept = {"etag": self.etag, "arch": chosen[0], "parameters": chosen[1]}
+            afford.remember(self.record, self.key, kept)
+        except atomic.BadTarget as error:
+            raise PullError(str(error), refused=True) from None
+        except (KeyError, TypeError, ValueError) as error:
+            told = f"{given.url}: what it tells of {given.arch}'s sizes is broken: {error!r}"
+            raise PullError(told[:300]) from None
+        return chosen
+
+    def _fitting(self, asking: _Asking) -> tuple[str, dict[str, str]]:
+        """By bytes alone the service chooses."""
+        budget = {"budget": {"max_bytes": self.given.max_bytes}}
+        told = asking.post({"arch": self.given.arch, **_json_values(self.base), **budget})
+        return told["arch"], dict(parse_qsl(told["location"].partition("?")[2]))
+
+    def _measured(self, asking: _Asking, whole: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+        given, arch = self.given, self.given.arch
+        found, about = afford.sizes(asking.get, arch, self.base, whole)
+        most = given.max_bytes or math.inf
+        fit = [size for size in found if size.bytes <= most]
+        if not fit:
+            least = min(size.bytes for size in found)
+            raise PullError(f"--max-bytes {most}: the smallest has {least}", refused=True)
+
+        try:
+            size, _ = afford.choose(
+                fit,
+                about,
+                given.max_ms,
+                runtime=self.runtime,
+                threads=given.threads,
+                dtype=self.base.get("dtype", "float32"),
+                header=lambda: asking.header(arch, self.base),
+                say=_tell,
+            )
+        except measure.TooSlow as error:
+            raise PullError(f"--max-ms {given.max_ms:g}: {error}", refused=True) from None
+        except (BadGraph, ImportError) as error:
+            raise PullError(f"no candidate can be made: {error}", refused=True) from None
+        return arch, {**self.base, **dict(size.asked)}
+
+
+class _Asking:
+    """Questions about sizes, asked again where that may help."""
+
+    def __init__(self, http: httpx.Client, url: str, retries: int = 4) -> None:
+        self.http, self.url, self.retries = http, url, retries
+        self.refusal = "what came is no plan"
+
+    def _once(
+        self,
+        method: str,
+        path: str,
+        asked: Mapping[str, str] | None,
+        headers: dict[str, str],
+        content: bytes | None = None,
+    ) -> dict[str, Any]:
+        for attempt in range(self.retries + 1):
+            try:
+                with _send(self.http, method, path, headers, asked, content) as answer:
+                    if answer.status_code == 200:
+                        return _told(answer)
+                    if answer.status_code not in RETRIED:
+                        self.refusal = _reason(answer)
+                        return {}
+                    why = f"status {answer.status_code}"
+            except httpx.TransportError as error:
+                why = str(error) or type(error).__name__
+            if attempt < self.retries:
+                time.sleep(random.uniform(0, min(10.0, 0.25 * 2**attempt)))  # noqa: S311
+        raise PullError(f"{self.url}: {why}")
+
+    def get(self, path: str, asked: Mapping[str, str]) -> dict[str, Any]:
+        """The JSON object there; an empty one where it is refused, and `refusal` says why."""
+        return self._once("GET", quote(path), asked, {})
+
+    def post(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The plan of a body. Raises PullError if it is refused."""
+        body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        if not (told := self._once("POST", "/plan", None, headers, body)):
+            raise PullError(self.refusal, refused=True)
+        return told
+
+    def header(self, arch: str, base: Mapping[str, str]) -> dict[str, Any]:
+        """What a safetensors file of this manifold says of itself, from its first bytes alone."""
+        asked = {name: value for name, value in base.items() if name not in ("format", "dtype")}
+        count = int.from_bytes(self._part(arch, asked, 0, 8), "little")
+        try:
+            told = json.loads(self._part(arch, asked, 8, 8 + min(count, LONGEST_TOLD)))
+            return dict(json.loads(told["__metadata__"]["neumeta"]))
+        except (ValueError, KeyError, TypeError):
+            raise PullError(f"{self.url}: what arrived has a broken header") from None
+
+    def _part(self, arch: str, asked: Mapping[str, str], start: int, stop: int) -> bytes:
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
+        there, part = f"/weights/{quote(arch, safe='')}", b""
+        with _send(self.http, "GET", there, headers, asked) as answer:
+            if answer.status_code not in (200, 206):
+                raise PullError(_reason(answer), refused=400 <= answer.status_code < 500)
+            skipped = start if answer.status_code == 200 else 0  # it knows no ranges
+            for chunk in answer.iter_raw():
+                part += chunk
+                if len(part) >= skipped + stop - start:
+                    break
+        return part[skipped : skipped + stop - start]
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+def _watched(pulled: Callable[[], str], out: Path, seconds: float, command: str) -> int:
+    """Keep `out` current until SIGTERM (0) or Ctrl-C (130); a first question that is refused ends it.
+
+    The command runs whenever the file is another than that for which it last ended well, which is kept
+    beside it: a device that lost its power in between runs it later.
+    """
+    known = False
+    marked = _beside(_target(out), "seen")
+
+    def ask() -> str:
+        nonlocal known
+        digest = pulled()
+        known = True
+        return digest
+
+    def changed(digest: str) -> None:
+        print(f"{out} {out.stat().st_size} bytes sha256 {digest}", flush=True)
+        if command:
+            watching.run(command, NEUMETA_FILE=str(out), NEUMETA_SHA256=digest)
+            _write(marked, {"seen": digest})
+
+    def failed(error: Exception, wait: float) -> None:
+        if isinstance(error, PullError) and error.refused and not known:
+            raise error
+        _tell(f"{error or type(error).__name__}{_standing(out)[1]}; asking again in {wait:.3g} s")
+
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    expected = (PullError, watching.CommandFailed, OSError, httpx.HTTPError, httpx.InvalidURL)
+    seen = str(_read(marked).get("seen", "")) if command else ""
+    try:
+        watching.watch(ask, seconds, changed, failed, seen=seen, expected=expected)
+    except _Terminated:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -27,7 +27,14 @@ from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.problem import Problem, refuse
 from service.redis_cache import RedisCache
-from service.request import ALLOWED, WeightsRequest, from_json, from_query, no_query
+from service.request import (
+    ALLOWED,
+    WeightsRequest,
+    addressed,
+    from_json,
+    from_query,
+    no_query,
+)
 from service.settings import Settings
 from service.tokens import Tokens
 
@@ -64,6 +71,17 @@ QUERY = {
         if name not in ("arch", "budget")
     ]
 }
+ADDRESSED = {
+    "parameters": [
+        *QUERY["parameters"],
+        {
+            "name": "etag",
+            "in": "query",
+            "schema": {"type": "string"},
+            "description": "the ETag without its quotes: these bytes for ever, or 404",
+        },
+    ]
+}
 FILES: dict[str, Any] = {media: {} for media in MEDIA.values()}
 FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "the network, in the format asked for", "content": FILES},
@@ -77,16 +95,35 @@ FILE: dict[int | str, dict[str, Any]] = {
 UNVOUCHED = {"Cache-Control": "no-store", "X-Accel-Expires": "0"}
 """Headers of bytes whose digest is not known yet: a cache that kept them could never vouch for them.
 nginx may have been told to ignore the first (`proxy_ignore_headers`); the second is its own."""
+FOREVER = "max-age=31536000, immutable"
+BRIEFLY = "max-age=10"
+"""Where a file is may be told again for so long: a fleet that starts together asks once."""
 
 
 class BodyResponse(StreamingResponse):
-    """Bytes [start, stop) of a body, which is told when its reader is gone, however it went."""
+    """Bytes [start, stop) of a body, which is told when its reader is gone, however it went.
+
+    With `vouched` they are not sent before their digest can be.
+    """
 
     def __init__(
-        self, body: Body, start: int, stop: int, status: int, headers: dict[str, str], media: str
+        self,
+        body: Body,
+        start: int,
+        stop: int,
+        status: int,
+        headers: dict[str, str],
+        media: str,
+        vouched: bool = False,
     ) -> None:
         super().__init__(body.read(start, stop), status, headers, media)
-        self.file = body
+        self.file, self.vouched = body, vouched
+
+    async def stream_response(self, send: Send) -> None:
+        if self.vouched:
+            await self.file.whole()  # here, where a client that leaves is seen to
+            self.headers["Repr-Digest"] = str(self.file.repr_digest)
+        await super().stream_response(send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -171,15 +208,18 @@ def create_app(settings: Settings) -> FastAPI:
         detail = f"{entry['given'][1:-1]}: {str(error.detail).lower()}"
         return problem.response(Problem(error.status_code, detail, [entry], headers))
 
-    async def weights(request: Request, job: Job) -> Response:
+    # Who may have a file that needs a token is decided here, every time.
+    shared = "private" if tokens else "public"
+
+    async def weights(request: Request, job: Job, address: bool = False) -> Response:
         head, length, generation = job.plan.header, job.plan.length, hot.generation
         media = MEDIA[job.format]
         headers = {
             "ETag": job.etag,
             "Accept-Ranges": "bytes",
-            "Content-Location": settings.root_path + job.location,
-            # The same URL has other bytes once another manifold is loaded: keep, but ask first.
-            "Cache-Control": "public, no-cache",
+            "Content-Location": settings.root_path + job.address,
+            # Without its ETag a URL has other bytes once another manifold is loaded: keep, but ask.
+            "Cache-Control": f"{shared}, {FOREVER}" if address else "public, no-cache",
             "X-Neumeta-Architecture": job.architecture.key,
         }
         if job.architecture.extrapolated:
@@ -192,7 +232,8 @@ def create_app(settings: Settings) -> FastAPI:
             return Response(status_code=304, headers=headers | known)
         if request.method == "HEAD":
             headers["Content-Length"] = str(length)
-            return Response(headers=headers | known, media_type=media)
+            kept = UNVOUCHED if address and not known else known
+            return Response(headers=headers | kept, media_type=media)
         status, start, stop = 200, 0, length
         # A range is of GET alone (RFC 9110, 14.2), and If-Range compares strongly.
         ranged = safe and request.headers.get("if-range", job.etag) == job.etag
@@ -224,26 +265,51 @@ def create_app(settings: Settings) -> FastAPI:
         headers["X-Neumeta-Cache"] = tier
         if body.repr_digest:
             known = {"Repr-Digest": body.repr_digest}
-        return BodyResponse(body, start, stop, status, headers | (known or UNVOUCHED), media)
+        if not address:
+            headers |= known or UNVOUCHED
+        return BodyResponse(body, start, stop, status, headers, media, address)
 
     @app.post("/weights", responses=FILE, openapi_extra=BODY, response_class=Response)
     async def post_weights(request: Request) -> Response:
         """The network of the requested size, streamed as safetensors or ONNX."""
         return await weights(request, engine.job(from_json(await _json(request))))
 
-    @app.get("/weights/{arch}", responses=FILE, openapi_extra=QUERY, response_class=Response)
+    @app.get("/weights/{arch}", responses=FILE, openapi_extra=ADDRESSED, response_class=Response)
     @app.head("/weights/{arch}", include_in_schema=False)
     async def get_weights(request: Request, arch: str) -> Response:
-        """The same bytes by URL, resumable. HEAD samples nothing."""
-        return await weights(request, engine.job(from_query(arch, request.query_params)))
+        """The same bytes by URL, resumable. HEAD samples nothing. With an `etag`, these or none."""
+        query, etag = addressed(request.query_params)
+        job = engine.job(from_query(arch, query))
+        if etag not in (None, job.key):
+            # No redirect: caches that follow one for their clients would keep its target's bytes
+            # under this URL for ever.
+            address = settings.root_path + job.address
+            entry = problem.field("etag", etag, f"that of the file as it is now, {job.key}")
+            detail = f"etag: {entry['given']} is not that of this file as it is now"
+            raise Problem(404, detail, [entry], more={"address": address})
+        return await weights(request, job, address=etag is not None)
+
+    def planned(job: Job) -> dict[str, Any]:
+        told = engine.describe(job)
+        for name in ("location", "address"):
+            told[name] = settings.root_path + told[name]
+        return {**told, "repr_digest": cache.digests.get(job.key)}
 
     @app.post("/plan", responses=PROBLEMS, openapi_extra=BODY)
     async def plan(request: Request) -> JSONResponse:
         """Size, cost and expected score of a request; nothing is materialized."""
-        job = engine.job(from_json(await _json(request)))
-        told = engine.describe(job)
-        told["location"] = settings.root_path + told["location"]
-        return JSONResponse({**told, "repr_digest": cache.digests.get(job.key)})
+        return JSONResponse(planned(engine.job(from_json(await _json(request)))))
+
+    @app.get("/plan/{arch}", responses={**PROBLEMS, 304: FILE[304]}, openapi_extra=QUERY)
+    @app.head("/plan/{arch}", include_in_schema=False)
+    async def get_plan(request: Request, arch: str) -> Response:
+        """The same by URL, which a cache may repeat for some seconds: a fleet asks it where to go."""
+        job = engine.job(from_query(arch, request.query_params))
+        # Weak: what else it tells may change while the file does not.
+        headers = {"ETag": f"W/{job.etag}", "Cache-Control": f"{shared}, {BRIEFLY}"}
+        if _matches(request.headers.get("if-none-match"), job.etag):
+            return Response(status_code=304, headers=headers)
+        return JSONResponse(planned(job), headers=headers)
 
     @app.get("/models", responses=PROBLEMS)
     @app.head("/models", include_in_schema=False)
@@ -257,7 +323,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def model(request: Request, arch: str) -> JSONResponse:
         """One served architecture: ranges, parameters, MACs, score by size."""
         no_query(request.query_params)
-        return JSONResponse(engine.model(arch))
+        headers = {"Cache-Control": f"{shared}, {BRIEFLY}"}
+        return JSONResponse(engine.model(arch), headers=headers)
 
     @app.get("/", include_in_schema=False)
     @app.head("/", include_in_schema=False)

@@ -128,6 +128,13 @@ class Body:
         self.error = error
         self._wake()
 
+    async def whole(self) -> None:
+        """Wait until all bytes and their digest exist. Raises RuntimeError if they never will."""
+        while self.filled < self.length or self.sha256 is None:
+            if self.error is not None:
+                raise RuntimeError("the materialization failed") from self.error
+            await self._grown.wait()
+
     def _wake(self) -> None:
         grown, self._grown = self._grown, asyncio.Event()
         grown.set()

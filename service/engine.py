@@ -66,6 +66,11 @@ class Job:
             parts.append("extrapolate=true")
         return f"/weights/{space.name}?{'&'.join(parts)}"
 
+    @property
+    def address(self) -> str:
+        """The URL of these bytes and of no others, ever."""
+        return f"{self.location}&etag={self.key}"
+
 
 class Engine:
     """The loaded manifolds, by the name of the architecture they serve."""
@@ -286,6 +291,7 @@ class Engine:
             "score_measured": measured,
             "etag": job.etag,
             "location": job.location,
+            "address": job.address,
         }
 
     def expected_score(self, name: str, architecture: Architecture) -> tuple[float | None, bool]:

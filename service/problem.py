@@ -25,7 +25,10 @@ TITLES = {
 
 
 class Problem(Exception):
-    """A refused request: the status and, per field, what was given and what is allowed."""
+    """A refused request: the status and, per field, what was given and what is allowed.
+
+    `more` are members of the answer beside those (RFC 9457, 3.2).
+    """
 
     def __init__(
         self,
@@ -33,10 +36,11 @@ class Problem(Exception):
         detail: str,
         errors: list[dict[str, str]] | None = None,
         headers: dict[str, str] | None = None,
+        more: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(detail)
         self.status, self.detail = status, detail
-        self.errors, self.headers = errors or [], headers or {}
+        self.errors, self.headers, self.more = errors or [], headers or {}, more or {}
 
 
 def printed(given: object) -> str:
@@ -69,9 +73,10 @@ def body(problem: Problem) -> bytes:
     }
     if problem.errors:
         content["errors"] = problem.errors
-    return json.dumps(content).encode()
+    return json.dumps(content | problem.more).encode()
 
 
 def response(problem: Problem) -> Response:
-    """The problem as a response."""
-    return Response(body(problem), problem.status, problem.headers, media_type=MEDIA)
+    """The problem as a response, which no cache keeps: by default some statuses (404) may be kept."""
+    headers = {"Cache-Control": "no-store", **problem.headers}
+    return Response(body(problem), problem.status, headers, media_type=MEDIA)

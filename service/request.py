@@ -139,6 +139,16 @@ def from_query(arch: str, query: QueryParams) -> WeightsRequest:
         raise _problem(error) from None
 
 
+def addressed(query: QueryParams) -> tuple[QueryParams, str | None]:
+    """A query without its `etag`, the one of content-addressed URLs, and that etag."""
+    pairs = query.multi_items()
+    stated = [text for name, text in pairs if name == "etag"]
+    if len(stated) > 1:
+        raise refuse("etag", stated[1], "each name once")
+    rest = QueryParams([pair for pair in pairs if pair[0] != "etag"])
+    return rest, stated[0] if stated else None
+
+
 def no_query(query: QueryParams) -> None:
     """Raise Problem if there is a query string where none has a meaning."""
     for name, text in query.multi_items():

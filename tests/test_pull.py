@@ -74,13 +74,17 @@ def pull(
     retries: int = 4,
     token: str = "",
     url: str = "http://service",
+    plan: Handler | None = None,
     **parameters: str,
 ) -> Pulled:
-    """Pull from a service whose n-th request is answered by the n-th handler (then the last)."""
+    """Pull from a service whose n-th request is answered by the n-th handler (then the last), but for
+    where the file is: that is answered by `plan`, and not told without one."""
     requests: list[httpx.Request] = []
     waits: list[float] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET" and "/plan/" in request.url.path:
+            return (plan or status(404))(request)
         requests.append(request)
         return handlers[min(len(requests), len(handlers)) - 1](request)
 
@@ -441,7 +445,8 @@ def test_an_arch_stays_one_segment_of_the_path(tmp_path: Path) -> None:
         pytest.raises(client.PullError),
     ):
         client.pull("http://service", "../models?x=#", tmp_path / "net", client=http)
-    assert seen == [b"/prefix/weights/..%2Fmodels%3Fx%3D%23"]
+    asked = b"..%2Fmodels%3Fx%3D%23"
+    assert seen == [b"/prefix/plan/" + asked, b"/prefix/weights/" + asked]
 
 
 def test_a_current_file_is_not_pulled_again_and_a_damaged_one_is(tmp_path: Path) -> None:
@@ -547,11 +552,140 @@ def test_a_plan_of_another_file_vouches_for_nothing(tmp_path: Path, told: Any) -
     assert not (tmp_path / "net.safetensors").exists()
 
 
-# Redirects
-
-
 def moved(to: str, code: int = 302) -> Handler:
     return lambda request: httpx.Response(code, headers={"location": to})
+
+
+# The address that names the content
+
+E, OTHER_E = "e" * 64, "f" * 64
+ADDRESS = f"/fleet/weights/lenet?width=0.5&dtype=float32&etag={E}"
+
+
+def planned(etag: str = E, **changes: Any) -> Handler:
+    """A plan that says where the file of this ETag is, and which digest it has."""
+    told = {"etag": f'"{etag}"', "address": ADDRESS.replace(E, etag), "repr_digest": digest(GOOD)}
+    return lambda request: httpx.Response(200, json=told | changes)
+
+
+def here(body: bytes = GOOD, etag: str = E, **changes: str) -> Handler:
+    return answer(body, etag=f'"{etag}"', **changes)
+
+
+def test_the_file_is_asked_for_at_the_address_that_names_its_content(tmp_path: Path) -> None:
+    out = tmp_path / "net"
+    pulled = pull(out, here(), plan=planned(), url="http://service/fleet", width="0.50")
+    (asked,) = pulled.requests
+    assert pulled.error is None and asked.url.raw_path.decode() == ADDRESS
+    # Another prefix than the service knows of: who asks knows best.
+    again = pull(tmp_path / "x", here(), plan=planned(repr_digest=None), url="http://mirror/a")
+    assert again.error is None
+    assert str(again.requests[0].url) == "http://mirror/a" + ADDRESS.removeprefix("/fleet")
+
+
+def test_a_current_file_costs_one_short_question(tmp_path: Path) -> None:
+    out, asked = tmp_path / "net", []
+
+    def same(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers.get("if-none-match"))
+        return httpx.Response(304)
+
+    assert pull(out, here(), plan=planned()).error is None
+    again = pull(out, fails, plan=same)
+    assert again.error is None and again.requests == [] and asked == [f'W/"{E}"']
+
+
+def gone(etag: str) -> Handler:
+    told = {"detail": "another is here", "address": ADDRESS.replace(E, etag)}
+    return lambda request: httpx.Response(404, json=told)
+
+
+def test_a_reload_in_between_is_followed_and_one_after_another_ends_at_the_canonical_url(
+    tmp_path: Path,
+) -> None:
+    moved_once = pull(tmp_path / "a", gone(OTHER_E), here(etag=OTHER_E), plan=planned(), retries=0)
+    assert moved_once.error is None and OTHER_E in str(moved_once.requests[1].url)
+    endless = pull(tmp_path / "b", *[gone(OTHER_E)] * client.MOVES, here(), plan=planned())
+    assert endless.error is None and "etag" not in str(endless.requests[-1].url)
+    assert len(endless.requests) == client.MOVES + 1 and endless.waits == []
+    # A cache's own 404 names no address.
+    page = status(404, content_type="text/html")
+    lost = pull(tmp_path / "c", page, here(), plan=planned())
+    assert lost.error is None and "etag" not in str(lost.requests[1].url)
+
+
+STALE = body_of(width=0.25)
+STALE_BY_BODY = here(STALE, E)
+"""Its digest is that of what it sends: only the plan's is not."""
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        here(STALE, OTHER_E),
+        STALE_BY_BODY,
+        answer(STALE, etag=""),
+        here(sent=STALE + GOOD[len(STALE) :]),
+        lambda request: httpx.Response(304, headers={"etag": f'"{OTHER_E}"'}),
+        moved("/weights/lenet?width=0.5"),
+    ],
+    ids=["another etag", "another body", "no etag", "damaged", "unasked 304", "redirect"],
+)
+@pytest.mark.parametrize("told", [True, False], ids=["digest told", "not told"])
+def test_a_stale_copy_in_a_cache_is_found_out_and_passed_by(
+    tmp_path: Path, stale: Handler, told: bool
+) -> None:
+    if not told and stale is STALE_BY_BODY:
+        return  # nothing tells them apart
+    out = tmp_path / "net"
+
+    def cache(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            assert json.loads(request.content) == {"arch": "lenet", "width": 0.5}
+            return here()(request)
+        return (stale if "etag" in request.url.params else here(STALE, OTHER_E))(request)
+
+    plan = planned() if told else planned(repr_digest=None)
+    pulled = pull(out, cache, plan=plan, width="0.5")
+    assert pulled.error is None and out.read_bytes() == GOOD
+    assert pulled.requests[-1].method == "POST"
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        lambda request: httpx.Response(200, text="<html>sign in</html>"),
+        lambda request: httpx.Response(200, json=["no", "plan"]),
+        lambda request: httpx.Response(200, json={"etag": f'"{E}"'}),
+        planned(address=f"http://elsewhere/?etag={E}"),
+        planned(address=f"/weights/lenet?etag={E}\r\nx: y"),
+        planned(address="/weights/lenet?etag="),
+        planned(address=7),
+        status(404),
+        status(403),
+        status(405),
+    ],
+)
+def test_without_a_plan_the_canonical_url_is_asked(tmp_path: Path, plan: Handler) -> None:
+    pulled = pull(tmp_path / "net", answer(), plan=plan)
+    assert pulled.error is None and len(pulled.requests) == 1
+    assert pulled.requests[0].url.path == "/weights/lenet"
+    assert "etag" not in str(pulled.requests[0].url)
+
+
+def test_what_a_plan_refuses_is_told_at_once_and_what_may_pass_is_tried_again(
+    tmp_path: Path,
+) -> None:
+    for code in (401, 422):
+        refused = pull(tmp_path / "net", answer(), plan=status(code))
+        assert isinstance(refused.error, client.PullError) and refused.error.refused
+        assert "why it is so" in str(refused.error) and refused.requests == []
+    busy = iter([status(503, retry_after="3"), fails, planned()])
+    later = pull(tmp_path / "net", here(), plan=lambda request: next(busy)(request))
+    assert later.error is None and later.waits[0] >= 3 and len(later.waits) == 2
+
+
+# Redirects
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])

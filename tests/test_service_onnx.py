@@ -45,7 +45,7 @@ def test_a_model_is_had_by_body_and_by_url_and_computes_what_the_weights_do(
             assert weights.headers["content-type"] == "application/vnd.safetensors"
             assert posted.headers["etag"] == got.headers["etag"] != weights.headers["etag"]
             location = got.headers["content-location"]
-            assert location.endswith("&format=onnx")
+            assert "&format=onnx&" in location
             assert "format" not in weights.headers["content-location"]
             again = await client.get(location)
             assert again.content == got.content and again.headers["etag"] == got.headers["etag"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -14,13 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
 from benchmarks.local import Service, free_port
+from neumeta import checkpoint
 from neumeta import pull as client
+from tests.conftest import lenet
 from tests.integration.test_client_faults import command as pulled_by
 from tests.integration.test_client_proxy import Proxy
 
@@ -122,10 +126,23 @@ def test_behind_squid_a_cold_file_is_pulled_and_then_kept(
         pulls(cold, tmp_path, good, "a", "b", "c", http_proxy=proxy)
         for _ in range(100):  # written a moment later
             told = (folder / "access.log").read_text()
+            if told.count("HIT/200") >= 2 * 2:
+                break
+            time.sleep(0.05)
+        # Where it is and what it is were asked for once.
+        assert len(re.findall(r"TCP_MISS/200 .* GET \S+/plan/lenet", told)) == 1, told
+        assert len(re.findall(r"TCP_MISS/200 .* GET \S+/weights/lenet", told)) == 1, told
+        assert len(re.findall(r"HIT/200 .* GET \S+/weights/lenet", told)) == 2, told
+        # By the URL that may mean another file tomorrow it asks the service each time.
+        for _ in range(2):
+            there = httpx.get(f"{cold}{PATH}", proxy=proxy)
+            assert there.content == good and there.headers["repr-digest"]
+        for _ in range(100):
+            told = (folder / "access.log").read_text()
             if "TCP_REFRESH_UNMODIFIED/200" in told:
                 break
             time.sleep(0.05)
-    assert "TCP_REFRESH_UNMODIFIED/200" in told, told  # it did keep the file, and asked first
+    assert "TCP_REFRESH_UNMODIFIED/200" in told, told
 
 
 def test_a_copy_that_squid_keeps_without_a_digest_gets_it_from_a_304(
@@ -156,7 +173,63 @@ def test_behind_nginx_that_ignores_what_caches_are_told(
     )
     with nginx(folder, location) as address:
         pulls(address, tmp_path, good, "a", "b", "c")
-        assert httpx.get(f"{address}{PATH}").headers["x-cache"] == "HIT"
+        plan = httpx.get(f"{address}{PATH.replace('weights', 'plan')}").json()
+        assert httpx.get(address + plan["address"]).headers["x-cache"] == "HIT"
+
+
+def test_a_fleet_behind_nginx_costs_a_request_a_file_and_a_stale_copy_is_found_out(
+    file: Path, folder: Path, tmp_path: Path
+) -> None:
+    kinds, each = ({"width": "0.25"}, {"width": "0.5"}, {"format": "onnx"}), 8
+    with Service(file) as service:
+        # The first as docs/device.md has it; the second is blind to queries, and to what it is told.
+        server = f"""
+            location / {{ proxy_pass {service.url}; proxy_cache files; proxy_cache_lock on;
+                proxy_cache_lock_timeout 60s; proxy_cache_lock_age 60s; }}
+            location /stale/ {{ proxy_pass {service.url}/; }}
+            location = /stale/weights {{ proxy_pass {service.url}/weights; }}
+            location /stale/weights/ {{ proxy_pass {service.url}/weights/; proxy_cache files;
+                proxy_cache_key $uri; proxy_cache_valid 200 10m;
+                proxy_ignore_headers Cache-Control X-Accel-Expires; }}
+        """
+
+        def asked() -> dict[str, int]:
+            text = httpx.get(f"{service.url}/metrics").text
+            found = re.findall(r'neumeta_requests_total{route="(\S+)",status="200"} (\S+)', text)
+            return {route: int(float(count)) for route, count in found}
+
+        with nginx(folder, server) as address:
+
+            def pulled(number: int) -> str:
+                kind, out = kinds[number % len(kinds)], tmp_path / str(number)
+                with httpx.Client(base_url=address, timeout=60) as http:
+                    digest = client.pull(address, "lenet", out, parameters=kind, client=http)
+                assert hashlib.sha256(out.read_bytes()).hexdigest() == digest
+                return digest
+
+            began = time.monotonic()
+            with ThreadPoolExecutor(len(kinds) * each) as devices:
+                digests = list(devices.map(pulled, range(len(kinds) * each)))
+            rounds = 1 + int((time.monotonic() - began) / 10)  # where a file is, is told for 10 s
+            cost = asked()
+            assert cost["/weights"] == len(kinds) == len(set(digests))
+            assert len(kinds) <= cost["/plan"] <= len(kinds) * rounds
+
+            out, half = tmp_path / "stale", {"width": "0.5"}
+            client.pull(f"{address}/stale", "lenet", out, parameters=half)
+            old = out.read_bytes()
+            checkpoint.write(lenet(seed=7), file)
+            service.process.send_signal(signal.SIGHUP)
+            now = httpx.get(f"{service.url}{PATH}")
+            for _ in range(200):
+                if now.content != old:
+                    break
+                time.sleep(0.05)
+                now = httpx.get(f"{service.url}{PATH}")
+            there = now.headers["content-location"]
+            assert httpx.get(f"{address}/stale{there}").content == old  # it does serve a stale one
+            client.pull(f"{address}/stale", "lenet", out, parameters=half)
+            assert out.read_bytes() == now.content != old
 
 
 def test_behind_a_prefix_and_a_unix_socket_everything_is_found(
