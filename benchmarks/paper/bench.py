@@ -98,6 +98,16 @@ class Bench:
         net = pipeline.trained_source(self.asked, self.loaded, found.module, *given)
         return pipeline.Traced(net, found.graph)
 
+    def source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, pipeline.Traced]:
+        """The images of another recipe and its source network, trained once and kept as `name`."""
+        folder = self.setting.runs / f"source-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        loaded = pipeline.dataset(asked, self.setting.data)
+        found = pipeline.traced(asked, loaded, pipeline.network(asked, loaded))
+        given = self.setting.checkpoints, folder
+        net = pipeline.trained_source(asked, loaded, found.module, *given)
+        return loaded, pipeline.Traced(net, found.graph)
+
     def prepared(self, asked: recipe.Recipe) -> tuple[Manifold, dict[str, Tensor]]:
         """A row's manifold before its fit, and the smoothed source."""
         return pipeline.prepare(asked, self.loaded, self.traced.graph, self.traced.module)
