@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.local import hardware
-from benchmarks.paper import continuous, depth, inr, published, variation
+from benchmarks.paper import continuous, depth, inr, published, similarity, variation
 from benchmarks.paper.bench import Bench, Late, Setting
 from benchmarks.paper.table import Results, Table, markdown
 from neumeta import atomic
@@ -38,6 +38,7 @@ TABLES: dict[str, variation.Make] = {
     "figure1": depth.figure1,
     "section3": continuous.section3,
     "section9": published.section9,
+    "similarity": similarity.similarity,
 }
 ROOT = Path(__file__).parents[2]
 HEAD = """# The paper's tables, ours beside theirs

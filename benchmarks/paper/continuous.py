@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.interpolate import CubicHermiteSpline
+from scipy.interpolate import CubicHermiteSpline  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from benchmarks.paper.bench import GAMMAS, Bench
@@ -129,10 +129,10 @@ def _fit(manifold: Manifold, goal: dict[str, Tensor], rounds: int) -> None:
         optimiser.zero_grad()
         made = {n: (model(s, at[n]) * s.gain).reshape(s.shape) for n, s in own.items()}
         error = regression.relative(made, goal)
-        error.backward()
+        error.backward()  # type: ignore[no-untyped-call]
         return error
 
-    optimiser.step(loss)
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
 
 
 def units(numbers: int, num_freq: int, outputs: int) -> int:
@@ -171,7 +171,7 @@ def section3(bench: Bench) -> Table:
         if kind == "integral":
             _fit(manifold, goal, 1 if quick else 60)
         scores = bench.scores(manifold)
-        found = {"parameters": float(_count(manifold.representation))}
+        found: Row = {"parameters": float(_count(manifold.representation))}
         found["relative error"] = f"{regression.error(manifold, goal):.3f}"
         return {**found, "_error": regression.error(manifold, goal), **scores}
 

@@ -24,7 +24,7 @@ were never trained lie between others, waves stay long."""
 def asked(bench: Bench) -> recipe.Recipe:
     """The depth recipe with one MLP in place of the grid."""
     # A filter behind a ReLU sums to zero, as at the paper's scope.
-    held = {"kind": "mlp", "corrected": None, "centred": {}}
+    held: dict[str, Any] = {"kind": "mlp", "corrected": None, "centred": {}}
     options = {"layers": 5, "hidden": 128, "num_freq": FREQUENCIES, "block_based": False}
     budget: dict[str, Any] = {"regression_steps": 1500, "epochs": 4.0, "lr": 1e-3}
     changed = {"representation": held | {"options": options}, "fit": {**budget, "sandwich": False}}
@@ -91,7 +91,7 @@ def figure1(bench: Bench) -> Table:
 
     def verdict(rows: Rows) -> str:
         row = rows[MLP]
-        far = row.get("(7, 7)", row["inside, lowest"])
+        far: float = row["(7, 7)"] if "(7, 7)" in row else row["inside, lowest"]
         holds = row["inside, lowest"] >= 98.5 and far > 56.97
         return (
             f"The claim {'holds' if holds else 'does not hold'} here: one INR for all layers stays"

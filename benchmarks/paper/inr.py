@@ -193,7 +193,13 @@ def main_cifar10(bench: Bench) -> Table:
     """The main paper's Table: four ways to have four sizes."""
     last, epochs = ("the source network", 0.1 if bench.setting.quick else 4.0)
     shipped = "NeuMeta, as it ships"
-    plain = {"options": {}, "centred": None, "noise": 0.0, "corrected": None, "kind": "grid"}
+    plain: Changes = {
+        "options": {},
+        "centred": None,
+        "noise": 0.0,
+        "corrected": None,
+        "kind": "grid",
+    }
     shared = {"folded": True, "regression_steps": 0, "epochs": epochs}
     integral = {**plain, "kind": "integral", "noise": 0.5, "options": {"density": 0.3125}}
     changes: dict[str, Changes] = {
