@@ -77,7 +77,7 @@ class Bench:
             )  # fmt: skip
         return recipe.load("cifar10-resnet20-last-block-mlp").changed(
             representation={"samples": 1},
-            fit={"regression_steps": 300, "epochs": 1, "feature_views": 1},
+            fit={"regression_steps": 300, "epochs": 0.5, "feature_views": 1},
         )
 
     @cached_property
