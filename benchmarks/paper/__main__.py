@@ -37,6 +37,7 @@ TABLES: dict[str, variation.Make] = {
     "figure2": variation.figure2,
     "figure1": depth.figure1,
     "section3": continuous.section3,
+    "section7": continuous.section7,
     "section9": published.section9,
     "similarity": similarity.similarity,
 }
