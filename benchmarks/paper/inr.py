@@ -178,7 +178,7 @@ def noise(bench: Bench) -> Table:
         least = rows[f"a = {NOISES[0]:g}, K = 1"]["mean"] - rows["a = 0, K = 1"]["mean"]
         return (
             f"The claim that averaging pays {'holds' if holds else 'does not hold'} here: K = 50 is"
-            f" worth {told}; training with a = {NOISES[0]:g} instead of none is worth {least:+.2f} (K = 1)."
+            f" worth {told}; training with a = {NOISES[0]:g} instead of none {least:+.2f} (K = 1)."
         )
 
     return Table(

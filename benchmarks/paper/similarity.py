@@ -118,7 +118,8 @@ def similarity(bench: Bench) -> Table:
         f"The shipped ResNet-20 manifold (whole network), {IMAGES} JPEG test images: how alike what"
         " the same layer gives is in two networks, 1 being the same but for rotation and scale; the"
         f" last column is of different layers. The public {APART} shares nothing with the manifold but"
-        " the data: it stands for networks that are trained one by one.",
+        " the data: it stands for networks that are trained one by one. It is of full width, which"
+        " makes it a hard comparison: no narrow network of its own training is at hand.",
         (*PLACES, "another layer, mean"),
         names,
         measure,
