@@ -100,13 +100,15 @@ class Bench:
         return pipeline.Traced(net, found.graph)
 
     def source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, pipeline.Traced]:
-        """The images of another recipe and its source network, trained once and kept as `name`."""
+        """The images of another recipe and its source network, trained once and kept as `name`. Its
+        weights are looked for among the manifolds that ship, too."""
         folder = self.setting.runs / f"source-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         loaded = pipeline.dataset(asked, self.setting.data)
         found = pipeline.traced(asked, loaded, pipeline.network(asked, loaded))
-        given = self.setting.checkpoints, folder
-        net = pipeline.trained_source(asked, loaded, found.module, *given)
+        ships = (self.setting.models / (asked.network.weights or " ")).exists()
+        given = self.setting.models if ships else self.setting.checkpoints
+        net = pipeline.trained_source(asked, loaded, found.module, given, folder)
         return loaded, pipeline.Traced(net, found.graph)
 
     def prepared(self, asked: recipe.Recipe) -> tuple[Manifold, dict[str, Tensor]]:

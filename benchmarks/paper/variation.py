@@ -27,15 +27,17 @@ PUBLIC = {
     "resnet56": "resnet56-4bfd9763.th",
 }
 
-DEPTH: dict[str, Any] = {"train": {"epochs": 3, "lr": 0.05}}
-"""The depth network's own training: half of its recipe's."""
 OWN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LeNet (MNIST)": (
         "lenet",
         "tiny",
         {"data": {"name": "mnist"}, "network": {"train": {"epochs": 1, "lr": 0.05}}},
     ),
-    "depth network (MNIST)": ("depth", "mnist-resnet-depth", {"network": DEPTH}),
+    "depth network (MNIST)": (
+        "depth",
+        "mnist-resnet-depth",
+        {"network": {"train": {"epochs": 1, "lr": 0.02}}},
+    ),
     "U-Net (CamVid)": ("unet", "camvid-unet", {}),
     "VAE (MNIST)": ("vae", "mnist-vae", {}),
 }
