@@ -86,6 +86,9 @@ def test_a_row_shows_the_papers_figure_beside_ours_and_what_is_missing() -> None
     whole = markdown(table, {"one": {"x": 90.5}, "two": {"y": 1200.0}}, Path("figures/f.svg"))
     assert "| two |  | 1,200.00 |" in whole and "All 2." in whole
     assert "![a title](figures/f.svg)" in whole
+    assert "| one | 12,345 |" in markdown(table, {"one": {"x": 12345}}, None).replace(
+        " (91.87)", ""
+    )
 
 
 def test_a_relu_network_equals_a_piecewise_linear_function_at_and_between_its_bounds() -> None:
