@@ -148,8 +148,8 @@ def figure2(bench: Bench) -> Table:
         "figure2",
         "total variation after each strategy",
         f"Mean and deviation of {SEEDS} seeds over every folded weight and bias, whole networks,"
-        " all axes permuted: the public CIFAR-10 ResNets and VAE; LeNet (one epoch), the depth"
-        " network and the U-Net trained here.",
+        " all axes permuted: the public CIFAR-10 ResNets and VAE; LeNet and the"
+        " depth network (one epoch each) and the U-Net (20 epochs) are trained here.",
         tuple(STRATEGIES),
         names,
         measure,
