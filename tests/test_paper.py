@@ -7,12 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks.paper import __main__ as paper
+from benchmarks.paper import continuous, depth, published, similarity
 from benchmarks.paper.bench import Bench, Setting
 from benchmarks.paper.table import Results, Table, markdown
+from training import data
+from training.networks import lenet
+from training.order import cliques
+from training.trace import trace
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +45,8 @@ def test_every_table_is_made_and_a_second_run_measures_nothing(tmp_path: Path) -
         assert f"## {name}: {table.title}" in page
         assert list(setting.results.read(name)) == list(table.rows)
     assert "Not measured yet" not in page and "claim" in page
-    assert (tmp_path / "docs" / "figures" / "paper-figure2.svg").stat().st_size > 1000
+    for figure in ("figure1", "figure2"):
+        assert (tmp_path / "docs" / "figures" / f"paper-{figure}.svg").stat().st_size > 1000
     # The same training stands for the same rows of several tables.
     rows = [setting.results.read("table1")["mSHP"], setting.results.read("table3")["with residual"]]
     assert rows[0] == rows[1]
@@ -77,3 +86,66 @@ def test_a_row_shows_the_papers_figure_beside_ours_and_what_is_missing() -> None
     whole = markdown(table, {"one": {"x": 90.5}, "two": {"y": 1200.0}}, Path("figures/f.svg"))
     assert "| two |  | 1,200.00 |" in whole and "All 2." in whole
     assert "![a title](figures/f.svg)" in whole
+    assert "| one | 12,345 |" in markdown(table, {"one": {"x": 12345}}, None).replace(
+        " (91.87)", ""
+    )
+
+
+def test_a_relu_network_equals_a_piecewise_linear_function_at_and_between_its_bounds() -> None:
+    bounds, slopes = torch.tensor([0.0, 0.25, 0.5, 1.0]), torch.tensor([4.0, -8.0, 2.0])
+    net = continuous.piecewise(bounds.double(), slopes.double(), 1.0)
+    x = torch.tensor([[0.0], [0.125], [0.25], [0.5], [0.75], [1.0]], dtype=torch.float64)
+    assert net(x)[:, 0].tolist() == [1.0, 1.5, 2.0, 0.0, 0.5, 1.0]
+    # The sum over segments that the supplement writes is another function.
+    written = continuous.as_written(bounds.double(), slopes.double(), 1.0)
+    assert (written(x) - net(x)).abs().max() > 1
+
+
+def test_a_network_of_bicubic_kernels_goes_through_its_values_and_equals_the_spline() -> None:
+    values = torch.tensor([[0.0], [1.0], [4.0], [9.0], [16.0], [3.0]], dtype=torch.float64)
+    net = continuous.kernel_network(values)
+    at = torch.arange(1.0, 5.0, dtype=torch.float64)[:, None]
+    assert torch.equal(net(at), values[1:5])
+    # Its kernel is exact on quadratics.
+    between = torch.tensor([[1.5], [2.25]], dtype=torch.float64)
+    assert torch.allclose(net(between), between.square(), atol=1e-12)
+    spline = continuous.catmull_rom(values.numpy(), np.array([3.7]))
+    with torch.no_grad():
+        assert abs(net(torch.tensor([[3.7]], dtype=torch.float64)).item() - spline[0, 0]) < 1e-12
+
+
+@pytest.mark.parametrize("numbers", [500, 5000, 50_000])
+def test_an_mlp_has_as_many_numbers_as_it_is_asked_for(numbers: int) -> None:
+    hidden = continuous.units(numbers, 6, 9)
+    layers = [(78, hidden), *[(hidden, hidden)] * (continuous.LAYERS - 1), (hidden, 9)]
+    held = sum(a * b + b for a, b in layers) + continuous.LAYERS - 1
+    assert abs(held / numbers - 1) < 0.1
+
+
+def test_cka_is_one_for_a_rotation_and_small_for_unrelated_features() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, other = torch.randn(200, 4, generator=draw), torch.randn(200, 4, generator=draw)
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=draw))[0]
+    assert abs(similarity.cka(x, 3 * x @ turn + 5) - 1) < 1e-6
+    assert similarity.cka(x, other) < 0.1
+
+
+def test_depths_inside_and_outside_the_trained_square_are_told_apart() -> None:
+    scores = {(1, 1): 99.0, (3, 3): 98.0, (1, 4): 90.0, (7, 7): 60.0}
+    row = depth.summary([{"depth": list(d), "score": s} for d, s in scores.items()])
+    assert (row["inside, lowest"], row["inside, mean"], row["(7, 7)"]) == (98.0, 98.5, 60.0)
+    assert (row["outside, lowest"], row["outside, mean"]) == (60.0, 75.0)
+
+
+def test_a_network_that_folding_or_a_new_order_changes_is_seen(monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    net = lenet(widths=(4, 4, 4)).eval()
+    graph, _ = trace(net, torch.zeros(1, 1, 8, 8))
+    tests = {"": data.load("digits")}
+    row = published.compared(net, graph, tests, 5)
+    assert row["imported"] == row["folded"] == row["permuted"] and row["_change"] < 1e-5
+    # Only some sides of an axis in the new order: another network.
+    monkeypatch.setattr(
+        published, "cliques", lambda g: {axis: sides[:1] for axis, sides in cliques(g).items()}
+    )
+    assert published.compared(net, graph, tests, 5)["_change"] > 1e-2

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.local import hardware
-from benchmarks.paper import inr, variation
+from benchmarks.paper import continuous, depth, inr, published, similarity, variation
 from benchmarks.paper.bench import Bench, Late, Setting
 from benchmarks.paper.table import Results, Table, markdown
 from neumeta import atomic
@@ -35,6 +35,11 @@ TABLES: dict[str, variation.Make] = {
     "noise": inr.noise,
     "section2": variation.section2,
     "figure2": variation.figure2,
+    "figure1": depth.figure1,
+    "section3": continuous.section3,
+    "section7": continuous.section7,
+    "section9": published.section9,
+    "similarity": similarity.similarity,
 }
 ROOT = Path(__file__).parents[2]
 HEAD = """# The paper's tables, ours beside theirs

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from neumeta import checkpoint
 from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.sample import sample
+from neumeta.space import Architecture
 from training import data, fit, pipeline, recipe, regression, source
 from training.data import pictures
 from training.data.pictures import Options
@@ -77,7 +78,7 @@ class Bench:
             )  # fmt: skip
         return recipe.load("cifar10-resnet20-last-block-mlp").changed(
             representation={"samples": 1},
-            fit={"regression_steps": 300, "epochs": 1, "feature_views": 1},
+            fit={"regression_steps": 300, "epochs": 0.5, "feature_views": 1},
         )
 
     @cached_property
@@ -97,6 +98,18 @@ class Bench:
         given = self.setting.models, folder
         net = pipeline.trained_source(self.asked, self.loaded, found.module, *given)
         return pipeline.Traced(net, found.graph)
+
+    def source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, pipeline.Traced]:
+        """The images of another recipe and its source network, trained once and kept as `name`. Its
+        weights are looked for among the manifolds that ship, too."""
+        folder = self.setting.runs / f"source-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        loaded = pipeline.dataset(asked, self.setting.data)
+        found = pipeline.traced(asked, loaded, pipeline.network(asked, loaded))
+        ships = (self.setting.models / (asked.network.weights or " ")).exists()
+        given = self.setting.models if ships else self.setting.checkpoints
+        net = pipeline.trained_source(asked, loaded, found.module, given, folder)
+        return loaded, pipeline.Traced(net, found.graph)
 
     def prepared(self, asked: recipe.Recipe) -> tuple[Manifold, dict[str, Tensor]]:
         """A row's manifold before its fit, and the smoothed source."""
@@ -138,15 +151,25 @@ class Bench:
         return self._tested
 
     @torch.no_grad()
-    def scores(self, manifold: Manifold, *, samples: int = 1) -> Row:
-        """The score at every γ: on raw test images, and with ` (JPEG)` behind it on the others."""
+    def scores(
+        self,
+        manifold: Manifold,
+        *,
+        samples: int = 1,
+        made: Callable[[Architecture], Mapping[str, Tensor]] | None = None,
+    ) -> Row:
+        """The score at every γ: on raw test images, and with ` (JPEG)` behind it on the others.
+
+        `made` gives the tensors of a size, where they are not sampled from the manifold.
+        """
         found: Row = {}
         tests = self.tested(manifold)
         for column, width in GAMMAS.items():
             architecture = manifold.space.architecture(width, extrapolate=True)
             graph = manifold.space.graph_of(architecture).folded
             program = Program(graph, manifold.space.sizes(architecture))
-            weights = {**manifold.frozen, **dict(sample(manifold, architecture, samples=samples))}
+            own = dict(sample(manifold, architecture, samples=samples)) if made is None else {}
+            weights = {**manifold.frozen, **(made(architecture) if made else own)}
             for name, (values, labels) in tests.items():
                 outputs = program.run(weights, values, first=self.first)
                 score = TASK.score(TASK.tally(TASK.read(outputs), labels))

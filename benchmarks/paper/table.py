@@ -74,6 +74,7 @@ def markdown(table: Table, rows: Rows, figure: Path | None) -> str:
         for column in table.columns:
             value = rows.get(name, {}).get(column)
             shown = "" if value is None else value if isinstance(value, str) else f"{value:,.2f}"
+            shown = f"{value:,}" if isinstance(value, int) else shown
             theirs = table.theirs.get(name, {}).get(column)
             cells.append(shown if theirs is None else f"{shown} ({theirs:,.2f})".strip())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
