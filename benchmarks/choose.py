@@ -24,7 +24,7 @@ import httpx
 
 from benchmarks.local import Service, hardware
 from neumeta import measure
-from neumeta import pull as client
+from neumeta.command import main as neumeta_pull
 
 
 def busy() -> None:
@@ -68,14 +68,14 @@ def main() -> None:
 
         ends = []
         for width in ("0.25", "1"):
-            assert client.main([*asked, "--width", width]) == 0
+            assert neumeta_pull([*asked, "--width", width]) == 0
             ends.append(taken().high)
         low, high = sorted(ends)
         for step in range(5):
             limit = round(1.1 * low * (1.3 * high / low) ** (step / 4), 3)
             out.unlink(missing_ok=True)
             began = time.monotonic()
-            code = client.main([*asked, "--max-ms", str(limit), "--measure"])
+            code = neumeta_pull([*asked, "--max-ms", str(limit), "--measure"])
             seconds = time.monotonic() - began
             row: dict[str, object] = {"limit_ms": limit, "exit": code, "seconds": round(seconds, 1)}
             if code == 0:

@@ -64,7 +64,7 @@ def main(kills: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "net.safetensors"
         asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
-        command = [sys.executable, "-m", "neumeta.pull", *asked]
+        command = [sys.executable, "-m", "neumeta.command", *asked]
         while killed < kills:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             time.sleep(chance.uniform(0.2, 1.2))

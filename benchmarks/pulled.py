@@ -36,7 +36,7 @@ def mixed(groups: int, low: float, high: float, chance: random.Random) -> str:
 def pull(service: Service, arch: str, width: str, out: Path) -> None:
     """One file through neumeta-pull."""
     asked = ["--url", service.url, "--arch", arch, "--width", width, "--out", str(out)]
-    command = [sys.executable, "-m", "neumeta.pull", *asked]
+    command = [sys.executable, "-m", "neumeta.command", *asked]
     subprocess.run(command, check=True, capture_output=True)
 
 

@@ -157,10 +157,8 @@ def choose(
 
     seen = {size: measure(size, SECONDS) for size in first(sizes)}
     confirmed: set[Size] = set()
-    tries, slack = (
-        0,
-        1.0,
-    )  # how much longer it takes when it is run longer, on a device that gets hot
+    tries = 0
+    slack = 1.0  # how much longer it takes when it is run longer, on a device that gets hot
     while True:
         median = fitted([(size, each.median) for size, each in seen.items()])
         high = fitted([(size, each.high) for size, each in seen.items()])

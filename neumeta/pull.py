@@ -5,16 +5,13 @@ Needs httpx, filelock, the graph and the wire format; knows neither torch nor th
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
-import signal
 import sys
 import time
 import types
@@ -22,13 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import parse_qs, parse_qsl, quote
+from urllib.parse import parse_qs, quote
 
 import httpx
 from filelock import FileLock, Timeout
 
-from neumeta import afford, atomic, measure, onnx
-from neumeta import watch as watching
+from neumeta import atomic, onnx
 from neumeta.notation import BadGraph, sized
 from neumeta.plan import DTYPES, Part, layout
 
@@ -94,10 +90,10 @@ def pull(
     for name, value, allowed in (("dtype", dtype, [*DTYPES]), ("format", file_format, [*FORMATS])):
         if value not in allowed:
             raise PullError(f"{name}: {value[:40]!r} is not one of {allowed}", refused=True)
-    out = _target(Path(out))
+    out = target_of(Path(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     source = [url, arch, sorted(asked.items())]
-    http = client or _client(url, timeout, token)
+    http = client or client_for(url, timeout, token)
     try:
         with _turn(out, lock_wait, waiting) as record:
             transfer = _Transfer(out, http, arch, asked, source, record, progress)
@@ -111,8 +107,7 @@ def pull(
                     after = error.after if isinstance(error, _Retry) else 0.0
                     if attempt == retries or after > LONGEST_WAIT:
                         raise PullError(f"{url}: {error or type(error).__name__}") from None
-                    # Full jitter, so that a fleet that lost its server does not return as one.
-                    sleep(after + random.uniform(0, min(10.0, 0.25 * 2**attempt)))  # noqa: S311
+                    sleep(after + backoff(attempt))
             if transfer.current:
                 return transfer.current
             try:
@@ -123,7 +118,7 @@ def pull(
             transfer.path.replace(out)
             atomic.sync_folder(out.parent)
             digest = transfer.hash.hexdigest()
-            _write(record, {"kept": source, "etag": transfer.etag, "sha256": digest})
+            write_record(record, {"kept": source, "etag": transfer.etag, "sha256": digest})
             return digest
     finally:
         if client is None:
@@ -140,13 +135,19 @@ def kept_whole(url: str, arch: str, out: Path, parameters: Mapping[str, str] | N
     put there; else an empty string. Asks no service."""
     source = [url, arch, sorted((parameters or {}).items())]
     try:
-        out = _target(out)
-        return _kept(out, _read(_beside(out, "pull")), source)
+        out = target_of(out)
+        return _kept(out, read_record(beside(out, "pull")), source)
     except (OSError, PullError):
         return ""
 
 
-def _target(out: Path) -> Path:
+def backoff(attempt: int) -> float:
+    """Seconds until the next try, at random up to a bound that doubles: with full jitter a fleet that
+    lost its server does not return as one."""
+    return random.uniform(0, min(10.0, 0.25 * 2**attempt))  # noqa: S311
+
+
+def target_of(out: Path) -> Path:
     """The regular file that a pull to `out` writes; a symbolic link stays and what it names is
     replaced. Raises PullError for anything else that is there, before anything is asked for."""
     target = Path(os.path.realpath(out))
@@ -159,7 +160,7 @@ def _target(out: Path) -> Path:
     return target
 
 
-def _client(url: str, timeout: float, token: str) -> httpx.Client:
+def client_for(url: str, timeout: float, token: str) -> httpx.Client:
     """A client for one service. Raises PullError naming the variable of the environment that makes
     it impossible; never a proxy's address, which may hold a password."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -195,7 +196,8 @@ def _check_proxy(value: str, *, among: bool) -> None:
     httpx.Client(proxy=httpx.Proxy(address), trust_env=False, verify=False).close()  # noqa: S501
 
 
-def _beside(out: Path, what: str) -> Path:
+def beside(out: Path, what: str) -> Path:
+    """The hidden file beside `out` that is kept for this."""
     return out.with_name(f".{out.name}.{what}")
 
 
@@ -204,8 +206,8 @@ def _turn(out: Path, lock_wait: float, waiting: Callable[[], None]) -> Iterator[
     """The record beside `out`, and the right to write it, the incomplete file and `out`. The lock
     ends with its process; its file stays, so that all who wait wait for the same one. A record that
     would be empty is removed, with what it is about. Raises PullError if it is held for too long."""
-    record, incomplete = _beside(out, "pull"), _beside(out, "incomplete")
-    lock = FileLock(_beside(out, "lock"))
+    record, incomplete = beside(out, "pull"), beside(out, "incomplete")
+    lock = FileLock(beside(out, "lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -217,7 +219,7 @@ def _turn(out: Path, lock_wait: float, waiting: Callable[[], None]) -> Iterator[
     try:
         yield record
     finally:
-        state = _read(record)
+        state = read_record(record)
         if not (incomplete.exists() and state.get("incomplete")):
             incomplete.unlink(missing_ok=True)
             if not state.get("kept"):
@@ -225,7 +227,8 @@ def _turn(out: Path, lock_wait: float, waiting: Callable[[], None]) -> Iterator[
         lock.release()
 
 
-def _read(record: Path) -> dict[str, Any]:
+def read_record(record: Path) -> dict[str, Any]:
+    """What `write_record` wrote, or nothing."""
     try:
         state = json.loads(record.read_bytes()[: 1 << 16])
     except (FileNotFoundError, ValueError):  # or its writer was killed: nothing is known
@@ -233,7 +236,8 @@ def _read(record: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _write(record: Path, state: dict[str, Any]) -> None:
+def write_record(record: Path, state: dict[str, Any]) -> None:
+    """Keep a JSON object, synced; one that is cut short is read as nothing."""
     with record.open("wb") as file:
         file.write(json.dumps(state).encode())
         file.flush()
@@ -270,7 +274,7 @@ class _Retry(Exception):
 
 
 @contextmanager
-def _send(
+def send(
     http: httpx.Client,
     method: str,
     path: str,
@@ -310,9 +314,9 @@ class _Transfer:
         record: Path,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.path, self.http, self.arch, self.asked = _beside(out, "incomplete"), http, arch, asked
+        self.path, self.http, self.arch, self.asked = beside(out, "incomplete"), http, arch, asked
         self.source, self.record, self.progress = source, record, progress
-        state = _read(record)
+        state = read_record(record)
         self.size, self.total, self.etag, self.promised = 0, -1, "", ""
         self.hash, self.inherited, self.current = hashlib.sha256(), False, ""
         self.located, self.place, self.wanted, self.vouched, self.past = False, "", "", "", False
@@ -364,7 +368,7 @@ class _Transfer:
                 self.current = self.good
                 return
             if status == 200:
-                self._aim(_told(answer))
+                self._aim(json_of(answer))
             # A service of before, or a mirror that has files alone, knows no such path.
             elif status in (401, 422) or status in RETRIED or not 400 <= status < 500:
                 _extent(answer)
@@ -416,7 +420,7 @@ class _Transfer:
         with asking as answer:
             etag = answer.headers.get("etag", "")
             if self.place and answer.status_code == 404:
-                self._aim(_told(answer))
+                self._aim(json_of(answer))
                 return True
             bytes_of_it = self.place and answer.status_code in (200, 206, 304)
             # Without an ETag only a digest that the service told can say what this is.
@@ -438,7 +442,7 @@ class _Transfer:
                 raise PullError(f"{self.path.parent}: no space for {total} bytes")
             if etag:  # without one nothing can be resumed
                 note = {"incomplete": self.source, "incomplete_etag": etag}
-                _write(self.record, self.kept | note)
+                write_record(self.record, self.kept | note)
             with self.path.open("ab") as file:
                 try:
                     for chunk in answer.iter_raw():
@@ -458,7 +462,7 @@ class _Transfer:
         return False
 
     def _body(self) -> bytes:
-        return json.dumps({"arch": self.arch, **_json_values(self.asked)}).encode()
+        return json.dumps({"arch": self.arch, **json_values(self.asked)}).encode()
 
     @contextmanager
     def _request(
@@ -470,7 +474,7 @@ class _Transfer:
         content: bytes | None = None,
     ) -> Iterator[httpx.Response]:
         there = path or f"/weights/{quote(self.arch, safe='')}"
-        with _send(
+        with send(
             self.http, method, there, headers, asked if path else self.asked, content
         ) as answer:
             yield answer
@@ -494,12 +498,12 @@ class _Transfer:
         """By POST, which no cache answers, whatever it was told to ignore."""
         headers = {"Content-Type": "application/json"}
         with self._request("POST", headers, "/plan", content=self._body()) as answer:
-            told = _told(answer)
+            told = json_of(answer)
         same = self.etag and told.get("etag") == self.etag
         return str(told.get("repr_digest") or "") if same else ""
 
 
-def _json_values(asked: Mapping[str, str]) -> dict[str, Any]:
+def json_values(asked: Mapping[str, str]) -> dict[str, Any]:
     """The parameters of a query as the body of a POST has them."""
     found: dict[str, Any] = {}
     for name, text in asked.items():
@@ -527,7 +531,7 @@ def _extent(answer: httpx.Response) -> tuple[int, int]:
     if status == 416:
         raise _Retry("the file has become shorter")
     if status not in (200, 206):
-        raise PullError(_reason(answer), refused=400 <= status < 500)
+        raise PullError(reason_of(answer), refused=400 <= status < 500)
     if headers.get("content-encoding", "identity") != "identity":
         raise _Retry(f"the answer is compressed ({headers['content-encoding'][:20]})")
     try:
@@ -539,7 +543,7 @@ def _extent(answer: httpx.Response) -> tuple[int, int]:
         raise _Retry("the answer does not state its length") from None
 
 
-def _told(answer: httpx.Response) -> dict[str, Any]:
+def json_of(answer: httpx.Response) -> dict[str, Any]:
     """The JSON object that an answer is, or an empty one."""
     if "json" not in answer.headers.get("content-type", ""):
         return {}  # a page, or a file
@@ -555,8 +559,9 @@ def _told(answer: httpx.Response) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _reason(answer: httpx.Response) -> str:
-    detail = _told(answer).get("detail")
+def reason_of(answer: httpx.Response) -> str:
+    """What a refusal says of itself, in one line."""
+    detail = json_of(answer).get("detail")
     return f"status {answer.status_code}" + (f": {str(detail)[:300]}" if detail else "")
 
 
@@ -649,340 +654,6 @@ def _laid_out(header: dict[str, Any], arch: str, dtype: str) -> tuple[int, str]:
     return offset, f"there is a tensor {ascii(next(iter(header)))[:60]}" if header else ""
 
 
-class _Bar:
-    """A line on a terminal that says how far the transfer is."""
-
-    def __init__(self) -> None:
-        self.shown = -1
-
-    def __call__(self, size: int, total: int) -> None:
-        percent = 100 * size // max(1, total)
-        if percent != self.shown:
-            self.shown = percent
-            end = "\n" if size == total else ""
-            sys.stderr.write(f"\r[{'#' * (percent // 4):<25}] {percent:3d} % of {total} bytes{end}")
-            sys.stderr.flush()
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit codes: 0 pulled; else, where there is a whole network at `--out`, 1: it is
-    still the last good one; without one 2: refused (the command line, or by the service), 3: not
-    reached; 130: interrupted. With --offline-ok a file that is still whole is enough, where the
-    service cannot be reached: 0. SIGTERM ends --watch with 0.
-    """
-    parser = argparse.ArgumentParser(
-        prog="neumeta-pull", description="Download the weights of one architecture, verified."
-    )
-    parser.add_argument("--arch", required=True, help="a served architecture, e.g. resnet20")
-    parser.add_argument(
-        "--width", help="a factor, one per group separated by commas, or group:factor pairs"
-    )
-    parser.add_argument("--depth", help="blocks per stage, separated by commas")
-    parser.add_argument("--dtype", choices=list(DTYPES))
-    parser.add_argument("--format", choices=FORMATS, help="onnx: a model for ONNX Runtime")
-    parser.add_argument("--samples", help="K, how many noisy samples are averaged")
-    parser.add_argument("--seed", help="the seed of their noise")
-    parser.add_argument("--extrapolate", action="store_true", help="allow untrained sizes")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    default = os.environ.get("NEUMETA_URL", "http://127.0.0.1:8000")
-    parser.add_argument("--url", default=default, help="the service (default $NEUMETA_URL)")
-    parser.add_argument("--token-file", type=Path, help="holds the token (or $NEUMETA_TOKEN)")
-    parser.add_argument(
-        "--offline-ok", action="store_true", help="be content with a whole file if not reached"
-    )
-    parser.add_argument(
-        "--lock-wait",
-        type=float,
-        default=LOCK_WAIT,
-        help="seconds to wait for another pull of the same file (default %(default)g)",
-    )
-    parser.add_argument(
-        "--watch", type=_positive, metavar="SECONDS", help="stay, and ask again so often"
-    )
-    parser.add_argument("--on-change", metavar="CMD", help="with --watch: run after each new file")
-    parser.add_argument(
-        "--max-ms",
-        type=_positive,
-        metavar="M",
-        help="measure here, and pull the best size that takes at most M milliseconds an image",
-    )
-    parser.add_argument("--max-bytes", type=int, help="pull the best size of at most so many bytes")
-    parser.add_argument("--threads", type=int, default=1, help="with --max-ms (default 1)")
-    parser.add_argument("--runtime", choices=list(measure.RUNTIMES), help="with --max-ms")
-    parser.add_argument(
-        "--measure", action="store_true", help="measure again what was measured here before"
-    )
-    names = ("width", "depth", "dtype", "format", "samples", "seed")
-    given = parser.parse_args(argv)
-    if given.on_change and given.watch is None:
-        parser.error("--on-change needs --watch")
-    budgeted = given.max_ms is not None or given.max_bytes is not None
-    if budgeted and given.width:
-        parser.error("--width is what --max-ms and --max-bytes choose; give one or the other")
-    if given.threads < 1 or (given.max_bytes is not None and given.max_bytes < 1):
-        parser.error("--threads and --max-bytes: whole numbers of at least 1")
-    parameters = {name: value for name in names if (value := getattr(given, name)) is not None}
-    if given.extrapolate:
-        parameters["extrapolate"] = "true"
-
-    arch, choice = given.arch, None
-
-    def pulled() -> str:
-        nonlocal arch, parameters, choice
-        token = os.environ.get("NEUMETA_TOKEN", "")
-        if given.token_file:
-            token = given.token_file.read_text().strip()
-        if not (token.isascii() and token.isprintable()):
-            raise PullError("the token is not one line of ASCII", refused=True)
-        if budgeted:
-            choice = choice or _Choice(given, parameters)
-            arch, parameters = choice.known  # for where the service is away
-            arch, parameters = choice.made(token)
-        return pull(
-            given.url,
-            arch,
-            given.out,
-            parameters=parameters,
-            token=token,
-            progress=_Bar() if sys.stderr.isatty() else None,
-            lock_wait=given.lock_wait,
-            waiting=lambda: _tell(
-                f"waiting for another pull of {given.out}, at most {given.lock_wait:g} seconds"
-            ),
-        )
-
-    try:
-        if given.watch is not None:
-            return _watched(pulled, given.out, given.watch, given.on_change or "")
-        digest = pulled()
-    except KeyboardInterrupt:
-        _tell("interrupted; the next pull goes on from here")
-        return 130
-    except (PullError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
-        away = isinstance(error, (PullError, httpx.TransportError))
-        if given.offline_ok and away and not getattr(error, "refused", False):
-            digest = kept_whole(given.url, arch, given.out, parameters)
-            if digest:
-                size = given.out.stat().st_size
-                print(f"{given.out} {size} bytes sha256 {digest} (kept; the service is away)")
-                return 0
-        kept, also = _standing(given.out)
-        _tell(f"{error}{also}")
-        if kept:
-            return 1
-        return 2 if isinstance(error, PullError) and error.refused else 3
-    print(f"{given.out} {given.out.stat().st_size} bytes sha256 {digest}")
-    return 0
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e8:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; a number more than 0")
-    return value
-
-
-class _Choice:
-    """The size that --max-ms and --max-bytes ask for, which is chosen again where something changed."""
-
-    def __init__(self, given: argparse.Namespace, base: dict[str, str]) -> None:
-        self.given, self.base, self.again = given, dict(base), given.measure
-        self.runtime, self.device = "", []
-        if given.max_ms is not None:
-            try:
-                self.runtime = measure.runtime_of(given.runtime or "", base.get("format", ""))
-            except measure.NoRuntime as error:
-                raise PullError(str(error), refused=True) from None
-            self.device = measure.device(self.runtime, given.threads)
-            if self.runtime == "onnx":
-                self.base["format"] = "onnx"
-        self.record = _beside(_target(given.out), "choice")
-        asked = [given.url, given.arch, sorted(self.base.items()), given.max_ms, given.max_bytes]
-        self.key = [*asked, *self.device]
-        kept = afford.remembered(self.record, self.key)
-        self.etag = str(kept.get("etag", ""))
-        self.known = (str(kept.get("arch", given.arch)), dict(kept.get("parameters", self.base)))
-
-    def made(self, token: str) -> tuple[str, dict[str, str]]:
-        """The arch and the parameters to pull. Raises PullError."""
-        given = self.given
-        try:
-            with _client(given.url, 30.0, token) as http:
-                asking = _Asking(http, given.url)
-                whole = asking.get(f"/plan/{given.arch}", self.base)
-                if not whole:
-                    raise PullError(f"{given.arch}: {asking.refusal}", refused=True)
-                if whole["etag"] == self.etag and not self.again:
-                    return self.known
-                chosen = self._measured(asking, whole) if self.runtime else self._fitting(asking)
-            self.etag, self.known, self.again = str(whole["etag"]), chosen, False
-            kept = {"etag": self.etag, "arch": chosen[0], "parameters": chosen[1]}
-            afford.remember(self.record, self.key, kept)
-        except atomic.BadTarget as error:
-            raise PullError(str(error), refused=True) from None
-        except (KeyError, TypeError, ValueError) as error:
-            told = f"{given.url}: what it tells of {given.arch}'s sizes is broken: {error!r}"
-            raise PullError(told[:300]) from None
-        return chosen
-
-    def _fitting(self, asking: _Asking) -> tuple[str, dict[str, str]]:
-        """By bytes alone the service chooses."""
-        budget = {"budget": {"max_bytes": self.given.max_bytes}}
-        told = asking.post({"arch": self.given.arch, **_json_values(self.base), **budget})
-        return told["arch"], dict(parse_qsl(told["location"].partition("?")[2]))
-
-    def _measured(self, asking: _Asking, whole: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-        given, arch = self.given, self.given.arch
-        found, about = afford.sizes(asking.get, arch, self.base, whole)
-        most = given.max_bytes or math.inf
-        fit = [size for size in found if size.bytes <= most]
-        if not fit:
-            least = min(size.bytes for size in found)
-            raise PullError(f"--max-bytes {most}: the smallest has {least}", refused=True)
-
-        try:
-            size, _ = afford.choose(
-                fit,
-                about,
-                given.max_ms,
-                runtime=self.runtime,
-                threads=given.threads,
-                dtype=self.base.get("dtype", "float32"),
-                header=lambda: asking.header(arch, self.base),
-                say=_tell,
-            )
-        except measure.TooSlow as error:
-            raise PullError(f"--max-ms {given.max_ms:g}: {error}", refused=True) from None
-        except (BadGraph, ImportError) as error:
-            raise PullError(f"no candidate can be made: {error}", refused=True) from None
-        return arch, {**self.base, **dict(size.asked)}
-
-
-class _Asking:
-    """Questions about sizes, asked again where that may help."""
-
-    def __init__(self, http: httpx.Client, url: str, retries: int = 4) -> None:
-        self.http, self.url, self.retries = http, url, retries
-        self.refusal = "what came is no plan"
-
-    def _once(
-        self,
-        method: str,
-        path: str,
-        asked: Mapping[str, str] | None,
-        headers: dict[str, str],
-        content: bytes | None = None,
-    ) -> dict[str, Any]:
-        for attempt in range(self.retries + 1):
-            try:
-                with _send(self.http, method, path, headers, asked, content) as answer:
-                    if answer.status_code == 200:
-                        return _told(answer)
-                    if answer.status_code not in RETRIED:
-                        self.refusal = _reason(answer)
-                        return {}
-                    why = f"status {answer.status_code}"
-            except httpx.TransportError as error:
-                why = str(error) or type(error).__name__
-            if attempt < self.retries:
-                time.sleep(random.uniform(0, min(10.0, 0.25 * 2**attempt)))  # noqa: S311
-        raise PullError(f"{self.url}: {why}")
-
-    def get(self, path: str, asked: Mapping[str, str]) -> dict[str, Any]:
-        """The JSON object there; an empty one where it is refused, and `refusal` says why."""
-        return self._once("GET", quote(path), asked, {})
-
-    def post(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The plan of a body. Raises PullError if it is refused."""
-        body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
-        if not (told := self._once("POST", "/plan", None, headers, body)):
-            raise PullError(self.refusal, refused=True)
-        return told
-
-    def header(self, arch: str, base: Mapping[str, str]) -> dict[str, Any]:
-        """What a safetensors file of this manifold says of itself, from its first bytes alone."""
-        asked = {name: value for name, value in base.items() if name not in ("format", "dtype")}
-        count = int.from_bytes(self._part(arch, asked, 0, 8), "little")
-        try:
-            told = json.loads(self._part(arch, asked, 8, 8 + min(count, LONGEST_TOLD)))
-            return dict(json.loads(told["__metadata__"]["neumeta"]))
-        except (ValueError, KeyError, TypeError):
-            raise PullError(f"{self.url}: what arrived has a broken header") from None
-
-    def _part(self, arch: str, asked: Mapping[str, str], start: int, stop: int) -> bytes:
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
-        there, part = f"/weights/{quote(arch, safe='')}", b""
-        with _send(self.http, "GET", there, headers, asked) as answer:
-            if answer.status_code not in (200, 206):
-                raise PullError(_reason(answer), refused=400 <= answer.status_code < 500)
-            skipped = start if answer.status_code == 200 else 0  # it knows no ranges
-            for chunk in answer.iter_raw():
-                part += chunk
-                if len(part) >= skipped + stop - start:
-                    break
-        return part[skipped : skipped + stop - start]
-
-
-class _Terminated(BaseException):
-    """SIGTERM."""
-
-
-def _watched(pulled: Callable[[], str], out: Path, seconds: float, command: str) -> int:
-    """Keep `out` current until SIGTERM (0) or Ctrl-C (130); a first question that is refused ends it.
-
-    The command runs whenever the file is another than that for which it last ended well, which is kept
-    beside it: a device that lost its power in between runs it later.
-    """
-    known = False
-    marked = _beside(_target(out), "seen")
-
-    def ask() -> str:
-        nonlocal known
-        digest = pulled()
-        known = True
-        return digest
-
-    def changed(digest: str) -> None:
-        print(f"{out} {out.stat().st_size} bytes sha256 {digest}", flush=True)
-        if command:
-            watching.run(command, NEUMETA_FILE=str(out), NEUMETA_SHA256=digest)
-            _write(marked, {"seen": digest})
-
-    def failed(error: Exception, wait: float) -> None:
-        if isinstance(error, PullError) and error.refused and not known:
-            raise error
-        _tell(f"{error or type(error).__name__}{_standing(out)[1]}; asking again in {wait:.3g} s")
-
-    def terminated(number: int, frame: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    expected = (PullError, watching.CommandFailed, OSError, httpx.HTTPError, httpx.InvalidURL)
-    seen = str(_read(marked).get("seen", "")) if command else ""
-    try:
-        watching.watch(ask, seconds, changed, failed, seen=seen, expected=expected)
-    except _Terminated:
-        return 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
-
-
-def _tell(what: str) -> None:
-    print(f"neumeta-pull: {what}".replace("\n", " "), file=sys.stderr)
-
-
-def _standing(out: Path) -> tuple[bool, str]:
-    """Whether there is a whole network at `out`, and what to say about what is there."""
-    try:
-        if not out.is_file():
-            return False, ""
-        check_file(out)
-    except (PullError, OSError):
-        return False, f"; {out} is there as it was, and is no whole network"
-    return True, f"; {out} is still the last good file"
-
-
 class _Callable(types.ModuleType):
     """So that `neumeta.pull(...)` is `neumeta.pull.pull(...)`."""
 
@@ -991,7 +662,3 @@ class _Callable(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
-
-
-if __name__ == "__main__":
-    sys.exit(main())

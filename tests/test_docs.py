@@ -56,9 +56,9 @@ def test_a_device_needs_neither_the_service_nor_the_training_libraries(tmp_path:
     code = (
         "import sys\n"
         f"for name in {barred!r}: sys.modules[name] = None\n"
-        "import neumeta.network, neumeta.wire, neumeta.pull\n"
+        "import neumeta.network, neumeta.wire, neumeta.command\n"
         f"arguments = ['--arch', 'x', '--out', {str(tmp_path / 'x')!r}, '--url', 'http://127.0.0.1:9']\n"
-        "assert neumeta.pull.main(arguments) == 3\n"
+        "assert neumeta.command.main(arguments) == 3\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

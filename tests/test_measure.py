@@ -12,6 +12,7 @@ import pytest
 
 from neumeta import afford, measure, wire
 from neumeta import pull as client
+from neumeta.command import main as neumeta_pull
 from neumeta.measure import LONGER, SECONDS, Latency, Size, TooSlow, choose, fitted, latency
 from tests.conftest import lenet
 
@@ -126,15 +127,15 @@ def test_without_a_runtime_it_is_said_what_to_install(
     assert measure.runtime_of("", "onnx") == "onnx" and measure.runtime_of("torch", "") == "torch"
     asked = ["--arch", "x", "--max-ms", "8", "--url", "http://127.0.0.1:9", "--out"]
     asked.append(str(tmp_path / "net"))
-    assert client.main([*asked, "--runtime", "torch", "--format", "onnx"]) == 2
+    assert neumeta_pull([*asked, "--runtime", "torch", "--format", "onnx"]) == 2
     assert "torch runs safetensors files, not onnx" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert client.main(asked) == 2
+    assert neumeta_pull(asked) == 2
     error = capsys.readouterr().err
     assert "onnxruntime or torch" in error and len(error.splitlines()) == 1
     for more in (["--max-ms", "0"], ["--width", "0.5"], ["--threads", "0"], ["--max-bytes", "0"]):
         with pytest.raises(SystemExit):
-            client.main([*asked, *more])
+            neumeta_pull([*asked, *more])
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "torch"])

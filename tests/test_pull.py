@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from neumeta import network, wire
 from neumeta import pull as client
+from neumeta.command import main as neumeta_pull
 from neumeta.sample import sample
 from tests.conftest import lenet
 
@@ -393,7 +394,7 @@ def test_no_space_is_said_before_anything_is_written(
 def test_a_bad_url_is_one_line(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], once: None
 ) -> None:
-    code = client.main(["--arch", "lenet", "--url", url, "--out", str(tmp_path / "net")])
+    code = neumeta_pull(["--arch", "lenet", "--url", url, "--out", str(tmp_path / "net")])
     error = capsys.readouterr().err
     assert code in (2, 3) and len(error.strip().splitlines()) == 1
     assert error.startswith("neumeta-pull: ") and files(tmp_path) == []
@@ -412,13 +413,13 @@ def test_a_named_depth_is_a_file_of_its_manifold(tmp_path: Path) -> None:
 def test_widths_by_group_are_an_object_where_a_body_is_sent() -> None:
     asked = {"width": "a:0.5,b.c:1", "depth": "3", "seed": "1"}
     told = {"width": {"a": 0.5, "b.c": 1.0}, "depth": [3], "seed": 1}
-    assert client._json_values(asked) == told
-    assert client._json_values({"width": "0.5,1"}) == {"width": [0.5, 1]}
-    assert client._json_values({"format": "onnx"}) == {"format": "onnx"}
+    assert client.json_values(asked) == told
+    assert client.json_values({"width": "0.5,1"}) == {"width": [0.5, 1]}
+    assert client.json_values({"format": "onnx"}) == {"format": "onnx"}
 
 
 def test_the_client_imports_no_torch() -> None:
-    code = "import sys, neumeta.pull; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, neumeta.command; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -427,7 +428,7 @@ def test_where_nothing_can_be_written_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     out = tmp_path / "file" / "net.safetensors"
-    assert client.main(["--arch", "lenet", "--out", str(out)]) == 3
+    assert neumeta_pull(["--arch", "lenet", "--out", str(out)]) == 3
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and "file" in error
 
@@ -499,8 +500,8 @@ def test_an_offline_start_needs_a_whole_file(
 
     monkeypatch.setattr(client, "pull", away)
     asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
-    assert client.main([*asked, "--offline-ok"]) == int(damaged)
-    assert client.main(asked) == 1
+    assert neumeta_pull([*asked, "--offline-ok"]) == int(damaged)
+    assert neumeta_pull(asked) == 1
 
 
 # Behind caches
@@ -738,12 +739,12 @@ def test_what_is_no_whole_network_is_not_called_the_last_good_file(
 ) -> None:
     out = tmp_path / "net.safetensors"
     out.write_bytes(content)
-    assert client.main(command(out)) == 3
+    assert neumeta_pull(command(out)) == 3
     error = capsys.readouterr().err
     assert "good" not in error and "no whole network" in error
     assert len(error.strip().splitlines()) == 1 and out.read_bytes() == content
     out.write_bytes(body_of("float16"))
-    assert client.main(command(out)) == 1
+    assert neumeta_pull(command(out)) == 1
     assert "last good file" in capsys.readouterr().err
 
 
@@ -758,7 +759,7 @@ def test_only_a_regular_file_is_ever_replaced(
     link.symlink_to("/dev/null")
     for out in (fifo, folder, loop, link, Path("/dev/null")):
         before = out.lstat()
-        assert client.main(command(out)) == 2
+        assert neumeta_pull(command(out)) == 2
         assert out.lstat().st_ino == before.st_ino and out.lstat().st_mode == before.st_mode
         error = capsys.readouterr().err
         assert str(out) in error and len(error.strip().splitlines()) == 1
@@ -787,7 +788,7 @@ def test_a_held_lock_is_waited_for_with_a_word_and_a_bound(
 ) -> None:
     out = tmp_path / "net.safetensors"
     with FileLock(tmp_path / f".{out.name}.lock"):
-        assert client.main(command(out, "--lock-wait", "0.2")) == 3
+        assert neumeta_pull(command(out, "--lock-wait", "0.2")) == 3
     first, last = capsys.readouterr().err.strip().splitlines()
     assert "waiting for another pull" in first and "at most 0.2 seconds" in first
     assert "another pull has held it for 0.2 seconds" in last
@@ -824,7 +825,7 @@ def test_a_bad_proxy_is_one_line_that_names_the_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(name, value)
-    assert client.main(command(tmp_path / "net")) == 2
+    assert neumeta_pull(command(tmp_path / "net")) == 2
     error = capsys.readouterr().err
     assert name in error and len(error.strip().splitlines()) == 1 and "secret" not in error
 
@@ -835,12 +836,12 @@ def test_other_bad_variables_are_named_too(
     for name, value in (("no_proxy", "localhost,[::1"), ("SSL_CERT_FILE", "/nowhere/at/all")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert client.main(command(tmp_path / "net")) == 2
+            assert neumeta_pull(command(tmp_path / "net")) == 2
             error = capsys.readouterr().err
             assert name in error and len(error.strip().splitlines()) == 1
     for good in ("localhost,127.0.0.1,::1,.example.org,10.0.0.0/8", "*", ""):
         monkeypatch.setenv("NO_PROXY", good)
-        assert client.main(command(tmp_path / "net")) == 3
+        assert neumeta_pull(command(tmp_path / "net")) == 3
     assert "NO_PROXY" not in capsys.readouterr().err
 
 
@@ -851,6 +852,6 @@ def test_ctrl_c_while_it_waits_is_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(client, "pull", interrupted)
-    assert client.main(command(tmp_path / "net")) == 130
+    assert neumeta_pull(command(tmp_path / "net")) == 130
     error = capsys.readouterr().err
     assert "interrupted" in error and len(error.strip().splitlines()) == 1

@@ -368,7 +368,7 @@ def test_the_service_package_imports_no_training_and_the_client_no_service_libra
         "print(sorted({{name.partition('.')[0] for name in sys.modules}} & {{'training', 'torch',"
         " 'fastapi', 'starlette', 'pydantic', 'uvicorn', 'redis', 'prometheus_client'}}))"
     )
-    for module, expected in (("service", "[]"), ("neumeta.pull", "[]")):
+    for module, expected in (("service", "[]"), ("neumeta.command", "[]")):
         ran = subprocess.run(
             [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True
         )

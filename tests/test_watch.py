@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from neumeta import pull as client
+from neumeta.command import main as neumeta_pull
 from neumeta.watch import LONGEST, CommandFailed, pause, run, watch
 
 
@@ -85,7 +86,7 @@ def test_a_watch_that_cannot_be_is_refused(
     tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        client.main(["--arch", "lenet", "--out", str(tmp_path / "x"), *more])
+        neumeta_pull(["--arch", "lenet", "--out", str(tmp_path / "x"), *more])
     assert ended.value.code == 2 and "--watch" in capsys.readouterr().err
 
 
@@ -97,7 +98,7 @@ def test_the_first_refusal_ends_a_watch_and_a_later_one_does_not(
 
     asked = ["--arch", "lenet", "--out", str(tmp_path / "x"), "--watch", "1"]
     monkeypatch.setattr(client, "pull", refused)
-    assert client.main(asked) == 2
+    assert neumeta_pull(asked) == 2
     assert "status 422" in capsys.readouterr().err
     rounds = 0
 
@@ -113,5 +114,5 @@ def test_the_first_refusal_ends_a_watch_and_a_later_one_does_not(
 
     monkeypatch.setattr(client, "pull", later)
     monkeypatch.setattr("neumeta.watch.time.sleep", lambda seconds: None)
-    assert client.main(asked) == 130 and rounds == 3
+    assert neumeta_pull(asked) == 130 and rounds == 3
     assert "status 422: width" in capsys.readouterr().err

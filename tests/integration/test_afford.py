@@ -10,6 +10,7 @@ import pytest
 
 from neumeta import measure
 from neumeta import pull as client
+from neumeta.command import main as neumeta_pull
 
 
 def test_what_was_measured_here_is_pulled_and_measured_again_when_something_changed(
@@ -21,7 +22,7 @@ def test_what_was_measured_here_is_pulled_and_measured_again_when_something_chan
     asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
 
     def pulled(*more: str, code: int = 0) -> str:
-        assert client.main([*asked, *more]) == code
+        assert neumeta_pull([*asked, *more]) == code
         return capsys.readouterr().err
 
     def whole(**parameters: str) -> bytes:
@@ -63,7 +64,7 @@ def test_what_was_measured_here_is_pulled_and_measured_again_when_something_chan
     for body in ("[]", '{"etag": 7}', "<html>"):
         page = lambda *given, body=body: json.loads(body) if body[0] == "{" else {}  # noqa: E731
         with monkeypatch.context() as patch:
-            patch.setattr(client, "_told", page)
+            patch.setattr(client, "json_of", page)
             told = pulled("--max-ms", "9", code=1)
         assert ("is broken" in told or "no plan" in told) and len(told.splitlines()) == 1
     assert out.read_bytes() == before

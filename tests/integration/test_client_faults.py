@@ -22,7 +22,7 @@ from tests.test_pull import files
 
 def command(url: str, out: Path) -> list[str]:
     asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
-    return [sys.executable, "-m", "neumeta.pull", *asked]
+    return [sys.executable, "-m", "neumeta.command", *asked]
 
 
 class Slow(http.server.BaseHTTPRequestHandler):

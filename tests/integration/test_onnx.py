@@ -18,6 +18,7 @@ import torch
 from benchmarks.local import SAMPLED, Answer, RedisServer, Service, fetch, replicas
 from neumeta import checkpoint, network
 from neumeta import pull as client
+from neumeta.command import main as neumeta_pull
 from tests.conftest import lenet
 from tests.test_pull import files
 
@@ -36,15 +37,15 @@ def test_the_command_pulls_a_model_that_computes_what_the_weights_do(
 ) -> None:
     asked = ["--arch", "lenet", "--width", "0.5", "--url", url]
     weights, model = tmp_path / "net.safetensors", tmp_path / "net.onnx"
-    assert client.main([*asked, "--out", str(weights)]) == 0
-    assert client.main([*asked, "--out", str(model), "--format", "onnx"]) == 0
+    assert neumeta_pull([*asked, "--out", str(weights)]) == 0
+    assert neumeta_pull([*asked, "--out", str(model), "--format", "onnx"]) == 0
     sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
     assert capsys.readouterr().out.endswith(f"{model.stat().st_size} bytes sha256 {sha256}\n")
     images = torch.rand(3, 1, 28, 28)
     wanted = network.load(weights)(images)
     assert torch.allclose(outputs(model, images), wanted, rtol=1e-5, atol=1e-5)
     # Again, it is only asked whether it is current.
-    assert client.main([*asked, "--out", str(model), "--format", "onnx"]) == 0
+    assert neumeta_pull([*asked, "--out", str(model), "--format", "onnx"]) == 0
     assert sha256 in capsys.readouterr().out
 
 
@@ -53,15 +54,15 @@ def test_a_model_is_kept_as_the_last_good_file_and_a_bad_format_is_one_line(
 ) -> None:
     out = tmp_path / "net.onnx"
     asked = ["--url", url, "--out", str(out), "--format", "onnx"]
-    assert client.main(["--arch", "lenet", *asked]) == 0
+    assert neumeta_pull(["--arch", "lenet", *asked]) == 0
     good = out.read_bytes()
-    assert client.main(["--arch", "vgg", *asked]) == 1
+    assert neumeta_pull(["--arch", "vgg", *asked]) == 1
     assert "last good file" in capsys.readouterr().err and out.read_bytes() == good
     with pytest.raises(client.PullError, match="format: 'torch' is not one of"):
         client.pull(url, "lenet", out, parameters={"format": "torch"})
     assert out.read_bytes() == good
     # Another format of the same network is another file.
-    assert client.main(["--arch", "lenet", *asked[:-2]]) == 0
+    assert neumeta_pull(["--arch", "lenet", *asked[:-2]]) == 0
     assert out.read_bytes() != good and network.load(out).channels == 1
     assert set(files(tmp_path)) == {out.name, f".{out.name}.pull"}
 

@@ -23,6 +23,7 @@ from benchmarks.life import manifold
 from benchmarks.local import Service
 from neumeta import checkpoint, network
 from neumeta import pull as client
+from neumeta.command import main as neumeta_pull
 from service.app import create_app
 from service.connection import Connection
 from service.settings import Settings
@@ -44,11 +45,11 @@ def test_the_command_says_what_is_wrong_and_keeps_the_last_good_file(
 ) -> None:
     out = tmp_path / "net.safetensors"
     asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
-    assert client.main([*asked, "--width", "7"]) == 2
+    assert neumeta_pull([*asked, "--width", "7"]) == 2
     assert "width" in capsys.readouterr().err and not out.exists()
-    assert client.main([*asked, "--width", "0.5"]) == 0
+    assert neumeta_pull([*asked, "--width", "0.5"]) == 0
     good = out.read_bytes()
-    assert client.main(["--arch", "vgg", "--url", url, "--out", str(out)]) == 1
+    assert neumeta_pull(["--arch", "vgg", "--url", url, "--out", str(out)]) == 1
     told = capsys.readouterr().err
     assert "last good file" in told and len(told.strip().splitlines()) == 1
     assert out.read_bytes() == good

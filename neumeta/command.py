@@ -1,0 +1,365 @@
+"""`neumeta-pull`: flags, the size that is chosen, what is told, exit codes.
+
+Knows neither the transfer nor what makes a file whole: those are `pull.py`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote
+
+import httpx
+
+from neumeta import afford, atomic, measure, pull
+from neumeta import watch as watching
+from neumeta.notation import BadGraph
+from neumeta.plan import DTYPES
+
+
+class _Bar:
+    """A line on a terminal that says how far the transfer is."""
+
+    def __init__(self) -> None:
+        self.shown = -1
+
+    def __call__(self, size: int, total: int) -> None:
+        percent = 100 * size // max(1, total)
+        if percent != self.shown:
+            self.shown = percent
+            end = "\n" if size == total else ""
+            sys.stderr.write(f"\r[{'#' * (percent // 4):<25}] {percent:3d} % of {total} bytes{end}")
+            sys.stderr.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit codes: 0 pulled; else, where there is a whole network at `--out`, 1: it is
+    still the last good one; without one 2: refused (the command line, or by the service), 3: not
+    reached; 130: interrupted. With --offline-ok a file that is still whole is enough, where the
+    service cannot be reached: 0. SIGTERM ends --watch with 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="neumeta-pull", description="Download the weights of one architecture, verified."
+    )
+    parser.add_argument("--arch", required=True, help="a served architecture, e.g. resnet20")
+    parser.add_argument(
+        "--width", help="a factor, one per group separated by commas, or group:factor pairs"
+    )
+    parser.add_argument("--depth", help="blocks per stage, separated by commas")
+    parser.add_argument("--dtype", choices=list(DTYPES))
+    parser.add_argument("--format", choices=pull.FORMATS, help="onnx: a model for ONNX Runtime")
+    parser.add_argument("--samples", help="K, how many noisy samples are averaged")
+    parser.add_argument("--seed", help="the seed of their noise")
+    parser.add_argument("--extrapolate", action="store_true", help="allow untrained sizes")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    default = os.environ.get("NEUMETA_URL", "http://127.0.0.1:8000")
+    parser.add_argument("--url", default=default, help="the service (default $NEUMETA_URL)")
+    parser.add_argument("--token-file", type=Path, help="holds the token (or $NEUMETA_TOKEN)")
+    parser.add_argument(
+        "--offline-ok", action="store_true", help="be content with a whole file if not reached"
+    )
+    parser.add_argument(
+        "--lock-wait",
+        type=float,
+        default=pull.LOCK_WAIT,
+        help="seconds to wait for another pull of the same file (default %(default)g)",
+    )
+    parser.add_argument(
+        "--watch", type=_positive, metavar="SECONDS", help="stay, and ask again so often"
+    )
+    parser.add_argument("--on-change", metavar="CMD", help="with --watch: run after each new file")
+    parser.add_argument(
+        "--max-ms",
+        type=_positive,
+        metavar="M",
+        help="measure here, and pull the best size that takes at most M milliseconds an image",
+    )
+    parser.add_argument("--max-bytes", type=int, help="pull the best size of at most so many bytes")
+    parser.add_argument("--threads", type=int, default=1, help="with --max-ms (default 1)")
+    parser.add_argument("--runtime", choices=list(measure.RUNTIMES), help="with --max-ms")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure again what was measured here before"
+    )
+    names = ("width", "depth", "dtype", "format", "samples", "seed")
+    given = parser.parse_args(argv)
+    if given.on_change and given.watch is None:
+        parser.error("--on-change needs --watch")
+    budgeted = given.max_ms is not None or given.max_bytes is not None
+    if budgeted and given.width:
+        parser.error("--width is what --max-ms and --max-bytes choose; give one or the other")
+    if given.threads < 1 or (given.max_bytes is not None and given.max_bytes < 1):
+        parser.error("--threads and --max-bytes: whole numbers of at least 1")
+    parameters = {name: value for name in names if (value := getattr(given, name)) is not None}
+    if given.extrapolate:
+        parameters["extrapolate"] = "true"
+
+    arch, choice = given.arch, None
+
+    def pulled() -> str:
+        nonlocal arch, parameters, choice
+        token = os.environ.get("NEUMETA_TOKEN", "")
+        if given.token_file:
+            token = given.token_file.read_text().strip()
+        if not (token.isascii() and token.isprintable()):
+            raise pull.PullError("the token is not one line of ASCII", refused=True)
+        if budgeted:
+            choice = choice or _Choice(given, parameters)
+            arch, parameters = choice.known  # for where the service is away
+            arch, parameters = choice.made(token)
+        return pull.pull(
+            given.url,
+            arch,
+            given.out,
+            parameters=parameters,
+            token=token,
+            progress=_Bar() if sys.stderr.isatty() else None,
+            lock_wait=given.lock_wait,
+            waiting=lambda: _tell(
+                f"waiting for another pull of {given.out}, at most {given.lock_wait:g} seconds"
+            ),
+        )
+
+    try:
+        if given.watch is not None:
+            return _watched(pulled, given.out, given.watch, given.on_change or "")
+        digest = pulled()
+    except KeyboardInterrupt:
+        _tell("interrupted; the next pull goes on from here")
+        return 130
+    except (pull.PullError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+        away = isinstance(error, (pull.PullError, httpx.TransportError))
+        if given.offline_ok and away and not getattr(error, "refused", False):
+            digest = pull.kept_whole(given.url, arch, given.out, parameters)
+            if digest:
+                size = given.out.stat().st_size
+                print(f"{given.out} {size} bytes sha256 {digest} (kept; the service is away)")
+                return 0
+        kept, also = _standing(given.out)
+        _tell(f"{error}{also}")
+        if kept:
+            return 1
+        return 2 if isinstance(error, pull.PullError) and error.refused else 3
+    print(f"{given.out} {given.out.stat().st_size} bytes sha256 {digest}")
+    return 0
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e8:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; a number more than 0")
+    return value
+
+
+class _Choice:
+    """The size that --max-ms and --max-bytes ask for, which is chosen again where something changed."""
+
+    def __init__(self, given: argparse.Namespace, base: dict[str, str]) -> None:
+        self.given, self.base, self.again = given, dict(base), given.measure
+        self.runtime, self.device = "", []
+        if given.max_ms is not None:
+            try:
+                self.runtime = measure.runtime_of(given.runtime or "", base.get("format", ""))
+            except measure.NoRuntime as error:
+                raise pull.PullError(str(error), refused=True) from None
+            self.device = measure.device(self.runtime, given.threads)
+            if self.runtime == "onnx":
+                self.base["format"] = "onnx"
+        self.record = pull.beside(pull.target_of(given.out), "choice")
+        asked = [given.url, given.arch, sorted(self.base.items()), given.max_ms, given.max_bytes]
+        self.key = [*asked, *self.device]
+        kept = afford.remembered(self.record, self.key)
+        self.etag = str(kept.get("etag", ""))
+        self.known = (str(kept.get("arch", given.arch)), dict(kept.get("parameters", self.base)))
+
+    def made(self, token: str) -> tuple[str, dict[str, str]]:
+        """The arch and the parameters to pull. Raises pull.PullError."""
+        given = self.given
+        try:
+            with pull.client_for(given.url, 30.0, token) as http:
+                asking = _Asking(http, given.url)
+                whole = asking.get(f"/plan/{given.arch}", self.base)
+                if not whole:
+                    raise pull.PullError(f"{given.arch}: {asking.refusal}", refused=True)
+                if whole["etag"] == self.etag and not self.again:
+                    return self.known
+                chosen = self._measured(asking, whole) if self.runtime else self._fitting(asking)
+            self.etag, self.known, self.again = str(whole["etag"]), chosen, False
+            kept = {"etag": self.etag, "arch": chosen[0], "parameters": chosen[1]}
+            afford.remember(self.record, self.key, kept)
+        except atomic.BadTarget as error:
+            raise pull.PullError(str(error), refused=True) from None
+        except (KeyError, TypeError, ValueError) as error:
+            told = f"{given.url}: what it tells of {given.arch}'s sizes is broken: {error!r}"
+            raise pull.PullError(told[:300]) from None
+        return chosen
+
+    def _fitting(self, asking: _Asking) -> tuple[str, dict[str, str]]:
+        """By bytes alone the service chooses."""
+        budget = {"budget": {"max_bytes": self.given.max_bytes}}
+        told = asking.post({"arch": self.given.arch, **pull.json_values(self.base), **budget})
+        return told["arch"], dict(parse_qsl(told["location"].partition("?")[2]))
+
+    def _measured(self, asking: _Asking, whole: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+        given, arch = self.given, self.given.arch
+        found, about = afford.sizes(asking.get, arch, self.base, whole)
+        most = given.max_bytes or math.inf
+        fit = [size for size in found if size.bytes <= most]
+        if not fit:
+            least = min(size.bytes for size in found)
+            raise pull.PullError(f"--max-bytes {most}: the smallest has {least}", refused=True)
+
+        try:
+            size, _ = afford.choose(
+                fit,
+                about,
+                given.max_ms,
+                runtime=self.runtime,
+                threads=given.threads,
+                dtype=self.base.get("dtype", "float32"),
+                header=lambda: asking.header(arch, self.base),
+                say=_tell,
+            )
+        except measure.TooSlow as error:
+            raise pull.PullError(f"--max-ms {given.max_ms:g}: {error}", refused=True) from None
+        except (BadGraph, ImportError) as error:
+            raise pull.PullError(f"no candidate can be made: {error}", refused=True) from None
+        return arch, {**self.base, **dict(size.asked)}
+
+
+class _Asking:
+    """Questions about sizes, asked again where that may help."""
+
+    def __init__(self, http: httpx.Client, url: str, retries: int = 4) -> None:
+        self.http, self.url, self.retries = http, url, retries
+        self.refusal = "what came is no plan"
+
+    def _once(
+        self,
+        method: str,
+        path: str,
+        asked: Mapping[str, str] | None,
+        headers: dict[str, str],
+        content: bytes | None = None,
+    ) -> dict[str, Any]:
+        for attempt in range(self.retries + 1):
+            try:
+                with pull.send(self.http, method, path, headers, asked, content) as answer:
+                    if answer.status_code == 200:
+                        return pull.json_of(answer)
+                    if answer.status_code not in pull.RETRIED:
+                        self.refusal = pull.reason_of(answer)
+                        return {}
+                    why = f"status {answer.status_code}"
+            except httpx.TransportError as error:
+                why = str(error) or type(error).__name__
+            if attempt < self.retries:
+                time.sleep(pull.backoff(attempt))
+        raise pull.PullError(f"{self.url}: {why}")
+
+    def get(self, path: str, asked: Mapping[str, str]) -> dict[str, Any]:
+        """The JSON object there; an empty one where it is refused, and `refusal` says why."""
+        return self._once("GET", quote(path), asked, {})
+
+    def post(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The plan of a body. Raises pull.PullError if it is refused."""
+        body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        if not (told := self._once("POST", "/plan", None, headers, body)):
+            raise pull.PullError(self.refusal, refused=True)
+        return told
+
+    def header(self, arch: str, base: Mapping[str, str]) -> dict[str, Any]:
+        """What a safetensors file of this manifold says of itself, from its first bytes alone."""
+        asked = {name: value for name, value in base.items() if name not in ("format", "dtype")}
+        count = int.from_bytes(self._part(arch, asked, 0, 8), "little")
+        try:
+            told = json.loads(self._part(arch, asked, 8, 8 + min(count, pull.LONGEST_TOLD)))
+            return dict(json.loads(told["__metadata__"]["neumeta"]))
+        except (ValueError, KeyError, TypeError):
+            raise pull.PullError(f"{self.url}: what arrived has a broken header") from None
+
+    def _part(self, arch: str, asked: Mapping[str, str], start: int, stop: int) -> bytes:
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
+        there, part = f"/weights/{quote(arch, safe='')}", b""
+        with pull.send(self.http, "GET", there, headers, asked) as answer:
+            if answer.status_code not in (200, 206):
+                raise pull.PullError(
+                    pull.reason_of(answer), refused=400 <= answer.status_code < 500
+                )
+            skipped = start if answer.status_code == 200 else 0  # it knows no ranges
+            for chunk in answer.iter_raw():
+                part += chunk
+                if len(part) >= skipped + stop - start:
+                    break
+        return part[skipped : skipped + stop - start]
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+def _watched(pulled: Callable[[], str], out: Path, seconds: float, command: str) -> int:
+    """Keep `out` current until SIGTERM (0) or Ctrl-C (130); a first question that is refused ends it.
+
+    The command runs whenever the file is another than that for which it last ended well, which is kept
+    beside it: a device that lost its power in between runs it later.
+    """
+    known = False
+    marked = pull.beside(pull.target_of(out), "seen")
+
+    def ask() -> str:
+        nonlocal known
+        digest = pulled()
+        known = True
+        return digest
+
+    def changed(digest: str) -> None:
+        print(f"{out} {out.stat().st_size} bytes sha256 {digest}", flush=True)
+        if command:
+            watching.run(command, NEUMETA_FILE=str(out), NEUMETA_SHA256=digest)
+            pull.write_record(marked, {"seen": digest})
+
+    def failed(error: Exception, wait: float) -> None:
+        if isinstance(error, pull.PullError) and error.refused and not known:
+            raise error
+        _tell(f"{error or type(error).__name__}{_standing(out)[1]}; asking again in {wait:.3g} s")
+
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    expected = (pull.PullError, watching.CommandFailed, OSError, httpx.HTTPError, httpx.InvalidURL)
+    seen = str(pull.read_record(marked).get("seen", "")) if command else ""
+    try:
+        watching.watch(ask, seconds, changed, failed, seen=seen, expected=expected)
+    except _Terminated:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _tell(what: str) -> None:
+    print(f"neumeta-pull: {what}".replace("\n", " "), file=sys.stderr)
+
+
+def _standing(out: Path) -> tuple[bool, str]:
+    """Whether there is a whole network at `out`, and what to say about what is there."""
+    try:
+        if not out.is_file():
+            return False, ""
+        pull.check_file(out)
+    except (pull.PullError, OSError):
+        return False, f"; {out} is there as it was, and is no whole network"
+    return True, f"; {out} is still the last good file"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
