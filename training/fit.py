@@ -106,19 +106,24 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         least, most = space.blocks
         return [int(torch.randint(least, most + 1, (), generator=generator)) for _ in space.depth]
 
+    asked = recipe.fit
     both = space.blocks is not None and low < high
     depth = None if both else blocks()
-    if recipe.fit.widths:
-        index = int(torch.randint(len(recipe.fit.widths), (), generator=generator))
-        width: float | list[float] = recipe.fit.widths[index]
-    elif recipe.fit.smallest and uniform() < recipe.fit.smallest:
-        width = low
-    elif uniform() < recipe.fit.per_group:
+    if asked.smallest and uniform() < asked.smallest:
+        width: float | list[float] = low
+    elif (asked.per_group or not asked.widths) and uniform() < asked.per_group:
         width = [low + (high - low) * uniform() for _ in space.groups]
+    elif asked.widths:
+        index = int(torch.randint(len(asked.widths), (), generator=generator))
+        width = asked.widths[index]
     else:
         width = low + (high - low) * uniform()
+    if both and asked.per_depth and uniform() < asked.per_depth:
+        depth = blocks() or []
+        if uniform() < 0.5:
+            depth = [depth[0]] * len(depth)
     drawn = space.architecture(width, depth)
-    if not recipe.fit.sandwich:
+    if not asked.sandwich:
         return (drawn,)
     if both:
         assert space.blocks is not None

@@ -122,9 +122,10 @@ class DataSection(_Section):
 
 
 class OrderSection(_Section):
-    """The channel order."""
+    """The channel order: the shortest path through all channels (`mshp`: Algorithm 1, with the other
+    paths of the supplement's section 5 to compare), or by `importance`, the weightiest first."""
 
-    strategy: Literal["none", "random", "layer-greedy", "layer-2opt", "mshp"] = "mshp"
+    strategy: Literal["none", "random", "layer-greedy", "layer-2opt", "mshp", "importance"] = "mshp"
 
 
 class RepresentationSection(_Section):
@@ -165,7 +166,8 @@ class FitSection(_Section):
     architecture; where width and depth both morph, the smallest, one of a random width, one of a random
     depth (at full width as often as not), and the largest if `full_weight` counts it. `smallest`: the
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
-    group. `full_weight`: of the largest in the loss; 0 where the representation keeps the source's own
+    group; `per_depth`: the share of random widths that come with a random depth (half of these with
+    the same in all stages), where both morph; the others have the source's. `full_weight`: of the largest in the loss; 0 where the representation keeps the source's own
     size as it is (anchored).
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones), with `distill_weight` of the loss. `depth_noise`: of the borders between
@@ -200,6 +202,7 @@ class FitSection(_Section):
     sandwich: bool = False
     smallest: Share = 0.0
     per_group: Share = 0.0
+    per_depth: Share = 0.0
     full_weight: Weight = 1.0
     reconstruction: Weight = 1.0
     regularisation: Weight = 1e-4
