@@ -56,7 +56,8 @@ class Site:
     output: by the fan-in (a sum over fewer inputs needs larger terms; batch norm makes that needless),
     and the last layer of a residual branch by its cell, so that blocks are steps of an integrator.
     `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
-    `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`).
+    `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`),
+    and `narrowest` how many channels of the source's its narrowest group has (`Space.narrowest`).
     `positive` says that what the weight multiplies is never negative: it stands behind a ReLU.
     """
 
@@ -72,6 +73,7 @@ class Site:
     deeper: float
     distance: float
     growth: float
+    narrowest: float
     positive: bool
 
     @property

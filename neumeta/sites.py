@@ -165,6 +165,7 @@ def _sites(
     graph, source = space.graph_of(architecture), space.graph
     sizes, full = space.sizes(architecture), graph.full
     distance, growth = space.distance(architecture)
+    narrowest = space.narrowest(architecture)
     ends, normed, behind = branch_ends(graph), _normed(graph), positive(graph)
     depths = {stage.name: stage for stage in source.stages}
     found = []
@@ -208,6 +209,7 @@ def _sites(
                 deeper,
                 distance,
                 growth,
+                narrowest,
                 name in behind,
             )
         )

@@ -246,6 +246,37 @@ def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: 
         again(AGAIN)
 
 
+CHARTS = (
+    SMALL.replace("train = { epochs = 1, lr = 0.1, batch = 256 }\n", "")
+    .replace('[representation]\nkind = "grid"\nnoise = 0.0\nsamples = 1\n', "")
+    .replace("[evaluate]", """[[charts]]
+file = "run/manifold.safetensors"
+least = 0.6
+[[charts]]
+file = "other/manifold.safetensors"
+least = 0.25
+[evaluate]""")
+)  # fmt: skip
+
+
+def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Path) -> None:
+    assert run(text=AGAIN.replace("lr = 1e-12", "lr = 1e-3"), folder="other") == (0, [])
+    assert run(text=CHARTS, folder="both") == (0, [])
+    both = checkpoint.read(place / "both" / "manifold.safetensors")
+    for folder, width in (("run", 1.0), ("run", 0.7), ("other", 0.5), ("other", 0.25)):
+        part = checkpoint.read(place / folder / "manifold.safetensors")
+        size = part.space.architecture(width)
+        expected, found = dict(sample(part, size)), dict(sample(both, size))
+        for name, value in expected.items():  # grids are held in float16
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=2**-10)
+    assert [each["least"] for each in both.about["charts"]] == [0.6, 0.25]
+    assert both.about["source"]["kind"] == "charts"
+    code, (line,) = run(text=CHARTS.replace("other/", "none/"), folder="new")
+    assert code == 2 and "charts[1].file: 'none/manifold.safetensors'" in line
+    code, (line,) = run(text=CHARTS.replace('"lenet"', '"resnet20"'), folder="new")
+    assert code == 2 and "another network" in line and not (place / "new").exists()
+
+
 def test_images_too_small_for_the_network_are_told(run: Run, place: Path) -> None:
     text = SMALL.replace("[fit]", "[fit]\nresolutions = [0.25, 1.0]")
     code, lines = run(text=text, folder="new")

@@ -27,7 +27,18 @@ from neumeta.program import Program
 from neumeta.representation import Expanded, build
 from neumeta.sites import kept
 from neumeta.space import Space
-from training import data, evaluate, fit, modules, networks, order, plots, source, statistics
+from training import (
+    charts,
+    data,
+    evaluate,
+    fit,
+    modules,
+    networks,
+    order,
+    plots,
+    source,
+    statistics,
+)
 from training.divergence import check_tensors
 from training.recipe import BadRecipe, Recipe, refused
 from training.resolution import shrunk
@@ -185,6 +196,8 @@ def check(
         source.weights_file(asked, checkpoints)
     if asked.fit.start:
         begun(asked, loaded, found.graph, checkpoints)
+    if asked.charts:
+        joined(asked, loaded, found.graph, checkpoints)
     return found
 
 
@@ -381,18 +394,65 @@ def prepare(
     return manifold, smoothed
 
 
-def start_file(asked: Recipe, checkpoints: Path) -> Path:
-    """The manifold that `fit.start` names: beside the recipe, under `checkpoints`, or from here.
+def given_files(asked: Recipe, checkpoints: Path) -> dict[str, Path]:
+    """The manifolds that `fit.start` or `charts` name, by key: each beside the recipe, under
+    `checkpoints`, or from here.
 
-    Raises BadRecipe if it is in none of them.
+    Raises BadRecipe for one that is in none of them.
     """
+    wanted = {f"charts[{k}].file": chart.file for k, chart in enumerate(asked.charts)}
+    if asked.fit.start:
+        wanted["fit.start"] = asked.fit.start
     places = [Path(asked.file).parent, checkpoints, Path()]
-    for place in places:
-        if (place / asked.fit.start).is_file():
-            return place / asked.fit.start
-    where = " nor in ".join(str(place.resolve()) for place in places)
-    allowed = f"it is neither in {where}"
-    raise BadRecipe(asked.file, [refused("fit.start", asked.fit.start, allowed)])
+    found = {}
+    for key, name in wanted.items():
+        there = [place / name for place in places if (place / name).is_file()]
+        if not there:
+            where = " nor in ".join(str(place.resolve()) for place in places)
+            raise BadRecipe(asked.file, [refused(key, name, f"it is neither in {where}")])
+        found[key] = there[0]
+    return found
+
+
+def opened(asked: Recipe, loaded: data.Data, graph: Graph, key: str, path: Path) -> Manifold:
+    """A manifold that the recipe's `key` names. Raises BadRecipe if the file is none, or of another
+    network or data set."""
+    try:
+        found = checkpoint.read(path)
+    except checkpoint.BadCheckpoint as error:
+        raise BadRecipe(asked.file, [f"{key}: {error}"]) from None
+    problems = []
+    if pack(found.space.graph) != pack(space(asked, graph).graph):
+        allowed = f"{path} is a manifold of another network, or of other axes (fit.morph)"
+        problems.append(refused("network.network", asked.network.network, allowed))
+    if found.contract.classes != tuple(loaded.classes) or found.contract.task != asked.task:
+        allowed = (
+            f"{path} was made for {found.contract.task} of {len(found.contract.classes)} classes"
+        )
+        problems.append(refused("data", loaded.name, allowed))
+    if problems:
+        raise BadRecipe(asked.file, problems)
+    return found
+
+
+def joined(asked: Recipe, loaded: data.Data, graph: Graph, checkpoints: Path) -> Manifold:
+    """The manifolds of `charts` as one.
+
+    Raises BadRecipe if one does not fit this recipe or another.
+    """
+    files = given_files(asked, checkpoints)
+    parts = [opened(asked, loaded, graph, key, path) for key, path in files.items()]
+    least = [chart.least for chart in asked.charts]
+    try:
+        made = charts.joined(parts, least, space(asked, graph))
+    except ValueError as error:
+        raise BadRecipe(asked.file, [f"charts: {error}"]) from None
+    told = [
+        {"least": bound, "sha256": part.digest, "recipe": part.about.get("recipe", {})}
+        for bound, part in zip(least, parts, strict=True)
+    ]
+    contract = replace(made.contract, mean=tuple(loaded.mean), std=tuple(loaded.std))
+    return replace(made, contract=contract, about={**made.about, "charts": told})
 
 
 def begun(
@@ -403,35 +463,21 @@ def begun(
 
     Raises BadRecipe if the file is none, or of another network, data set or representation.
     """
-    path = start_file(asked, checkpoints)
-    try:
-        held = checkpoint.read(path)
-    except checkpoint.BadCheckpoint as error:
-        raise BadRecipe(asked.file, [f"fit.start: {error}"]) from None
+    path = given_files(asked, checkpoints)["fit.start"]
+    before = opened(asked, loaded, graph, "fit.start", path)
     covered, built = space(asked, graph), asked.representation
-    problems = []
-    if pack(held.space.graph) != pack(covered.graph):
-        allowed = f"{path} is a manifold of another network, or of other axes (fit.morph)"
-        problems.append(refused("network.network", asked.network.network, allowed))
-    if held.contract.classes != tuple(loaded.classes) or held.contract.task != asked.task:
-        allowed = (
-            f"{path} was made for {held.contract.task} of {len(held.contract.classes)} classes"
-        )
-        problems.append(refused("data", loaded.name, allowed))
-    if problems:
-        raise BadRecipe(asked.file, problems)
     model = build(built.kind, built.built, roles(covered))
     try:
         inner: nn.Module = model
-        if isinstance(model, Expanded) and "expanded" not in held.options:
+        if isinstance(model, Expanded) and "expanded" not in before.options:
             inner = model.inner
-        inner.load_state_dict(held.representation.state_dict())
+        inner.load_state_dict(before.representation.state_dict())
     except RuntimeError:
-        now = {"kind": held.kind, **held.options}
+        now = {"kind": before.kind, **before.options}
         told = refused("representation", {"kind": built.kind, **built.built}, f"{path} has {now}")
         raise BadRecipe(asked.file, [told]) from None
     manifold = replace(
-        held,
+        before,
         space=covered,
         representation=model,
         kind=built.kind,
@@ -439,11 +485,11 @@ def begun(
         noise=built.noise,
         samples=built.samples,
         scale=built.scale,
-        contract=replace(held.contract, mean=tuple(loaded.mean), std=tuple(loaded.std)),
-        about={"permutation": held.about.get("permutation", {})},
+        contract=replace(before.contract, mean=tuple(loaded.mean), std=tuple(loaded.std)),
+        about={"permutation": before.about.get("permutation", {})},
         digest="",
     )
-    return manifold, statistics.whole(held, held.space.full)
+    return manifold, statistics.whole(before, before.space.full)
 
 
 def run(
@@ -465,8 +511,9 @@ def run(
     """
     found = check(asked, loaded, checkpoints, folder, module)
     if _rank() == 0:
-        if asked.fit.start:
-            raw = start_file(asked, checkpoints).read_bytes()
+        files = given_files(asked, checkpoints)
+        if files:
+            raw = b"".join(path.read_bytes() for path in files.values())
             given: str | None = hashlib.sha256(raw).hexdigest()
         else:
             given = source.weights_digest(asked, checkpoints, module)
@@ -474,6 +521,11 @@ def run(
     if dist.is_initialized():
         dist.barrier()
     task = TASKS[asked.task]
+    if asked.charts:
+        if _rank() > 0:
+            return None
+        made = joined(asked, loaded, found.graph, checkpoints)
+        return _finish(asked, loaded, made, None, folder, out)
     if asked.fit.start:
         manifold, smoothed = begun(asked, loaded, found.graph, checkpoints)
         covered, whole = manifold.space, smoothed
@@ -504,9 +556,15 @@ def run(
 
 
 def _finish(
-    asked: Recipe, loaded: data.Data, manifold: Manifold, before: float, folder: Path, out: Path
+    asked: Recipe,
+    loaded: data.Data,
+    manifold: Manifold,
+    before: float | None,
+    folder: Path,
+    out: Path,
 ) -> Result:
-    """Statistics, evaluation, checkpoint, report."""
+    """Statistics, evaluation, checkpoint, report. `before` is the source's score; without it that of
+    the manifold's own full size stands for it."""
     statistics.calibrate(
         manifold,
         loaded,
@@ -515,11 +573,15 @@ def _finish(
         seed=asked.seed,
     )
     rows = evaluate.evaluate(manifold, loaded, asked)
+    if before is None:
+        before = evaluate.evaluate_one(manifold, manifold.space.full, loaded)["score"]
     train, weights = asked.network.train, asked.network.weights
     metric = manifold.contract.metric
     began = ("fine-tune" if train else "import") if weights else "train" if train else "given"
     if asked.fit.start:
         began, weights = "manifold", asked.fit.start
+    elif asked.charts:
+        began, weights = "charts", ", ".join(chart.file for chart in asked.charts)
     manifold.about.update(
         title=asked.title,
         recipe=asked.as_dict(),

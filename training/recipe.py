@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from neumeta.representation import KINDS, WRAPPERS
+from neumeta.representation import KINDS, MOST_CHARTS, WRAPPERS
 from neumeta.space import MAX_WIDTH, MOST_BLOCKS
 from training.data import KINDS as DATA_KINDS
 from training.data import KNOWN
@@ -167,8 +167,8 @@ class FitSection(_Section):
     depth (at full width as often as not), and the largest if `full_weight` counts it. `smallest`: the
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
     group; `per_depth`: the share of random widths that come with a random depth (half of these with
-    the same in all stages), where both morph; the others have the source's. `full_weight`: of the largest in the loss; 0 where the representation keeps the source's own
-    size as it is (anchored).
+    the same in all stages), where both morph; the others have the source's. `full_weight`: of the
+    largest in the loss; 0 where the representation keeps the source's own size as it is (anchored).
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones), with `distill_weight` of the loss. `depth_noise`: of the borders between
     blocks, in blocks. `warm`: the share of steps in which the learning rate rises; `ema`: of the moving
@@ -216,6 +216,14 @@ class FitSection(_Section):
     teacher_views: Annotated[int, Field(ge=0)] = 0
 
 
+class ChartSection(_Section):
+    """One of several manifolds that were trained apart and are put together: its `file`, and the
+    `least` width that all groups of a size have which is drawn from it."""
+
+    file: str
+    least: Width
+
+
 class EvaluateSection(_Section):
     """The sizes of the evaluation table, also outside the trained ranges."""
 
@@ -224,7 +232,11 @@ class EvaluateSection(_Section):
 
 
 class Recipe(_Section):
-    """One run of the pipeline. `name` is the file's; every random choice follows from `seed`."""
+    """One run of the pipeline. `name` is the file's; every random choice follows from `seed`.
+
+    With `charts`, the largest sizes first, nothing is trained: the run puts these manifolds together,
+    measures statistics and scores, and of [fit] it reads `width`, `blocks` and `most_blocks`.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     title: str
@@ -235,6 +247,7 @@ class Recipe(_Section):
     order: OrderSection = OrderSection()
     representation: RepresentationSection = RepresentationSection()
     fit: FitSection
+    charts: tuple[ChartSection, ...] = ()
     evaluate: EvaluateSection = EvaluateSection()
     _file: str = PrivateAttr("")
 
@@ -360,11 +373,21 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         allowed = f"one of {known}, or 'file.py:function' or 'module:function'"
         yield refused("network.network", network.network, allowed)
         return
-    if fit.start and (network.weights or network.train):
+    begun = "fit.start" if fit.start else "charts" if recipe.charts else ""
+    if begun and (network.weights or network.train):
         key = "weights" if network.weights else "train"
-        allowed = "it must be left out beside fit.start: the manifold holds the source"
+        allowed = f"it must be left out beside {begun}: the manifold holds the source"
         yield refused(f"network.{key}", network.model_dump()[key], allowed)
-    bare = not network.weights and network.train is None and not fit.start
+    bounds = [chart.least for chart in recipe.charts]
+    if bounds != sorted(set(bounds), reverse=True) or len(bounds) > MOST_CHARTS:
+        allowed = f"at most {MOST_CHARTS}, each less than the one before"
+        yield refused("charts.least", bounds, allowed)
+    if recipe.charts and bounds[-1] > fit.width[0]:
+        allowed = f"at most the smaller end of fit.width, {fit.width[0]:g}, in the last chart"
+        yield refused("charts.least", bounds[-1], allowed)
+    if recipe.charts and fit.start:
+        yield refused("fit.start", fit.start, "it must be left out beside charts")
+    bare = not network.weights and network.train is None and not begun
     if network.network in NETWORKS and bare:
         yield (
             "network.train: is missing; without network.weights the network is trained, which"
@@ -446,7 +469,7 @@ def _representation_conflicts(recipe: Recipe) -> Iterator[str]:
                 else:
                     yield _told(each, where)
     both = fit.blocks is not None and recipe.wide
-    if fit.full_weight == 0 and not (both and held.anchored):
+    if fit.full_weight == 0 and not (both and held.anchored) and not recipe.charts:
         yield refused(
             "fit.full_weight",
             fit.full_weight,

@@ -7,6 +7,7 @@ from typing import Any
 
 from neumeta.coordinates import Site
 from neumeta.representation.base import Representation
+from neumeta.representation.charts import Charts
 from neumeta.representation.grid import Grid
 from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
@@ -14,9 +15,11 @@ from neumeta.representation.wrappers import Anchored, Centred, Corrected, Expand
 
 __all__ = [
     "KINDS",
+    "MOST_CHARTS",
     "WRAPPERS",
     "Anchored",
     "Centred",
+    "Charts",
     "Corrected",
     "Expanded",
     "Grid",
@@ -35,12 +38,21 @@ WRAPPERS: dict[str, Any] = {
 }
 """Applied in this order, where the options have an entry of the name."""
 
+MOST_CHARTS = 8
+
 
 def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> Representation:
     """A new representation; `options` are its own, and by name those of the wrappers around it.
 
-    Raises ValueError for an unknown kind or option.
+    Of kind 'charts' they are `charts`, a list of {kind, options, least}: what each is built of, and the
+    least width of the sizes that it is for. Raises ValueError for an unknown kind or option.
     """
+    if kind == "charts":
+        held = options["charts"]
+        if not 1 <= len(held) <= MOST_CHARTS or any(each["kind"] == kind for each in held):
+            raise ValueError(f"charts: {len(held)}, one within another or more than {MOST_CHARTS}")
+        parts = [build(each["kind"], each["options"], roles) for each in held]
+        return Charts(parts, [float(each["least"]) for each in held])
     if kind not in KINDS:
         raise ValueError(f"representation: {kind!r} is not one of {sorted(KINDS)}")
     own = {key: value for key, value in options.items() if key not in WRAPPERS}

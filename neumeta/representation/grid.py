@@ -50,7 +50,8 @@ class Grid(Representation):
         return nested(self.at_depth(self.grid[module_key(site.role)], at), site, at)
 
     def at_depth(self, grid: Tensor, at: Coordinates) -> Float[Tensor, "S O I kk"]:
-        """A role's grid at each sample's l/L."""
+        """A role's grid, which may be held in float16, at each sample's l/L."""
+        grid = grid.to(at.layer.dtype)
         if len(grid) == 1:
             everywhere: Tensor = grid.expand(len(at.layer), *grid.shape[1:])
             return everywhere

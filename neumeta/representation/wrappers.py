@@ -75,7 +75,7 @@ class Anchored(Representation):
         if share <= 0:
             made: Tensor = self.inner(site, at)
             return made
-        held = self.source.grid[module_key(site.role)].to(at.layer.dtype)
+        held = self.source.grid[module_key(site.role)]
         source = nested(self.source.at_depth(held, at), site, at)
         return source if share >= 1 else torch.lerp(self.inner(site, at), source, share)
 

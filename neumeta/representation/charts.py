@@ -1,0 +1,41 @@
+"""One manifold in several charts: each part of the sizes has a representation of its own.
+
+Knows no files and no training: parts that were trained apart are put together by training/charts.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neumeta.coordinates import Coordinates, Site
+from neumeta.representation.base import Representation
+from neumeta.representation.grid import Grid
+
+
+class Charts(Representation):
+    """A network is drawn from the first chart whose `least` its narrowest group reaches.
+
+    Small and large networks share weights only within a chart, so that neither pulls at the other's.
+    Across a border the weights jump, though never within one network. The last chart takes
+    what no other reaches. Grids are held in float16.
+    """
+
+    def __init__(self, parts: Sequence[Representation], least: Sequence[float]) -> None:
+        super().__init__()
+        if not parts or len(parts) != len(least) or list(least) != sorted(set(least), reverse=True):
+            raise ValueError(f"charts: {list(least)} are not {len(parts)} falling bounds")
+        self.parts, self.least = nn.ModuleList(parts), tuple(least)
+        for module in self.modules():
+            if isinstance(module, Grid):
+                module.half()
+
+    def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
+        """The weights of `site` at these coordinates."""
+        # A width of 0.5 is 8 of 16 channels, and may be 8 of 17.
+        reached = (k for k, least in enumerate(self.least) if site.narrowest >= least - 1e-9)
+        chart = next(reached, len(self.least) - 1)
+        made: Tensor = self.parts[chart](site, at)
+        return made

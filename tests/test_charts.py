@@ -1,0 +1,103 @@
+"""Manifolds that were trained apart, put together: each size is drawn from one of them, whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neumeta import checkpoint
+from neumeta.manifold import Manifold, roles
+from neumeta.representation import Anchored, Corrected, build
+from neumeta.sample import sample
+from tests.conftest import lenet
+from training import charts
+
+
+def manifold(seed: int, reach: float = 0.1) -> Manifold:
+    """A manifold of random numbers that float16 holds exactly."""
+    made = lenet("grid", seed, anchored={"reach": reach}, corrected={})
+    for parameter in made.representation.parameters():
+        parameter.data.copy_(parameter.data.half())
+    return replace(made, noise=0.0, samples=1)
+
+
+LARGE, SMALL = manifold(1), manifold(2)
+SPACE = LARGE.space
+
+
+@given(st.lists(st.floats(0.25, 1.0), min_size=len(SPACE.groups), max_size=len(SPACE.groups)))
+@settings(max_examples=25, deadline=None)
+def test_a_size_is_drawn_whole_from_the_first_chart_that_its_narrowest_group_reaches(
+    width: list[float],
+) -> None:
+    size = SPACE.architecture(width)
+    channels = zip(size.channels, SPACE.full.channels, strict=True)
+    part = LARGE if all(2 * mine >= full for mine, full in channels) else SMALL
+    both = charts.joined([LARGE, SMALL], [0.5, 0.25], SPACE)
+    expected, found = dict(sample(part, size)), dict(sample(both, size))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_what_is_narrower_than_every_chart_is_drawn_from_the_last() -> None:
+    both = charts.joined([LARGE, SMALL], [0.5, 0.25], SPACE)
+    size = SPACE.architecture(0.1, extrapolate=True)
+    expected, found = dict(sample(SMALL, size)), dict(sample(both, size))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> None:
+    both = charts.joined([LARGE, SMALL], [0.5, 0.25], SPACE)
+    path = tmp_path / "both.safetensors"
+    digest = checkpoint.write(both, path)
+    again = checkpoint.read(path)
+    assert checkpoint.write(again, tmp_path / "again.safetensors") == digest
+    for width in (1.0, 0.5, 0.3):
+        size = SPACE.architecture(width)
+        old, new = dict(sample(both, size)), dict(sample(again, size))
+        assert all(torch.equal(new[name], value) for name, value in old.items())
+
+
+def test_the_source_is_kept_by_the_charts_that_come_near_it() -> None:
+    held = charts.joined([LARGE, SMALL], [0.5, 0.25], SPACE).representation.parts
+    assert isinstance(held[0].inner, Anchored) and isinstance(held[1], Corrected)
+    assert not isinstance(held[1].inner, Anchored)
+    # Sizes of the second chart are half of the source's away or more.
+    held = charts.joined([LARGE, manifold(2, reach=0.6)], [0.5, 0.25], SPACE).representation.parts
+    assert isinstance(held[1].inner, Anchored)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (replace(SMALL, space=lenet("grid").space, noise=0.25), "its noise is 0.25"),
+        (replace(SMALL, frozen={"bias": torch.ones(2)}), "do not morph"),
+    ],
+)
+def test_manifolds_that_do_not_share_what_they_must_are_refused(other: Manifold, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        charts.joined([LARGE, other], [0.5, 0.25], SPACE)
+
+
+PART: dict[str, Any] = {"kind": "grid", "options": {}}
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        [],
+        [PART | {"least": 0.25}, PART | {"least": 0.5}],
+        [PART | {"least": 0.5}, PART | {"least": 0.5}],
+        [{"kind": "charts", "options": {"charts": [PART | {"least": 0.5}]}, "least": 0.5}],
+        [PART | {"least": 0.9 - k / 100} for k in range(9)],
+    ],
+)
+def test_charts_that_are_none_are_refused_before_anything_is_made(held: list[Any]) -> None:
+    with pytest.raises(ValueError, match="charts: "):
+        build("charts", {"charts": held}, roles(SPACE))

@@ -1,0 +1,67 @@
+"""Manifolds of one network that were trained apart, each for its own sizes, put together into one.
+
+Knows no recipe and no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from neumeta.manifold import Manifold
+from neumeta.notation import pack
+from neumeta.representation import Anchored, Charts, Representation
+from neumeta.space import Space
+
+
+def joined(parts: Sequence[Manifold], least: Sequence[float], covered: Space) -> Manifold:
+    """One manifold over `covered`: a size is drawn from the first part whose `least` width all of its
+    groups reach, or from the last one. Its statistics are still to be measured.
+
+    Raises ValueError if the parts are not of one network, or differ in what they share.
+    """
+    first = parts[0]
+    for part in parts:
+        if pack(part.space.graph) != pack(covered.graph):
+            raise ValueError("it is a manifold of another network, or of other axes (fit.morph)")
+        alike = part.frozen.keys() == first.frozen.keys() and all(
+            torch.equal(value, first.frozen[name]) for name, value in part.frozen.items()
+        )
+        if not alike:
+            raise ValueError("its tensors that do not morph are not those of the first chart")
+        for name in ("noise", "samples", "scale"):
+            if getattr(part, name) != getattr(first, name):
+                here, there = getattr(part, name), getattr(first, name)
+                raise ValueError(f"its {name} is {here}, that of the first chart {there}")
+    held = []
+    for part, bound in zip(parts, least, strict=True):
+        options, model = dict(part.options), part.representation
+        anchored = options.get("anchored")
+        if part is not first and anchored and anchored["reach"] <= 1 - least[0]:
+            # The source is never near: what is kept of it is left out.
+            del options["anchored"]
+            model = _free(model)
+        held.append((model, {"kind": part.kind, "options": options, "least": bound}))
+    charts = Charts([model for model, _ in held], least)
+    return replace(
+        first,
+        space=covered,
+        representation=charts.eval().requires_grad_(False),
+        kind="charts",
+        options={"charts": [told for _, told in held]},
+        about={"permutation": first.about.get("permutation", {})},
+        digest="",
+    )
+
+
+def _free(model: Representation) -> Representation:
+    """The representation without its anchor to the source."""
+    if isinstance(model, Anchored):
+        return model.inner
+    for module in model.modules():
+        inner = getattr(module, "inner", None)
+        if isinstance(inner, Anchored):
+            module.inner = inner.inner
+    return model
