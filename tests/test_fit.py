@@ -90,6 +90,30 @@ def test_architectures_come_from_the_pool(digits: Dataset) -> None:
     assert seen == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
 
 
+def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_depth(
+    digits: Dataset,
+) -> None:
+    asked = recipe.load("cifar10-resnet").changed(
+        fit={"sandwich": False, "widths": (0.5,), "smallest": 0.2, "per_group": 0.3, "per_depth": 0.4}
+    )
+    colour = replace(digits, train_images=digits.train_images.expand(-1, 3, -1, -1))
+    covered, generator = space(asked, colour), torch.Generator().manual_seed(0)
+    drawn = []
+    for _ in range(1000):
+        (one,) = fit.choose(asked, covered, generator)
+        drawn.append(one)
+    half, quarter = covered.architecture(0.5).channels, covered.architecture(0.25).channels
+    others = [each for each in drawn if each.channels not in (half, quarter)]
+    # Each bound is four standard deviations of 1,000 draws away from its share.
+    assert abs(sum(each.channels == quarter for each in drawn) - 200) < 51
+    assert abs(len(others) - 240) < 54
+    assert len({each.channels for each in others}) > 200
+    deep = [each.depth for each in drawn if each.depth != covered.depth]
+    assert abs(len(deep) - 400 * (1 - 0.1 - 0.5 / 125)) < 62
+    assert abs(sum(len(set(depth)) == 1 for depth in deep) - 175) < 50
+    assert {n for depth in deep for n in depth} == {1, 2, 3, 4, 5}
+
+
 def test_a_size_that_is_kept_is_not_trained(digits: Dataset) -> None:
     kept = recipe.load("cifar10-resnet")
     colour = replace(digits, train_images=digits.train_images.expand(-1, 3, -1, -1))

@@ -233,23 +233,6 @@ def test_a_planted_path_is_found_again(n: int, monkeypatch: pytest.MonkeyPatch) 
     assert again.tolist() == found.tolist()
 
 
-@given(st.permutations(range(6)), st.floats(0.01, 100))
-def test_by_importance_the_channels_that_weigh_most_come_first(
-    heavy: list[int], scale: float
-) -> None:
-    """Every tensor counts the same, whatever its scale, and every side of the axis."""
-    weighs = torch.tensor([float(heavy.index(k)) for k in range(6)]) + 1
-    writes = weighs[:, None].expand(6, 4) * scale
-    reads = torch.ones(3, 6, 2)
-    sides = {"axis": (Side("writes", 0), Side("reads", 1))}
-    found = order({"writes": writes, "reads": reads}, sides, "importance")["axis"]
-    assert found.tolist() == heavy[::-1]
-    # What reads them outweighs it once it differs more.
-    reads = reads * (0.1 ** (weighs * 2 / 3))[:, None]
-    found = order({"writes": torch.ones(6, 4), "reads": reads}, sides, "importance")["axis"]
-    assert found.tolist() == heavy
-
-
 @pytest.mark.parametrize("n", [1, 2, 17, 40])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_channels_that_are_all_alike_have_an_order(strategy: str, n: int) -> None:

@@ -104,20 +104,6 @@ def distances(
     return total + total.T
 
 
-def importance(
-    weights: Mapping[str, Weight], sides: Sequence[Side], channels: int
-) -> Float64[np.ndarray, " axis"]:
-    """How much each of an axis' channels weighs: its share of the squared norm of a side, summed over
-    all `sides`, so that every tensor counts the same whatever its scale."""
-    total = torch.zeros(channels, dtype=torch.float64)
-    for side in sides:
-        along = weights[side.tensor].detach().cpu().movedim(side.dimension, 0)
-        rows = along[side.offset : side.offset + channels * side.repeat].reshape(channels, -1)
-        squares = rows.double().square().sum(1)
-        total += squares / squares.sum().clamp(min=1e-300)
-    return total.numpy()
-
-
 def _room(weights: Mapping[str, Weight], side: Side) -> int:
     return (weights[side.tensor].shape[side.dimension] - side.offset) // side.repeat
 
@@ -161,8 +147,6 @@ STRATEGIES: dict[str, Callable[[Matrix, Matrix, np.random.Generator], Path]] = {
     "mshp": _mshp,
 }
 """The orders of the supplement's section 5. The `layer-` ones see a single layer of the clique."""
-IMPORTANCE = "importance"
-"""Not a path but a ranking: what a network loses first are the channels that weigh least."""
 
 
 def _nearest(distance: Matrix, start: int) -> Path:
@@ -417,9 +401,10 @@ def order(
 
     Raises ValueError if the strategy or an axis is unknown.
     """
-    if strategy not in (*STRATEGIES, IMPORTANCE):
-        known = ", ".join((*STRATEGIES, IMPORTANCE))
-        raise ValueError(f"unknown permutation strategy {strategy!r}: one of {known}")
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"unknown permutation strategy {strategy!r}: one of {', '.join(STRATEGIES)}"
+        )
     unknown = sorted(set(axes or ()) - set(cliques))
     if unknown:
         raise ValueError(f"no clique for axis {unknown[0]!r}: one of {', '.join(cliques)}")
@@ -429,10 +414,6 @@ def order(
             rng = np.random.default_rng([seed, zlib.crc32(axis.encode())])
             room = min(_room(weights, side) for side in sides)
             channels = sizes[axis] if sizes else room
-            if strategy == IMPORTANCE:
-                ranked = np.argsort(-importance(weights, sides, channels), kind="stable")
-                found[axis] = torch.from_numpy(ranked)
-                continue
             writer = next((k for k, side in enumerate(sides) if side.dimension == 0), 0)
             layer = distances(weights, [sides[writer]], channels)
             others = [*sides[:writer], *sides[writer + 1 :]]

@@ -122,10 +122,9 @@ class DataSection(_Section):
 
 
 class OrderSection(_Section):
-    """The channel order: the shortest path through all channels (`mshp`: Algorithm 1, with the other
-    paths of the supplement's section 5 to compare), or by `importance`, the weightiest first."""
+    """The channel order."""
 
-    strategy: Literal["none", "random", "layer-greedy", "layer-2opt", "mshp", "importance"] = "mshp"
+    strategy: Literal["none", "random", "layer-greedy", "layer-2opt", "mshp"] = "mshp"
 
 
 class RepresentationSection(_Section):
