@@ -56,7 +56,7 @@ def main() -> None:
         return
     manifold = checkpoint.read(arguments.manifold)
     space, task = manifold.space, TASKS[manifold.contract.task]
-    jpeg = data.load(manifold.about["data"]["name"], arguments.data)
+    jpeg = data.load("cifar10", arguments.data)
     arguments.run.mkdir(parents=True, exist_ok=True)
     program, weights = (
         Program(space.graph, space.graph.full),

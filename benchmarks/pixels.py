@@ -5,7 +5,7 @@
 The training images at hand are JPEG copies; raw pixels are there of 4,000 of them. A small network
 learns from these pairs what JPEG took away, and restores the other 46,000; a third of those stay as
 they are, so that what is trained on them knows both. RUN/cifar10-pixels.npz holds all 50,000, with the
-raw test images. The public ResNet-20, trained on raw pixels, is then fine-tuned on them, and the mean
+raw test images, and RUN/cifar10-raw.npz the 4,000 alone, for batch statistics. The public ResNet-20, trained on raw pixels, is then fine-tuned on them, and the mean
 of its weights before and after (`SHARE` of after; WiSE-FT, Wortsman et al. 2022) goes to
 RUN/anchor.safetensors.
 Stages whose file is there are not run again. Last line: one JSON object.
@@ -125,6 +125,20 @@ def restored(net: Restorer, images: Tensor) -> UInt8[Tensor, "N 3 H W"]:
     return torch.cat([(net(x.float() / 255).clamp(0, 1) * 255).round().to(x.dtype) for x in parts])
 
 
+def keep(path: Path, images: Tensor, labels: Tensor, lossless: data.Dataset) -> None:
+    """Training images and the raw test images as .npz, whole or not at all."""
+    out = io.BytesIO()
+    np.savez(
+        out,
+        train_images=images.numpy(),
+        train_labels=labels.numpy().astype(np.int64),
+        test_images=lossless.test_images.numpy(),
+        test_labels=lossless.test_labels.numpy().astype(np.int64),
+        classes=np.array(lossless.classes),
+    )
+    atomic.write(path, out.getvalue())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/pixels"))
@@ -143,16 +157,8 @@ def main() -> None:
         every_third = torch.arange(len(made)) % 3 == 0
         made[every_third] = jpeg.train_images[every_third]
         made[rows] = held
-        out = io.BytesIO()
-        np.savez(
-            out,
-            train_images=made.numpy(),
-            train_labels=jpeg.train_labels.numpy().astype(np.int64),
-            test_images=lossless.test_images.numpy(),
-            test_labels=lossless.test_labels.numpy().astype(np.int64),
-            classes=np.array(jpeg.classes),
-        )
-        atomic.write(images, out.getvalue())
+        keep(asked.run / "cifar10-raw.npz", held, jpeg.train_labels[rows], lossless)
+        keep(images, made, jpeg.train_labels, lossless)
     with np.load(images) as arrays:
         mixed = replace(lossless, train_images=torch.from_numpy(arrays["train_images"]))
     task = TASKS["classification"]

@@ -191,7 +191,7 @@ def main() -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         manifold = checkpoint.read(arguments.manifold)
-        jpeg = data.load(manifold.about["data"]["name"], arguments.data)
+        jpeg = data.load("cifar10", arguments.data)
         root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
         sets = {"raw": raw(jpeg, root), "jpeg": jpeg}
         name = arguments.name or arguments.manifold.stem

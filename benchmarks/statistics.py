@@ -129,10 +129,10 @@ def measure(
     return report
 
 
-def first(data: sets.Dataset, count: int) -> sets.Dataset:
-    """The same data with only the first test images."""
-    labels = data.test_labels[:count]
-    return replace(data, test_images=data.test_images[:count], test_labels=labels)
+def fewer(data: sets.Dataset, count: int) -> sets.Dataset:
+    """The same data with so many of its test images, spread over all: they lie class by class."""
+    rows = torch.linspace(0, len(data.test_labels) - 1, min(count, len(data.test_labels))).long()
+    return replace(data, test_images=data.test_images[rows], test_labels=data.test_labels[rows])
 
 
 def main() -> None:
@@ -150,7 +150,7 @@ def main() -> None:
     loaded = sets.load_from(asked.set, asked.data)
     if not isinstance(loaded, sets.Dataset):
         raise SystemExit(f"{asked.set}: streamed data cannot be cut to {asked.images} images")
-    data = first(loaded, asked.images)
+    data = fewer(loaded, asked.images)
     report = measure(
         manifold, data, sizes=asked.sizes, calibration=asked.calibration, seed=asked.seed
     )

@@ -94,7 +94,13 @@ def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_
     digits: Dataset,
 ) -> None:
     asked = recipe.load("cifar10-resnet").changed(
-        fit={"sandwich": False, "widths": (0.5,), "smallest": 0.2, "per_group": 0.3, "per_depth": 0.4}
+        fit={
+            "sandwich": False,
+            "widths": (0.5,),
+            "smallest": 0.2,
+            "per_group": 0.3,
+            "per_depth": 0.4,
+        }
     )
     colour = replace(digits, train_images=digits.train_images.expand(-1, 3, -1, -1))
     covered, generator = space(asked, colour), torch.Generator().manual_seed(0)

@@ -129,13 +129,26 @@ def test_images_may_be_noise(manifold: tuple[Manifold, data.Dataset]) -> None:
 def test_images_may_be_the_users_own(
     manifold: tuple[Manifold, data.Dataset], tmp_path: Path
 ) -> None:
-    made, colour = manifold
-    own = colour.test_images[:8].expand(-1, 3, -1, -1).numpy()
-    labels = np.arange(8) % 2
+    """Of all classes, which lie one after the other; the statistics that are kept are theirs too."""
+    made, colour = replace(manifold[0]), manifold[1]
+    dark = (colour.test_images[:40].expand(-1, 3, -1, -1) // 4).numpy()
+    own, labels = np.concatenate([dark, 255 - dark]), np.arange(80) // 40
     np.savez(tmp_path / "own.npz", train_images=own, train_labels=labels,
              test_images=own, test_labels=labels)  # fmt: skip
-    found = statistics.own_images(str(tmp_path / "own.npz"), colour, 4)
-    assert torch.equal(found, data.to_float(torch.from_numpy(own[:4]), colour))
+    statistics.calibrate(made, colour, calibration=10, images=str(tmp_path / "own.npz"))
+    images = made.statistics.images
+    assert images is not None and len(images) == 10
+    assert 2 <= sum(float(image.float().mean()) > 128 for image in images) <= 8
+    theirs = data.to_float(torch.from_numpy(own), colour)
+    full = made.space.full
+    kept = made.statistics.kept[full.key].float()
+    # Seeing 10 of 80 is not seeing all; the training images are far away.
+    error = (kept - statistics.exact(made, full, theirs)).abs().mean()
+    assert error < 0.2 * (kept - manifold[0].statistics.kept[full.key].float()).abs().mean()
+    lone = {"train_images": own[:1], "train_labels": labels[:1]}
+    np.savez(tmp_path / "lone.npz", **lone, test_images=own[:1], test_labels=labels[:1])
+    with pytest.raises(ValueError, match=r"lone.npz.*(1 images|class)"):
+        statistics.calibrate(made, colour, calibration=10, images=str(tmp_path / "lone.npz"))
 
 
 def test_usual_sizes_are_the_scalar_widths_or_a_ladder_of_them_and_even_depths(

@@ -95,7 +95,8 @@ class DataSection(_Section):
 
     `calibration` is how many images travel in the manifold, for the batch statistics of sizes that
     are not kept: `calibration_images` are 'training' ones, 'noise' where none may travel (sizes that
-    are not kept then lose score), or the user's own, a folder, archive or .npz.
+    are not kept then lose score), or the user's own, a folder, archive or .npz, of which the statistics
+    that are kept are measured too.
     """
 
     name: str = ""

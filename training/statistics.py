@@ -188,17 +188,23 @@ def noise_images(shape: tuple[int, ...], count: int, seed: int) -> Float[Tensor,
     return scaled
 
 
-def own_images(path: str, data: Data, count: int) -> Float[Tensor, "N C H W"]:
-    """The first images of the user's own folder, archive or .npz, normalised like the data's.
+def own_images(path: str, data: Data) -> Data:
+    """The user's own folder, archive or .npz: images of the data's shape, normalised like the data's,
+    and augmented likewise unless those are streamed.
 
     Raises DataMissing or ValueError naming the path.
     """
     channels, height, width = data.shape
-    found = sets.load_from(
-        path, size=(height, width), channels=channels, mean=data.mean, std=data.std
+    flips, pad = (data.flips, data.pad) if isinstance(data, sets.Dataset) else (False, 0)
+    return sets.load_from(
+        path,
+        size=(height, width),
+        channels=channels,
+        mean=data.mean,
+        std=data.std,
+        flips=flips,
+        pad=pad,
     )
-    rows = torch.arange(min(count, len(found)))
-    return found.batch(rows, torch.Generator().manual_seed(0), augment=False)[0]
 
 
 def calibrate(
@@ -206,8 +212,9 @@ def calibrate(
 ) -> None:
     """Fill `manifold.statistics`: the images it carries, and the exact statistics of the usual sizes.
 
-    `images` is 'training', 'noise' or the path of the user's own. Nothing to do for a graph
-    without batch norm. Raises Diverged if a statistic is not finite.
+    `images` is 'training', 'noise' or the path of the user's own, whose statistics then are the kept
+    ones too. Nothing to do for a graph without batch norm. Raises Diverged if a statistic is not
+    finite, DataMissing or ValueError for a path.
     """
     space = manifold.space
     if not any(node.op == "batch_norm" for node in space.graph.nodes):
@@ -215,15 +222,16 @@ def calibrate(
     height, width = data.shape[1:]
     fits = PIXELS // (height * width)
     many = max(calibration, min(CANDIDATES, fits))
-    x = training_images(data, many, seed_of(seed, "statistics"))
-    if images == "training":
-        features = [moments(manifold, each, x) for each in _few(manifold)]
-        carried = x[chosen(torch.cat(features, 1), calibration)]
-    elif images == "noise":
+    owner = data if images in ("training", "noise") else own_images(images, data)
+    x = training_images(owner, many, seed_of(seed, "statistics"))
+    if images == "noise":
         carried = noise_images(data.shape, calibration, seed_of(seed, "noise"))
         carried = _as_pixels(carried, data)
+    elif len(x) < 2:
+        raise ValueError(f"data.calibration_images: {images} has {len(x)} images, not two or more")
     else:
-        carried = own_images(images, data, calibration)
+        features = [moments(manifold, each, x) for each in _few(manifold)]
+        carried = x[chosen(torch.cat(features, 1), calibration)]
     x = x[: max(calibration, min(IMAGES, fits))]
     kept = {
         each.key: compact(exact(manifold, each, x))
