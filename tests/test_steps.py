@@ -15,7 +15,7 @@ from neumeta.sample import sample
 from neumeta.space import Architecture, Space
 from tests.conftest import lenet
 from tests.support import runs
-from training import data, fit, recipe, source
+from training import data, fit, frozen, recipe, source
 from training.task import TASKS
 
 TASK = TASKS["classification"]
@@ -186,11 +186,11 @@ def test_frozen_features_are_what_the_first_operations_make(tmp_path: Path) -> N
     digits = data.load("digits")
     asked = tiny(morph=("conv3",), feature_views=3)
     manifold, smoothed = runs.prepared(asked, digits, tmp_path)
-    first = fit.frozen_steps(manifold.space)
+    first = frozen.steps(manifold.space)
     assert manifold.space.graph.nodes[first].name == "conv3"
     digits = replace(digits, train_images=digits.train_images[:64], flips=True, pad=1)
     given = (manifold.space, smoothed, first, digits, asked, torch.device("cpu"))
-    views = fit.frozen_features(*given)
+    views = frozen.features(*given)
     assert len(views) == 3
     program = Program(manifold.space.graph, manifold.space.graph.full)
     x = data.to_float(digits.train_images, digits)
@@ -202,7 +202,7 @@ def test_frozen_features_are_what_the_first_operations_make(tmp_path: Path) -> N
     torch.testing.assert_close(rest, program.run(smoothed, x))
     assert not torch.equal(views[1][name], views[0][name])
     assert not torch.equal(views[2][name], views[1][name])
-    again = fit.frozen_features(*given)
+    again = frozen.features(*given)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(views, again, strict=True))
 
 

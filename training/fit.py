@@ -24,13 +24,13 @@ from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.representation.wrappers import Anchored, Corrected
 from neumeta.sample import seed_of
-from neumeta.sites import made, sites
+from neumeta.sites import sites
 from neumeta.space import Architecture, Space
-from training import regression
+from training import frozen, regression
 from training import state as states
 from training.data import Data, Dataset
 from training.divergence import check_step, check_tensors, gradient_norm
-from training.layout import SoundConvolutions
+from training.layout import SoundConvolutions, channels_last
 from training.recipe import Recipe
 from training.regression import Tensors, initialise, reconstruction
 from training.resolution import resolution, shrunk
@@ -144,45 +144,6 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     return (ends[0], ends[1], drawn)
 
 
-def frozen_steps(space: Space) -> int:
-    """How many leading operations of the network hold no tensor that the representation makes."""
-    morphing = set(made(space.graph))
-    for count, node in enumerate(space.graph.nodes):
-        if morphing & set(node.tensors.values()):
-            return count
-    return len(space.graph.nodes)  # pragma: no cover (something morphs)
-
-
-@torch.no_grad()
-def frozen_features(
-    space: Space, source: Tensors, first: int, data: Dataset, recipe: Recipe, device: torch.device
-) -> list[dict[str, Tensor]]:
-    """What the operations from `first` on read, by name, for each of `feature_views` passes over the
-    training images: (N, ...) float16.
-
-    The first pass is unaugmented, so that one view is the plain training set.
-    """
-    program = Program(space.graph, space.graph.full)
-    laid_out = {name: _laid_out(value) for name, value in source.items()}
-    views = []
-    for view in range(recipe.fit.feature_views):
-        generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"view/{view}"))
-        parts: dict[str, list[Tensor]] = {}
-        starts = range(0, len(data), 100)  # what is at work fits the cache
-        for at in tqdm(starts, desc=f"frozen part, view {view + 1}", mininterval=2):
-            rows = torch.arange(at, min(at + 100, len(data)))
-            x, _ = data.batch(rows, generator, augment=bool(view))
-            for name, value in program.leading(laid_out, _laid_out(x.to(device)), first).items():
-                parts.setdefault(name, []).append(value.half().cpu().contiguous())
-        views.append({name: torch.cat(each) for name, each in parts.items()})
-    return views
-
-
-def _laid_out(value: Tensor) -> Tensor:
-    # Channels-last convolutions are faster on CPUs.
-    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-
-
 @SoundConvolutions()
 def fit(
     manifold: Manifold,
@@ -200,7 +161,7 @@ def fit(
     """Train `manifold.representation` in place by Algorithm 2; it ends with its moving average.
 
     `source` are all tensors of the smoothed source network. State goes to `run/fit.pt` every
-    `save_every` steps and at the end of the time allowed. `views` are what `frozen_features` gives,
+    `save_every` steps and at the end of the time allowed. `views` are what `frozen.features` gives,
     where the caller has them already. Returns whether all steps were done. With
     several processes (torch.distributed initialised) each takes its share of every batch and gradients
     are averaged; the first one's clock decides when the time is up.
@@ -237,10 +198,10 @@ def fit(
         if math.isfinite(error):
             tqdm.write(f"the smoothed weights: relative error {error:.4f}")
 
-    first = frozen_steps(space) if recipe.fit.feature_views else 0
+    first = frozen.steps(space) if recipe.fit.feature_views else 0
     if recipe.fit.feature_views and not views:
         assert isinstance(data, Dataset)
-        views = frozen_features(space, source, first, data, recipe, device)
+        views = frozen.features(space, source, first, data, recipe, device)
     programs: dict[str, Program] = {}
     full = Program(space.graph, space.graph.full)
     taught: Views | None = None
@@ -248,7 +209,7 @@ def fit(
         assert isinstance(data, Dataset)
 
         def teach(x: Tensor) -> Tensor:
-            outputs: Tensor = task.read(full.run(source, _laid_out(x.to(device))))
+            outputs: Tensor = task.read(full.run(source, channels_last(x.to(device))))
             return outputs
 
         taught = Views(data, teach, recipe.fit.teacher_views, recipe.seed, run / "teacher.pt")
@@ -305,7 +266,7 @@ def fit(
         if isinstance(data, Dataset):
             values = {name: value[rank::world] for name, value in values.items()}
             x, y = x[rank::world], y[rank::world]
-        values = {name: _laid_out(value.to(device)) for name, value in values.items()}
+        values = {name: channels_last(value.to(device)) for name, value in values.items()}
         labels = task.targets(x.to(device), y.to(device), data)
         rate = recipe.fit.lr * one_cycle(step, steps, recipe.fit.warm)
         for group in optimiser.param_groups:
@@ -324,7 +285,7 @@ def fit(
             noise, depth_noise = recipe.representation.noise, recipe.fit.depth_noise
             with whole_growth(model):
                 weights = generated(manifold, architecture, noise, generator, depth_noise)
-            laid_out = {name: _laid_out(value) for name, value in weights.items()}
+            laid_out = {name: channels_last(value) for name, value in weights.items()}
             predicted = task.read(programs[architecture.key].run(laid_out, values, first=first))
             is_full = architecture == space.full
             loss = mixed(task, predicted, labels, teacher, recipe.fit.distill_weight)

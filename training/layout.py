@@ -24,6 +24,11 @@ Amount = int | Sequence[int]
 Convolution = Callable[..., Tensor]
 
 
+def channels_last(value: Tensor) -> Tensor:
+    """The same numbers in channels-last layout if there are four dimensions: faster on CPUs."""
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+
 class SoundConvolutions(TorchFunctionMode, ContextDecorator):
     """While it is entered, or in what it decorates, the CPU gets no strided one-pixel convolution.
 

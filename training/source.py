@@ -24,7 +24,7 @@ from training import networks, statistics, weights
 from training import state as states
 from training.data import Data
 from training.divergence import check_step, check_tensors, gradient_norm
-from training.layout import SoundConvolutions
+from training.layout import SoundConvolutions, channels_last
 from training.recipe import BadRecipe, Recipe, refused
 from training.resolution import resolution, shrunk
 from training.task import Task
@@ -140,8 +140,7 @@ def train(
             factor = one_cycle(step, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
-            if x.ndim == 4:
-                x = x.contiguous(memory_format=torch.channels_last)
+            x = channels_last(x)
             if soft is None and callable(teacher):
                 with torch.no_grad():
                     soft = task.read(teacher(x))

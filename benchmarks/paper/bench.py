@@ -22,7 +22,7 @@ from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.sample import sample
 from neumeta.space import Architecture
-from training import data, fit, pipeline, recipe, regression, source
+from training import data, fit, frozen, pipeline, recipe, regression, source
 from training.data import pictures
 from training.data.pictures import Options
 from training.data.tree import read_archive
@@ -119,8 +119,8 @@ class Bench:
     def views(self) -> list[dict[str, Tensor]]:
         """What the frozen part gives for the training images: the same whatever the order."""
         manifold, smoothed = self.prepared(self.asked)
-        self.first = fit.frozen_steps(manifold.space)
-        return fit.frozen_features(
+        self.first = frozen.steps(manifold.space)
+        return frozen.features(
             manifold.space, smoothed, self.first, self.loaded, self.asked, torch.device("cpu")
         )
 
@@ -137,7 +137,7 @@ class Bench:
         if not self._tested:
             held = smoothed or self.prepared(self.asked)[1]
             program = Program(manifold.space.graph, manifold.space.graph.full)
-            self.first = fit.frozen_steps(manifold.space)
+            self.first = frozen.steps(manifold.space)
             for name, images in self.tests().items():
                 parts: dict[str, list[Tensor]] = {}
                 labels = []
