@@ -33,6 +33,7 @@ TABLES: dict[str, variation.Make] = {
     "table4": inr.table4,
     "table5": inr.table5,
     "noise": inr.noise,
+    "main-losses": inr.main_losses,
     "section2": variation.section2,
     "figure2": variation.figure2,
     "figure1": depth.figure1,
