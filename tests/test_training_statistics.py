@@ -107,6 +107,32 @@ def test_kept_statistics_are_those_of_all_images_and_carried_ones_are_near(
     }
 
 
+def test_a_source_that_keeps_its_own_size_keeps_its_own_statistics_there(
+    manifold: tuple[Manifold, data.Dataset],
+) -> None:
+    """They are of more images than are measured here, and its weights were trained with them."""
+    made, colour = replace(manifold[0]), manifold[1]
+    norms = [node for node in made.space.graph.nodes if node.op == "batch_norm"]
+    sizes = {node.name: made.space.graph.shape(node.tensors["mean"], made.space.graph.full)[0]
+             for node in norms}  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    own = {
+        node.tensors[key]: torch.rand(sizes[node.name], generator=generator) + 0.5
+        for node in norms
+        for key in ("mean", "variance")
+    }
+    full = made.space.full.key
+    statistics.calibrate(made, colour, calibration=8, source=own)
+    assert torch.equal(made.statistics.kept[full], manifold[0].statistics.kept[full])
+    made.representation = build("grid", {"anchored": {"reach": 0.1}}, roles(made.space))
+    statistics.calibrate(made, colour, calibration=8, source=own)
+    kept = made.statistics.kept[full].float()
+    for row, key in enumerate(("mean", "variance")):
+        expected = torch.cat([own[node.tensors[key]] for node in norms])
+        torch.testing.assert_close(kept[row], expected, atol=1e-3, rtol=0)  # float16
+    assert len(made.statistics.kept) == len(manifold[0].statistics.kept)
+
+
 def test_images_may_be_noise(manifold: tuple[Manifold, data.Dataset]) -> None:
     made, colour = manifold
     found = statistics.noise_images(colour.shape, 6, 0)

@@ -525,7 +525,9 @@ def run(
         if _rank() > 0:
             return None
         made = joined(asked, loaded, found.graph, checkpoints)
-        return _finish(asked, loaded, made, None, folder, out)
+        full = made.space.full
+        smoothed = statistics.whole(made, full) if full.key in made.statistics.kept else {}
+        return _finish(asked, loaded, made, smoothed, None, folder, out)
     if asked.fit.start:
         manifold, smoothed = begun(asked, loaded, found.graph, checkpoints)
         covered, whole = manifold.space, smoothed
@@ -552,13 +554,14 @@ def run(
     if _rank() > 0:
         return None
     manifold.representation.cpu()
-    return _finish(asked, loaded, manifold, before, folder, out)
+    return _finish(asked, loaded, manifold, smoothed, before, folder, out)
 
 
 def _finish(
     asked: Recipe,
     loaded: data.Data,
     manifold: Manifold,
+    smoothed: dict[str, Tensor],
     before: float | None,
     folder: Path,
     out: Path,
@@ -571,6 +574,7 @@ def _finish(
         calibration=asked.data.calibration,
         images=_images(asked),
         seed=asked.seed,
+        source=None if asked.folded else smoothed,
     )
     rows = evaluate.evaluate(manifold, loaded, asked)
     if before is None:

@@ -5,7 +5,7 @@ Knows no training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from neumeta.manifold import Manifold
 from neumeta.program import Program
+from neumeta.representation import Anchored
 from neumeta.sample import sample_site, seed_of
 from neumeta.sites import sites
 from neumeta.space import Architecture
@@ -207,10 +208,30 @@ def own_images(path: str, data: Data) -> Data:
     )
 
 
+def of_source(manifold: Manifold, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `kept` holds of the source's own batch statistics, where its own size is kept as it is."""
+    if not any(isinstance(module, Anchored) for module in manifold.representation.modules()):
+        return {}
+    graph = manifold.space.graph
+    norms = [node for node in graph.nodes if node.op == "batch_norm"]
+    own = {
+        node.name: (source[node.tensors["mean"]].float(), source[node.tensors["variance"]].float())
+        for node in norms
+    }
+    return {manifold.space.full.key: compact(flatten(own))}
+
+
 def calibrate(
-    manifold: Manifold, data: Data, *, calibration: int, images: str = "training", seed: int = 0
+    manifold: Manifold,
+    data: Data,
+    *,
+    calibration: int,
+    images: str = "training",
+    seed: int = 0,
+    source: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fill `manifold.statistics`: the images it carries, and the exact statistics of the usual sizes.
+    The source's own size, if it is kept as it is, keeps the statistics among the `source`'s tensors.
 
     `images` is 'training', 'noise' or the path of the user's own, whose statistics then are the kept
     ones too. Nothing to do for a graph without batch norm. Raises Diverged if a statistic is not
@@ -237,7 +258,8 @@ def calibrate(
         each.key: compact(exact(manifold, each, x))
         for each in tqdm(usual(manifold), desc="statistics", mininterval=5)
     }
-    manifold.statistics = Statistics(pixels(carried, data), kept)
+    own = of_source(manifold, source) if source else {}
+    manifold.statistics = Statistics(pixels(carried, data), kept | own)
 
 
 def _as_pixels(x: Tensor, data: Data) -> Tensor:
