@@ -6,6 +6,7 @@ Knows no HTTP: who calls brings the questions.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -104,6 +105,7 @@ def choose(
         made: dict[Size, Callable[[], object]] = {}
         times: dict[tuple[Size, float], Latency] = {}
         peaks: dict[Size, list[float]] = {}
+        most = math.inf
 
         def run(size: Size, seconds: float) -> Latency:
             if size not in made:
@@ -120,18 +122,19 @@ def choose(
             for _ in range(2 if seconds == measure.LONGER else 1):
                 taken = memory.peak(runtime, path, shape, threads)
                 peaks.setdefault(size, []).append(taken)
-            most = max(peaks[size])
-            return Latency(most, most)
+            highest = max(peaks[size])
+            return Latency(highest, highest)
 
         if limits.ram is not None:
             by, missed = ("bytes",), measure.too_large
             size, _ = measure.choose(found, limits.ram, held, higher=higher, by=by, missed=missed)
             known = {each: max(taken) for each, taken in peaks.items()}
             expected = measure.fitted(list(known.items()), by)
-            found = [each for each in found if known.get(each, expected(each)) <= limits.ram]
+            most = max(measure.MARGIN * limits.ram, known[size])
+            found = [each for each in found if known.get(each, expected(each)) <= most]
         while limits.ms is not None:
             size, latency = measure.choose(found, limits.ms, run, higher=higher)
-            if limits.ram is None or held(size, measure.SECONDS).high <= limits.ram:
+            if limits.ram is None or held(size, measure.LONGER).high <= most:
                 told = [
                     f"median {latency.median:.3g} ms, 95th percentile {latency.high:.3g} ms of"
                     f" {limits.ms:g} allowed"
