@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 
+# What lowering needs of the extra `executorch`: seconds, where all of it with other backends takes a minute.
+EXECUTORCH := executorch torchao ruamel.yaml ruamel.yaml.clib tabulate
+
 .PHONY: run test lint train clean
 
 $(VENV)/service.done: pyproject.toml constraints.txt
@@ -15,6 +18,7 @@ $(VENV)/service.done: pyproject.toml constraints.txt
 $(VENV)/dev.done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps --no-compile $(EXECUTORCH)
 	touch $@
 
 run: $(VENV)/service.done

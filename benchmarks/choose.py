@@ -1,10 +1,11 @@
 """What `neumeta-pull --max-ms` chooses on this machine, and what that then takes.
 
-    python -m benchmarks.choose [--models FILE] [--runs 1000] [--load N]
+    python -m benchmarks.choose [--models FILE] [--runs 1000] [--load N] [--ram [--processes 20]]
 
 Five limits, spread between what the smallest and the largest size take here (95th percentile). Each
 choice is made anew and then run so often in this process. With --load, N processes are busy meanwhile.
-The last line is one JSON object.
+With --ram the same of `--max-ram`: each choice is run in so many processes, and the most that one took
+counts. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.local import Service, hardware
-from neumeta import measure
+from neumeta import measure, memory
 from neumeta.command import main as neumeta_pull
 
 
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--load", type=int, default=0)
+    parser.add_argument("--ram", action="store_true")
+    parser.add_argument("--processes", type=int, default=20)
     given = parser.parse_args()
     rows = []
     with (
@@ -62,7 +65,13 @@ def main() -> None:
         out = Path(folder) / "net.onnx"
         asked = ["--arch", given.arch, "--url", service.url, "--out", str(out), "--format", "onnx"]
 
+        def peaks() -> list[float]:
+            return sorted(memory.peak("onnx", out, shape, 1) for _ in range(given.processes))
+
         def taken() -> measure.Latency:
+            if given.ram:
+                found = peaks()
+                return measure.Latency(found[len(found) // 2], found[-1])
             run = measure.runner("onnx", out, shape, 1)
             return measure.latency(run, 0.5, least=given.runs, most=given.runs)
 
@@ -72,12 +81,16 @@ def main() -> None:
             ends.append(taken().high)
         low, high = sorted(ends)
         for step in range(5):
-            limit = round(1.1 * low * (1.3 * high / low) ** (step / 4), 3)
+            if given.ram:  # most of what the smallest takes is what the runtime does once
+                limit = int(1.02 * low + step / 4 * (1.1 * high - 1.02 * low))
+            else:
+                limit = round(1.1 * low * (1.3 * high / low) ** (step / 4), 3)
             out.unlink(missing_ok=True)
             began = time.monotonic()
-            code = neumeta_pull([*asked, "--max-ms", str(limit), "--measure"])
+            flag = "--max-ram" if given.ram else "--max-ms"
+            code = neumeta_pull([*asked, flag, str(limit), "--measure"])
             seconds = time.monotonic() - began
-            row: dict[str, object] = {"limit_ms": limit, "exit": code, "seconds": round(seconds, 1)}
+            row: dict[str, object] = {"limit": limit, "exit": code, "seconds": round(seconds, 1)}
             if code == 0:
                 kept = json.loads((Path(folder) / ".net.onnx.choice").read_text())["choice"]
                 plan = httpx.get(
@@ -88,8 +101,8 @@ def main() -> None:
                     "size": plan["architecture"],
                     "score": plan["score"],
                     "macs": plan["macs"],
-                    "median_ms": round(then.median, 3),
-                    "high_ms": round(then.high, 3),
+                    "median": round(then.median, 3),
+                    "high": round(then.high, 3),
                     "within": then.within(limit),
                 }
             rows.append(row)
@@ -98,10 +111,11 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "choose",
-                "runs": given.runs,
+                "of": "bytes of memory" if given.ram else "ms",
+                "runs": given.processes if given.ram else given.runs,
                 "load": given.load,
                 "load_average": round(os.getloadavg()[0], 1),
-                "smallest_largest_ms": [round(each, 3) for each in ends],
+                "smallest_largest": [round(each, 3) for each in ends],
                 "rows": rows,
                 "hardware": hardware(),
             }

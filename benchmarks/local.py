@@ -97,7 +97,8 @@ class Service:
         code: Path | None = None,
     ) -> None:
         command = [sys.executable, "-m", "service.cli", "--models", str(models), "--port", "0"]
-        command += ["--log-level", "warning", *flags]
+        # Nothing sends it requests once it is stopped: without that wait, where it may be said.
+        command += ["--log-level", "warning", *([] if code else ["--drain-seconds", "0"]), *flags]
         environment = {**os.environ, "PYTHONPATH": str(code)} if code else None
         self.process = subprocess.Popen(
             command, cwd=code, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True

@@ -6,13 +6,15 @@ Knows no HTTP: who calls brings the questions.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neumeta import atomic, measure
+from neumeta import atomic, measure, memory
 from neumeta.measure import Latency, Size
 
 GRID = 12
@@ -70,44 +72,82 @@ def remember(record: Path, key: object, choice: Mapping[str, Any]) -> None:
     atomic.write(record, json.dumps({"key": key, "choice": choice}))
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a size may take; None: anything."""
+
+    ms: float | None = None
+    """Milliseconds an image, at the median and the 95th percentile."""
+    ram: int | None = None
+    """Bytes of memory beside what the runtime takes itself."""
+
+
 def choose(
     found: list[Size],
     about: Mapping[str, Any],
-    limit: float,
+    limits: Limits,
     *,
     runtime: str,
     threads: int,
     dtype: str,
     header: Callable[[], Mapping[str, Any]],
     say: Callable[[str], None],
-) -> tuple[Size, Latency]:
-    """The best of these sizes that this device runs within `limit` milliseconds, and its latency.
+) -> Size:
+    """The best of these sizes that this device runs within the limits, of which there is one at least.
 
-    `header` gets what a pulled file of the manifold says of itself. Raises TooSlow.
+    `header` gets what a pulled file of the manifold says of itself. Raises TooMuch and NotMeasured.
     """
-    file_format = "onnx" if runtime == "onnx" else "safetensors"
-    own = header()
-    began, runs = time.monotonic(), 0
+    own, shape, higher = header(), about["input"], about["higher"]
+    began, count, told = time.monotonic(), len(found), []
     with tempfile.TemporaryDirectory(prefix="neumeta-") as folder:
+        path = Path(folder) / "candidate"
+        file_format = "onnx" if runtime == "onnx" else "safetensors"
         made: dict[Size, Callable[[], object]] = {}
+        times: dict[tuple[Size, float], Latency] = {}
+        peaks: dict[Size, list[float]] = {}
+        most = math.inf
 
         def run(size: Size, seconds: float) -> Latency:
-            nonlocal runs
-            runs += 1
             if size not in made:
                 made.clear()
-                path = Path(folder) / f"candidate.{file_format}"
                 path.write_bytes(measure.candidate(own, size, dtype, file_format))
-                made[size] = measure.runner(runtime, path, about["input"], threads)
-            return measure.latency(made[size], seconds)
+                made[size] = measure.runner(runtime, path, shape, threads)
+            if (size, seconds) not in times:
+                times[size, seconds] = measure.latency(made[size], seconds)
+            return times[size, seconds]
 
-        size, latency = measure.choose(found, limit, run, higher=about["higher"])
-    seconds = time.monotonic() - began
-    expected = "" if size.score is None else f", {about['metric']} {size.score:g} expected"
-    how = f"{runtime}, {threads} {'thread' if threads == 1 else 'threads'}"
+        def held(size: Size, seconds: float) -> Latency:
+            # Processes differ by some pages: what one of several took counts.
+            path.write_bytes(measure.candidate(own, size, dtype, file_format))
+            for _ in range(2 if seconds == measure.LONGER else 1):
+                taken = memory.peak(runtime, path, shape, threads)
+                peaks.setdefault(size, []).append(taken)
+            highest = max(peaks[size])
+            return Latency(highest, highest)
+
+        if limits.ram is not None:
+            by, missed = ("bytes",), measure.too_large
+            size, _ = measure.choose(found, limits.ram, held, higher=higher, by=by, missed=missed)
+            known = {each: max(taken) for each, taken in peaks.items()}
+            expected = measure.fitted(list(known.items()), by)
+            most = max(measure.MARGIN * limits.ram, known[size])
+            found = [each for each in found if known.get(each, expected(each)) <= most]
+        while limits.ms is not None:
+            size, latency = measure.choose(found, limits.ms, run, higher=higher)
+            if limits.ram is None or held(size, measure.LONGER).high <= most:
+                told = [
+                    f"median {latency.median:.3g} ms, 95th percentile {latency.high:.3g} ms of"
+                    f" {limits.ms:g} allowed"
+                ]
+                break
+            found.remove(size)
+    if limits.ram is not None:
+        told.append(f"{max(peaks[size]):.0f} bytes of memory of {limits.ram} allowed")
+    runs = len(times) + sum(map(len, peaks.values()))
+    scored = "" if size.score is None else f", {about['metric']} {size.score:g} expected"
     say(
-        f"{' '.join('='.join(pair) for pair in size.asked) or 'the whole network'}{expected}: median"
-        f" {latency.median:.3g} ms, 95th percentile {latency.high:.3g} ms of {limit:g} allowed"
-        f" ({how}; {runs} runs of {len(found)} sizes, {seconds:.1f} s)"
+        f"{' '.join('='.join(pair) for pair in size.asked) or 'the whole network'}{scored}:"
+        f" {', '.join(told)} ({runtime}, {threads} {'thread' if threads == 1 else 'threads'};"
+        f" {runs} runs of {count} sizes, {time.monotonic() - began:.1f} s)"
     )
-    return size, latency
+    return size

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, quote
 
 import httpx
 
-from neumeta import afford, atomic, measure, pull
+from neumeta import afford, atomic, measure, memory, pull
 from neumeta import watch as watching
 from neumeta.notation import BadGraph
 from neumeta.plan import DTYPES
@@ -83,8 +83,15 @@ def main(argv: list[str] | None = None) -> int:
         help="measure here, and pull the best size that takes at most M milliseconds an image",
     )
     parser.add_argument("--max-bytes", type=int, help="pull the best size of at most so many bytes")
-    parser.add_argument("--threads", type=int, default=1, help="with --max-ms (default 1)")
-    parser.add_argument("--runtime", choices=list(measure.RUNTIMES), help="with --max-ms")
+    parser.add_argument(
+        "--max-ram",
+        type=int,
+        metavar="BYTES",
+        help="measure here, and pull the best size that takes at most so much memory to run, beside"
+        " what the runtime takes",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="to measure with (default 1)")
+    parser.add_argument("--runtime", choices=list(measure.RUNTIMES), help="to measure with")
     parser.add_argument(
         "--measure", action="store_true", help="measure again what was measured here before"
     )
@@ -92,11 +99,14 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.on_change and given.watch is None:
         parser.error("--on-change needs --watch")
-    budgeted = given.max_ms is not None or given.max_bytes is not None
+    budgeted = any(each is not None for each in (given.max_ms, given.max_bytes, given.max_ram))
     if budgeted and given.width:
-        parser.error("--width is what --max-ms and --max-bytes choose; give one or the other")
-    if given.threads < 1 or (given.max_bytes is not None and given.max_bytes < 1):
-        parser.error("--threads and --max-bytes: whole numbers of at least 1")
+        parser.error(
+            "--width is what --max-ms, --max-bytes and --max-ram choose; give one or the other"
+        )
+    counts = (given.threads, given.max_bytes, given.max_ram)
+    if any(each is not None and each < 1 for each in counts):
+        parser.error("--threads, --max-bytes and --max-ram: whole numbers of at least 1")
     parameters = {name: value for name in names if (value := getattr(given, name)) is not None}
     if given.extrapolate:
         parameters["extrapolate"] = "true"
@@ -159,22 +169,26 @@ def _positive(text: str) -> float:
 
 
 class _Choice:
-    """The size that --max-ms and --max-bytes ask for, which is chosen again where something changed."""
+    """The size that --max-ms, --max-ram and --max-bytes ask for, which is chosen again where something
+    changed."""
 
     def __init__(self, given: argparse.Namespace, base: dict[str, str]) -> None:
         self.given, self.base, self.again = given, dict(base), given.measure
         self.runtime, self.device = "", []
-        if given.max_ms is not None:
+        self.limits = afford.Limits(given.max_ms, given.max_ram)
+        if self.limits != afford.Limits():
             try:
                 self.runtime = measure.runtime_of(given.runtime or "", base.get("format", ""))
-            except measure.NoRuntime as error:
+                if given.max_ram is not None:
+                    memory.check()
+            except (measure.NoRuntime, memory.NotMeasured) as error:
                 raise pull.PullError(str(error), refused=True) from None
             self.device = measure.device(self.runtime, given.threads)
             if self.runtime == "onnx":
                 self.base["format"] = "onnx"
         self.record = pull.beside(pull.target_of(given.out), "choice")
-        asked = [given.url, given.arch, sorted(self.base.items()), given.max_ms, given.max_bytes]
-        self.key = [*asked, *self.device]
+        asked = [given.url, given.arch, sorted(self.base.items())]
+        self.key = [*asked, given.max_ms, given.max_bytes, given.max_ram, *self.device]
         kept = afford.remembered(self.record, self.key)
         self.etag = str(kept.get("etag", ""))
         self.known = (str(kept.get("arch", given.arch)), dict(kept.get("parameters", self.base)))
@@ -217,20 +231,20 @@ class _Choice:
             raise pull.PullError(f"--max-bytes {most}: the smallest has {least}", refused=True)
 
         try:
-            size, _ = afford.choose(
+            size = afford.choose(
                 fit,
                 about,
-                given.max_ms,
+                self.limits,
                 runtime=self.runtime,
                 threads=given.threads,
                 dtype=self.base.get("dtype", "float32"),
                 header=lambda: asking.header(arch, self.base),
                 say=_tell,
             )
-        except measure.TooSlow as error:
-            raise pull.PullError(f"--max-ms {given.max_ms:g}: {error}", refused=True) from None
-        except (BadGraph, ImportError) as error:
-            raise pull.PullError(f"no candidate can be made: {error}", refused=True) from None
+        except measure.TooMuch as error:
+            raise pull.PullError(str(error), refused=True) from None
+        except (BadGraph, ImportError, memory.NotMeasured) as error:
+            raise pull.PullError(f"no candidate can be measured: {error}", refused=True) from None
         return arch, {**self.base, **dict(size.asked)}
 
 
@@ -266,7 +280,7 @@ class _Asking:
 
     def get(self, path: str, asked: Mapping[str, str]) -> dict[str, Any]:
         """The JSON object there; an empty one where it is refused, and `refusal` says why."""
-        return self._once("GET", quote(path), asked, {})
+        return self._once("GET", quote(path), asked, dict(pull.NO_OLDER))
 
     def post(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The plan of a body. Raises pull.PullError if it is refused."""

@@ -39,8 +39,8 @@ class NoRuntime(RuntimeError):
     """The runtime that candidates are to be run with is not installed."""
 
 
-class TooSlow(RuntimeError):
-    """No size stays within the limit; says by how much the fastest misses it."""
+class TooMuch(RuntimeError):
+    """No size stays within the limit; says by how much the one that is nearest misses it."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,18 @@ def latency(
     return Latency(taken[len(taken) // 2], taken[math.ceil(HIGH * len(taken)) - 1])
 
 
-def fitted(points: Sequence[tuple[Size, float]]) -> Callable[[Size], float]:
-    """Milliseconds of any size: a constant, so much for each multiply-accumulate and, where depths
-    differ, for each block, of least relative error at these points; more never takes less."""
+def fitted(
+    points: Sequence[tuple[Size, float]], by: Sequence[str] = ("macs", "blocks")
+) -> Callable[[Size], float]:
+    """What any size takes: a constant, and so much for each of what it is fitted `by`, such as
+    multiply-accumulates and (where depths differ) blocks, of least relative error at these points;
+    more never takes less."""
     import numpy as np
 
     def row(size: Size, names: Sequence[str]) -> list[float]:
         return [1.0, *(float(getattr(size, name)) for name in names)]
 
-    features = [
-        name for name in ("macs", "blocks") if len({getattr(size, name) for size, _ in points}) > 1
-    ]
+    features = [name for name in by if len({getattr(size, name) for size, _ in points}) > 1]
     while len(features) >= len(points):
         features.pop()
     while True:
@@ -130,18 +131,38 @@ def first(sizes: Sequence[Size]) -> list[Size]:
     return list(dict.fromkeys((rising[0], rising[-1], rising[len(rising) // 2], deep[0], deep[-1])))
 
 
+def too_slow(size: Size, taken: float, limit: float) -> str:
+    """How far the fastest size is from a limit of milliseconds."""
+    return (
+        f"even the fastest size ({size.macs} multiply-accumulates) takes {taken:.3g} ms at the 95th"
+        f" percentile, {taken - limit:.3g} ms more than the {limit:g} allowed"
+    )
+
+
+def too_large(size: Size, taken: float, limit: float) -> str:
+    """How far the size of the least memory is from a limit of bytes."""
+    return (
+        f"even the smallest size ({size.bytes} bytes as a file) takes {taken:.0f} bytes of memory to"
+        f" run, {taken - limit:.0f} more than the {limit:.0f} allowed"
+    )
+
+
 def choose(
     sizes: Sequence[Size],
     limit: float,
     measure: Callable[[Size, float], Latency],
     *,
     higher: bool = True,
+    by: Sequence[str] = ("macs", "blocks"),
+    missed: Callable[[Size, float, float], str] = too_slow,
 ) -> tuple[Size, Latency]:
     """The size of the best expected score (without one, the largest) that stays within `limit`
     milliseconds, and its latency. `measure` runs one for so many seconds.
 
     A few are run and a time is fitted to them; the best that should stay within the limit is run,
-    and run longer before it is taken, until no better one can be expected to. Raises TooSlow.
+    and run longer before it is taken, until no better one can be expected to. What is limited may be
+    another thing, if `measure` gives that, `by` says what it is fitted over, and `missed` how far from
+    a limit the nearest size is. Raises TooMuch.
     """
     sign = 1 if higher else -1
 
@@ -160,8 +181,8 @@ def choose(
     tries = 0
     slack = 1.0  # how much longer it takes when it is run longer, on a device that gets hot
     while True:
-        median = fitted([(size, each.median) for size, each in seen.items()])
-        high = fitted([(size, each.high) for size, each in seen.items()])
+        median = fitted([(size, each.median) for size, each in seen.items()], by)
+        high = fitted([(size, each.high) for size, each in seen.items()], by)
         fastest = min(seen, key=lambda size: slowest(seen[size]))
         hoped = []
         for size in sizes:
@@ -185,11 +206,7 @@ def choose(
             confirmed.add(best)
         else:  # too much of what passed once has failed: the surest is left
             sizes = [size for size in sizes if size in confirmed or size == fastest]
-    taken = slowest(seen[fastest])
-    raise TooSlow(
-        f"even the fastest size ({fastest.macs} multiply-accumulates) takes {taken:.3g} ms at the 95th"
-        f" percentile, {taken - limit:.3g} ms more than the {limit:g} allowed"
-    )
+    raise TooMuch(missed(fastest, slowest(seen[fastest]), limit))
 
 
 def runtime_of(wanted: str, file_format: str) -> str:
@@ -243,6 +260,14 @@ def candidate(about: Mapping[str, Any], size: Size, dtype: str, file_format: str
                 raw = values.astype("<f4" if part.dtype == "float32" else "<f2").tobytes()
         found += [plan.frames.get(part.name, b""), raw]
     return b"".join(found)
+
+
+def ready(runtime: str) -> None:
+    """Have all that a runtime loads before it has seen a network."""
+    importlib.import_module(RUNTIMES[runtime])
+    importlib.import_module("numpy.random")
+    if runtime == "torch":
+        importlib.import_module("neumeta.network")
 
 
 def runner(runtime: str, path: Path, shape: Sequence[int], threads: int) -> Callable[[], object]:

@@ -44,6 +44,8 @@ MOVES = 3
 """Addresses in a row that are gone when they are asked for: manifolds are being replaced."""
 PAST_CACHES = {"Accept-Encoding": "identity", "Cache-Control": "no-cache"}
 """Headers of a question that a shared cache is to pass on."""
+NO_OLDER = {"Cache-Control": "max-age=10"}
+"""Headers of a question that a shared cache may answer as long as the service says, and no longer."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
@@ -358,7 +360,7 @@ class _Transfer:
 
     def _locate(self) -> None:
         """Ask which bytes these are and at which address, unless they are known to be current."""
-        headers = {"Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity", **NO_OLDER}
         if self.good_etag and not (self.size and self.etag):
             headers["If-None-Match"] = f"W/{self.good_etag}"
         there = f"/plan/{quote(self.arch, safe='')}"

@@ -22,6 +22,7 @@ from neumeta.plan import DTYPES, Plan
 from neumeta.representation.mlp import ResidualMLP
 from neumeta.sample import sample
 from neumeta.space import Architecture, BadArchitecture, Space
+from service import latency
 from service.device import chosen, identity
 from service.problem import Problem, refuse
 from service.request import MOST, WeightsRequest
@@ -87,13 +88,14 @@ class Engine:
     ) -> None:
         """Read and verify every file.
 
-        Raises BadCheckpoint naming the tensor or digest, or ValueError for a name served twice, or
-        a device or precision that is not there.
+        Raises BadCheckpoint naming the tensor, digest or table of latencies, or ValueError for a name
+        served twice, or a device or precision that is not there.
         """
         self.device, self.threads = chosen(device, precision), threads
         self.max_samples, self.max_file_bytes = max_samples, max_file_bytes
         self.identity = identity(self.device, threads, precision)
         self.manifolds: dict[str, Manifold] = {}
+        self._latency: dict[str, dict[str, Any] | None] = {}
         for path in files:
             manifold = checkpoint.read(path)
             name = manifold.space.name
@@ -108,6 +110,7 @@ class Engine:
                     if isinstance(part, ResidualMLP):  # wherever wrappers have put it
                         part.lower(torch.bfloat16)
             self.manifolds[name] = manifold
+            self._latency[name] = latency.read(path, name)
             self._try(path, manifold)
         self._measured = {name: _measured(found) for name, found in self.manifolds.items()}
         self._forget()
@@ -142,6 +145,7 @@ class Engine:
     def adopt(self, other: Engine) -> None:
         """Serve what `other` has loaded. A job holds its manifold: those under way are as before."""
         self.manifolds, self._measured = other.manifolds, other._measured
+        self._latency = other._latency
         self._forget()
 
     @property
@@ -342,6 +346,7 @@ class Engine:
             },
             "source": about.get("source", {}),
             "evaluation": about.get("evaluation", []),
+            "latency": self._latency[name],
         }
 
 

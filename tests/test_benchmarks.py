@@ -242,7 +242,10 @@ def test_memory_is_counted_of_a_process_and_of_what_it_started() -> None:
         assert there[0] == running.pid and all(streamed.held(each) > 0 for each in there)
         for process in there[::-1]:
             os.kill(process, signal.SIGKILL)
-    assert [streamed.held(each) for each in there] == [0, 0]
+    end = time.monotonic() + 30  # what a killed process started is still being taken down
+    while any(streamed.held(each) for each in there):
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_a_generated_folder_has_its_classes_in_both_halves(tmp_path: Path) -> None:

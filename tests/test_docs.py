@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -36,6 +37,9 @@ def test_every_shipped_manifold_has_a_card_with_its_own_figures() -> None:
         for row in rows if len(rows) < 20 else rows[:1]:
             figure = f"{row['score']:.2f}".rstrip("0").rstrip(".")
             assert figure in card, f"{path.stem}: {row['width']} has {figure} %"
+        table = json.loads(path.with_suffix(".latency.json").read_text())
+        timed = {(*row["depth"], *row["channels"]) for row in table["rows"]}
+        assert timed >= {(*row["depth"], *row["channels"]) for row in rows}
 
 
 def test_a_device_needs_neither_the_service_nor_the_training_libraries(tmp_path: Path) -> None:

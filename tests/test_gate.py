@@ -42,10 +42,17 @@ def test_only_what_needs_a_gpu_may_be_skipped(tmp_path: Path, cuda: bool) -> Non
         f"torch.cuda.is_available = lambda: {cuda}\n"
         "from tests.conftest import pytest_collection_modifyitems, pytest_runtest_makereport\n"
     )
-    options = ["-p", "no:cacheprovider", "-n", "0", "-rA", "-c", str(ROOT / "pyproject.toml")]
+    options = ["-p", "no:cacheprovider", "-rA", "-c", str(ROOT / "pyproject.toml")]
+    # Without plugins that take seconds to load and have no say in this.
+    options += ["-p", "pytest_timeout", "-o", "addopts=--strict-markers"]
+    plain = {
+        "NEUMETA_NO_SKIPS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "--rootdir", str(tmp_path), str(tmp_path)],
-        env={**os.environ, "NEUMETA_NO_SKIPS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **plain},
         capture_output=True,
         text=True,
         timeout=120,

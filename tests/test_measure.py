@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from neumeta import afford, measure, wire
+from neumeta import afford, measure, memory, onnx, wire
 from neumeta import pull as client
 from neumeta.command import main as neumeta_pull
-from neumeta.measure import LONGER, SECONDS, Latency, Size, TooSlow, choose, fitted, latency
+from neumeta.measure import LONGER, SECONDS, Latency, Size, TooMuch, choose, fitted, latency
 from tests.conftest import lenet
+from training.trace import trace
 
 
 def size(macs: int, score: float | None, blocks: int = 3) -> Size:
@@ -100,7 +104,7 @@ def test_a_device_on_which_everything_slows_down_has_the_fastest_size_or_is_told
         return Latency(taken, taken)
 
     assert choose(SIZES, 8, hot)[0].macs == 10
-    with pytest.raises(TooSlow, match="takes 7.5 ms .* 0.5 ms more than the 7 allowed"):
+    with pytest.raises(TooMuch, match="takes 7.5 ms .* 0.5 ms more than the 7 allowed"):
         choose(SIZES, 7, hot)
 
 
@@ -117,7 +121,7 @@ def test_the_fastest_size_is_better_than_none() -> None:
 
 
 def test_a_limit_that_all_sizes_miss_says_by_how_much() -> None:
-    with pytest.raises(TooSlow, match="takes 2.2 ms .* 1.2 ms more than the 1 allowed"):
+    with pytest.raises(TooMuch, match="takes 2.2 ms .* 1.2 ms more than the 1 allowed"):
         choose(SIZES, 1, timed(lambda size: size.macs / 5))
 
 
@@ -133,7 +137,13 @@ def test_without_a_runtime_it_is_said_what_to_install(
     assert neumeta_pull(asked) == 2
     error = capsys.readouterr().err
     assert "onnxruntime or torch" in error and len(error.splitlines()) == 1
-    for more in (["--max-ms", "0"], ["--width", "0.5"], ["--threads", "0"], ["--max-bytes", "0"]):
+    for more in (
+        ["--max-ms", "0"],
+        ["--width", "0.5"],
+        ["--threads", "0"],
+        ["--max-bytes", "0"],
+        ["--max-ram", "0"],
+    ):
         with pytest.raises(SystemExit):
             neumeta_pull([*asked, *more])
 
@@ -155,6 +165,70 @@ def test_a_candidate_is_a_whole_file_that_its_runtime_runs(
         return
     run = measure.runner(runtime, path, (1, 28, 28), 1)
     assert latency(run, 0.02).median > 0
+
+
+def test_memory_is_bounded_too_and_what_was_expected_to_fit_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    costly: list[int] = []
+    peaks = lambda runtime, path, *rest: (  # noqa: E731
+        1000 + 3 * (count := path.stat().st_size) + 9999 * (count in costly)
+    )
+    monkeypatch.setattr(memory, "peak", peaks)
+    monkeypatch.setattr(measure, "candidate", lambda about, size, *rest: b"x" * size.bytes)
+    monkeypatch.setattr(measure, "runner", lambda runtime, path, *rest: path.stat().st_size)
+    monkeypatch.setattr(measure, "latency", lambda run, seconds: Latency(run / 40, run / 40))
+    told: list[str] = []
+
+    def chosen(ms: float | None, ram: int | None) -> int:
+        about = {"input": [1], "higher": True, "metric": "accuracy"}
+        more = {"runtime": "onnx", "threads": 1, "dtype": "float32"}
+        limits = afford.Limits(ms, ram)
+        size = afford.choose(SIZES, about, limits, header=lambda: {}, say=told.append, **more)
+        return size.macs
+
+    assert chosen(None, 2000) == 70  # 80 takes 1960, which leaves too little
+    assert "1840 bytes of memory of 2000 allowed (onnx, 1 thread;" in told[-1]
+    assert chosen(5, 2000) == 40 and chosen(8.5, 9999) == 80
+    assert "median 8 ms, 95th percentile 8 ms of 8.5 allowed, 1960 bytes of" in told[-1]
+    assert chosen(8.5, 2000) == 70  # 80 leaves too little, whichever limit is looked at first
+    costly.append(4 * 60)
+    assert chosen(6.5, 9999) == 50
+    with pytest.raises(TooMuch, match="takes 1120 bytes of memory to run, 20 more than the 1100"):
+        chosen(9, 1100)
+    with pytest.raises(TooMuch, match="takes 1 ms"):
+        chosen(0.5, 2000)
+
+
+def test_memory_is_what_a_process_of_its_own_grows_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pictures(side: int) -> float:
+        images = torch.zeros(1, 1, side, side)
+        graph, _ = trace(torch.nn.Sequential(torch.nn.Conv2d(1, 16, 3), torch.nn.ReLU()), images)
+        plan = onnx.plan(graph, {}, {"mean": [0.0], "std": [1.0]}, "float32")
+        raw = [bytes(4 * math.prod(shape)) for shape in plan.shapes]
+        parts = (plan.frames[name] + each for name, each in zip(plan.names, raw, strict=True))
+        path.write_bytes(plan.header + b"".join(parts))
+        return memory.peak("onnx", path, (1, side, side), 1)
+
+    path = tmp_path / "net"
+    made = 4 * 16 * 510**2  # by the convolution alone
+    assert made <= pictures(512) - pictures(8) < 8 * made
+    path.write_bytes(b"no network")
+    with pytest.raises(memory.NotMeasured, match="a network could not be run: .*[^\n]*$"):
+        memory.peak("onnx", path, (1, 8, 8), 1)
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    assert memory.peak("onnx", path, (1, 8, 8), 1) == math.inf
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    with pytest.raises(memory.NotMeasured, match="no process to measure memory in"):
+        memory.peak("onnx", path, (1, 8, 8), 1)
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
+    asked = ["--arch", "x", "--max-ram", "8", "--url", "http://127.0.0.1:9", "--out"]
+    assert neumeta_pull([*asked, str(tmp_path / "out")]) == 2
 
 
 def answered(path: str, asked: Mapping[str, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,3 +117,12 @@ def test_the_first_refusal_ends_a_watch_and_a_later_one_does_not(
     monkeypatch.setattr("neumeta.watch.time.sleep", lambda seconds: None)
     assert neumeta_pull(asked) == 130 and rounds == 3
     assert "status 422: width" in capsys.readouterr().err
+
+
+def test_a_clock_that_jumps_changes_nothing_because_the_time_of_day_is_not_read() -> None:
+    read = re.compile(
+        r"time\.(time|time_ns|localtime|gmtime|ctime|strftime)\b|datetime|st_[mac]time"
+    )
+    sources = sorted(Path(str(client.__file__)).parent.rglob("*.py"))
+    assert len(sources) > 20
+    assert [path.name for path in sources if read.search(path.read_text())] == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from neumeta import measure
+from neumeta import measure, memory
 from neumeta import pull as client
 from neumeta.command import main as neumeta_pull
 
@@ -47,11 +47,26 @@ def test_what_was_measured_here_is_pulled_and_measured_again_when_something_chan
     assert pulled("--max-bytes", str(half)) == ""
     client.check_file(out, "lenet", "float32", "safetensors")
     assert half / 2 < out.stat().st_size <= half
+    # So may memory be, which a process of its own tells.
+    small = whole(width="0.25", format="onnx")
+    asked += ["--max-bytes", str(len(small))]  # there is one such size
+    told = pulled("--max-ram", str(10**9))
+    assert "bytes of memory of 1000000000 allowed (onnx, 1 thread; 3 runs of 1 sizes" in told
+    assert out.read_bytes() == small
+    assert pulled("--max-ram", str(10**9)) == ""
+    del asked[-2:]
+    monkeypatch.setattr(memory, "peak", lambda runtime, path, *rest: 9 * path.stat().st_size)
+    most = 9 * half
+    assert "ms of 10000 allowed, " in pulled("--max-ram", str(most), "--max-ms", "10000")
+    client.check_file(out, "lenet", "float32", "onnx")
+    assert half / 2 < out.stat().st_size <= half
     # What cannot be is said in a line, and the file stays.
     before = out.read_bytes()
     for more, why in (
         (("--max-ms", "0.000001"), "more than the 1e-06 allowed"),
         (("--max-bytes", "9"), "max_bytes"),
+        (("--max-ram", "9"), "more than the 9 allowed"),
+        (("--max-ram", "9", "--runtime", "torch", "--format", "onnx"), "not onnx"),
         (("--max-ms", "9", "--max-bytes", "9"), "the smallest has"),
         (("--max-ms", "9", "--depth", "3"), "depth"),
     ):

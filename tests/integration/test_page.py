@@ -124,6 +124,12 @@ def url() -> Iterator[str]:
         yield service.url
 
 
+def runtimes(url: str) -> list[str]:
+    """The axes of the times that were measured."""
+    table = httpx.get(f"{url}/models/resnet20").raise_for_status().json()["latency"]
+    return [f"ms, {name}" for name in table["runtimes"]]
+
+
 def plan(url: str, **asked: object) -> dict[str, Any]:
     answer: dict[str, Any] = httpx.post(f"{url}/plan", json=asked).raise_for_status().json()
     return answer
@@ -153,6 +159,32 @@ def test_sliders_move_the_numbers_and_the_numbers_are_the_plans(browser: Browser
     assert browser.text("#score") == f"{between['score']:.2f} %"
     assert browser.text("#score-of") == "interpolated"
     assert float(browser.find("#here").get_attribute("cx")) > left
+
+    # The same score over what it costs: what was measured, and where.
+    model = httpx.get(f"{url}/models/resnet20").json()
+    table, row = model["latency"], next(row for row in model["evaluation"] if row["width"] == 0.5)
+    (times,) = (each["ms"] for each in table["rows"]
+                if (each["depth"], each["channels"]) == (row["depth"], row["channels"]))  # fmt: skip
+    browser.slide("#width", 0.5)
+    browser.settled()
+    for axis, caption, told in (
+        ("bytes", "Float32 safetensors", f"{row['score']:.2f} %"),
+        (runtimes(url)[0], table["hardware"], f"%, {times[0]:g} ms"),
+        (runtimes(url)[1], table["hardware"], f"%, {times[1]:g} ms"),
+    ):
+        browser.set("#axis", axis)
+        assert caption in browser.text("#caption")
+        assert browser.text("#chart .told").endswith(told)
+        assert len(browser.driver.find_elements("css selector", "circle.dot")) == len(
+            model["evaluation"]
+        )
+    browser.slide("#width", 0.1)  # kept at 0.25 by the slider, and then deeper than was measured
+    browser.slide("#blocks-1", 5)
+    browser.settled()
+    browser.until(lambda: not browser.driver.find_elements("css selector", "#here"))
+    browser.slide("#blocks-1", 3)
+    browser.set("#axis", "width")
+    browser.slide("#width", 0.68)
 
     browser.find("#groups").click()
     browser.slide("#width-3", 0.3)
@@ -218,11 +250,12 @@ def test_the_curl_line_and_the_download_give_the_apis_bytes(
     browser.until(lambda: browser.text("#copy") in ("Copied", "Selected"))
     assert browser.complaints() == []
     if PICTURE:
-        size = {"width": 1100, "height": 830, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": 1100, "height": 870, "deviceScaleFactor": 1, "mobile": False}
         browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.open(url)
         browser.until(lambda: browser.driver.find_elements("css selector", "#here"))
         browser.settled()
+        browser.set("#axis", next(name for name in runtimes(url) if "ONNX" in name))
         browser.driver.save_screenshot(PICTURE)
 
 
@@ -252,6 +285,9 @@ def test_a_token_is_asked_for_and_a_refusal_is_told(browser: Browser, guarded: s
     browser.find("#bearer").send_keys("secret\n")
     browser.until(lambda: browser.find("#controls").is_displayed())
     assert not browser.find("#bearer").is_displayed()
+    options = browser.driver.find_elements("css selector", "#axis option")
+    names = [each.get_attribute("value") for each in options]
+    assert names == ["width", "bytes"]  # nobody measured times of this one
     browser.slide("#width", 1.0)
     browser.until(lambda: browser.find("#problem").is_displayed())
     assert re.fullmatch(r"width: '22\d+ bytes' is not allowed; .*", browser.text("#problem"))
@@ -270,7 +306,7 @@ def test_the_page_is_small_and_lets_nothing_else_run(url: str) -> None:
     got, head = httpx.get(url), httpx.head(url)
     assert got.status_code == head.status_code == 200 and head.content == b""
     assert got.headers["content-type"] == "text/html; charset=utf-8"
-    assert len(got.content) < 20_000
+    assert len(got.content) < 24_000
     assert not re.search(rb"(src|href)=\"?(https?:)?//", got.content)
     policy = got.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy

@@ -24,6 +24,8 @@ import pytest
 from benchmarks.local import Service, free_port
 from neumeta import checkpoint
 from neumeta import pull as client
+from service import cli
+from service.app import BRIEFLY
 from tests.conftest import lenet
 from tests.integration.test_client_faults import command as pulled_by
 from tests.integration.test_client_proxy import Proxy
@@ -60,10 +62,12 @@ def running(port: int, command: list[str], folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def squid(folder: Path) -> Iterator[str]:
-    """Squid as it comes: what it stores and when it asks again is its default policy."""
+def squid(folder: Path, more: str = "") -> Iterator[str]:
+    """Squid as it comes (what it stores and when it asks again is its default policy), or with more in
+    its configuration."""
     port = free_port()
     (folder / "squid.conf").write_text(
+        more + "\n"
         f"http_port 127.0.0.1:{port}\nhttp_access allow all\npid_filename none\n"
         f"access_log stdio:{folder}/access.log\ncache_log {folder}/cache.log\n"
         f"coredump_dir {folder}\nshutdown_lifetime 0 seconds\nvisible_hostname test\n"
@@ -177,8 +181,8 @@ def test_behind_nginx_that_ignores_what_caches_are_told(
         assert httpx.get(address + plan["address"]).headers["x-cache"] == "HIT"
 
 
-def test_a_fleet_behind_nginx_costs_a_request_a_file_and_a_stale_copy_is_found_out(
-    file: Path, folder: Path, tmp_path: Path
+def test_a_fleet_behind_nginx_costs_a_request_a_file_and_stale_copies_are_found_out(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds, each = ({"width": "0.25"}, {"width": "0.5"}, {"format": "onnx"}), 8
     with Service(file) as service:
@@ -198,7 +202,16 @@ def test_a_fleet_behind_nginx_costs_a_request_a_file_and_a_stale_copy_is_found_o
             found = re.findall(r'neumeta_requests_total{route="(\S+)",status="200"} (\S+)', text)
             return {route: int(float(count)) for route, count in found}
 
-        with nginx(folder, server) as address:
+        # For a day, whatever it is told; a plan and its file fit together then as they do now.
+        keeps = "refresh_pattern . 1440 100% 1440 override-expire override-lastmod"
+        with nginx(folder, server) as address, squid(folder, keeps) as proxy:
+
+            def by_squid() -> bytes:
+                with httpx.Client(base_url=service.url, proxy=proxy, timeout=60) as http:
+                    client.pull(
+                        service.url, "lenet", tmp_path / "net", parameters=half, client=http
+                    )
+                return (tmp_path / "net").read_bytes()
 
             def pulled(number: int) -> str:
                 kind, out = kinds[number % len(kinds)], tmp_path / str(number)
@@ -218,6 +231,8 @@ def test_a_fleet_behind_nginx_costs_a_request_a_file_and_a_stale_copy_is_found_o
             out, half = tmp_path / "stale", {"width": "0.5"}
             client.pull(f"{address}/stale", "lenet", out, parameters=half)
             old = out.read_bytes()
+            assert by_squid() == old
+            kept = time.monotonic()
             checkpoint.write(lenet(seed=7), file)
             service.process.send_signal(signal.SIGHUP)
             now = httpx.get(f"{service.url}{PATH}")
@@ -230,6 +245,14 @@ def test_a_fleet_behind_nginx_costs_a_request_a_file_and_a_stale_copy_is_found_o
             assert httpx.get(f"{address}/stale{there}").content == old  # it does serve a stale one
             client.pull(f"{address}/stale", "lenet", out, parameters=half)
             assert out.read_bytes() == now.content != old
+
+            # A plan may be ten seconds old, as the service says itself, and no more.
+            assert client.NO_OLDER == {"Cache-Control": BRIEFLY}
+            time.sleep(max(0.0, kept + 2 - time.monotonic()))  # ages are whole seconds
+            plan = httpx.get(f"{service.url}{PATH.replace('weights', 'plan')}", proxy=proxy).json()
+            assert httpx.get(f"{service.url}{plan['address']}", proxy=proxy).content == old
+            monkeypatch.setattr(client, "NO_OLDER", {"Cache-Control": "max-age=1"})
+            assert by_squid() == now.content
 
 
 def test_behind_a_prefix_and_a_unix_socket_everything_is_found(
@@ -309,7 +332,7 @@ def test_a_unix_socket_is_made_taken_over_and_removed(file: Path, folder: Path) 
 
 @pytest.mark.parametrize("what", ["file", "folder", "no folder", "too long"])
 def test_where_no_socket_can_be_is_one_line_and_stays_as_it_was(
-    file: Path, tmp_path: Path, what: str
+    file: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "taken"
     if what == "file":
@@ -318,8 +341,8 @@ def test_where_no_socket_can_be_is_one_line_and_stays_as_it_was(
         path.mkdir()
     else:
         path = path / "absent" if what == "no folder" else tmp_path / ("x" * 120)
-    started = Socket(file, path)
-    _, error = started.process.communicate(timeout=60)
-    assert started.process.returncode == 2 and len(error.strip().splitlines()) == 1
+    assert cli.serve(["--models", str(file), "--uds", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
     assert str(path) in error and "uds" in error
     assert what != "file" or path.read_text() == "precious"
