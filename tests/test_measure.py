@@ -170,17 +170,26 @@ def test_a_candidate_is_a_whole_file_that_its_runtime_runs(
 def test_memory_is_bounded_too_and_what_was_expected_to_fit_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    costly: list[int] = []
-    peaks = lambda runtime, path, *rest: (  # noqa: E731
-        1000 + 3 * (count := path.stat().st_size) + 9999 * (count in costly)
-    )
-    monkeypatch.setattr(memory, "peak", peaks)
-    monkeypatch.setattr(measure, "candidate", lambda about, size, *rest: b"x" * size.bytes)
+    costly: dict[int, tuple[int, int]] = {}  # of a size: more bytes, from which process on
+    processes: list[int] = []
+
+    def peak(runtime: str, path: Path, *rest: object) -> int:
+        processes.append(count := path.stat().st_size)
+        more, since = costly.get(count, (0, 1))
+        return 1000 + 3 * count + more * (processes.count(count) >= since)
+
+    def candidate(about: object, size: Size, dtype: str, file_format: str) -> bytes:
+        assert (dtype, file_format) == ("float32", "onnx")
+        return b"x" * size.bytes
+
+    monkeypatch.setattr(memory, "peak", peak)
+    monkeypatch.setattr(measure, "candidate", candidate)
     monkeypatch.setattr(measure, "runner", lambda runtime, path, *rest: path.stat().st_size)
     monkeypatch.setattr(measure, "latency", lambda run, seconds: Latency(run / 40, run / 40))
     told: list[str] = []
 
     def chosen(ms: float | None, ram: int | None) -> int:
+        processes.clear()
         about = {"input": [1], "higher": True, "metric": "accuracy"}
         more = {"runtime": "onnx", "threads": 1, "dtype": "float32"}
         limits = afford.Limits(ms, ram)
@@ -188,11 +197,15 @@ def test_memory_is_bounded_too_and_what_was_expected_to_fit_is_measured(
         return size.macs
 
     assert chosen(None, 2000) == 70  # 80 takes 1960, which leaves too little
-    assert "1840 bytes of memory of 2000 allowed (onnx, 1 thread;" in told[-1]
+    assert processes.count(4 * 70) == 3  # the fit begins with 10, 60 and 100
+    assert (told[-1].startswith("width=70, accuracy 67.5 expected: 1840 bytes of memory of 2000 all")
+            and "owed (onnx, 1 thread; 6 runs of 10 sizes," in told[-1])  # fmt: skip
     assert chosen(5, 2000) == 40 and chosen(8.5, 9999) == 80
     assert "median 8 ms, 95th percentile 8 ms of 8.5 allowed, 1960 bytes of" in told[-1]
     assert chosen(8.5, 2000) == 70  # 80 leaves too little, whichever limit is looked at first
-    costly.append(4 * 60)
+    costly[4 * 70] = (200, 3)  # what one process of three takes counts, and warns of the others
+    assert chosen(None, 2000) == 50
+    costly[4 * 60] = (9999, 1)
     assert chosen(6.5, 9999) == 50
     with pytest.raises(TooMuch, match="takes 1120 bytes of memory to run, 20 more than the 1100"):
         chosen(9, 1100)
@@ -235,9 +248,9 @@ def answered(path: str, asked: Mapping[str, str]) -> dict[str, Any]:
     """A service of one manifold with widths and depths."""
     if path == "/models/net":
         rows = [
+            {"width": 1.0, "depth": [9], "score": 60, "extrapolated": True},
             {"width": 0.5, "depth": [3], "score": 70},
             {"width": [1.0, 0.5], "depth": [3], "score": 80},
-            {"width": 1.0, "depth": [9], "score": 60, "extrapolated": True},
         ]
         return {"arch": "net", "width": [0.25, 1.0], "blocks": [1, 5], "evaluation": rows}
     widths = [float(each) for each in asked.get("width", "1").split(",")]
@@ -255,12 +268,15 @@ def test_what_can_be_chosen_is_every_width_and_what_was_scored() -> None:
     asked = [dict(each.asked) for each in found]
     assert len({(each.depth, each.channels) for each in found}) == len(found)
     assert {"width": "1.0,0.5", "depth": "3"} in asked and about["arch"] == "net"
-    assert len(found) >= afford.GRID and not any(each.depth == (9,) for each in found)
+    widths = {each["width"] for each in asked if list(each) == ["width"]}
+    assert widths >= {f"{0.25 + 0.75 * step / 11:.6g}" for step in range(11)}
+    assert not any(each.depth == (9,) for each in found)
     beyond, _ = afford.sizes(answered, "net", {"extrapolate": "true"}, answered("", {}))
     assert any(each.depth == (9,) for each in beyond)
     # A name for a depth, and a depth that was asked for, leave no other.
     named, _ = afford.sizes(answered, "net9", {}, answered("", {"depth": "3"}))
     assert all("depth" not in dict(each.asked) for each in named)
+    assert {"width": "1.0,0.5"} in [dict(each.asked) for each in named]
 
 
 def test_a_choice_is_remembered_for_its_key_alone(tmp_path: Path) -> None:

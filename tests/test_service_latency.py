@@ -62,7 +62,10 @@ def test_a_table_that_is_none_is_refused_in_a_line_that_names_it(
     assert why in told and told.startswith(f"{latency.beside(path)}: ") and "\n" not in told
 
 
-@pytest.mark.parametrize("raw", [b"", b"[", b"\xff\xfe", b"NaN", b"[]"])
+ENDLESS = json.dumps(TABLE).replace("0.5", "Infinity").encode()
+
+
+@pytest.mark.parametrize("raw", [b"", b"[", b"\xff\xfe", b"NaN", b"[]", ENDLESS])
 def test_what_is_no_json_is_refused_too(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "net.safetensors"
     latency.beside(path).write_bytes(raw)

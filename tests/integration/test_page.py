@@ -178,6 +178,9 @@ def test_sliders_move_the_numbers_and_the_numbers_are_the_plans(browser: Browser
         assert len(browser.driver.find_elements("css selector", "circle.dot")) == len(
             model["evaluation"]
         )
+    browser.slide("#width", 0.68)  # between what was measured
+    browser.settled()
+    browser.until(lambda: re.search(r"%, about [\d.]+ ms$", browser.text("#chart .told")))
     browser.slide("#width", 0.1)  # kept at 0.25 by the slider, and then deeper than was measured
     browser.slide("#blocks-1", 5)
     browser.settled()
