@@ -210,6 +210,7 @@ def _sites(
                 distance,
                 growth,
                 narrowest,
+                min(architecture.depth, default=0),
                 name in behind,
             )
         )

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neumeta import checkpoint
+from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold, roles
 from neumeta.representation import Anchored, Corrected, build
 from neumeta.sample import sample
+from neumeta.sites import sites
+from neumeta.space import Space
 from tests.conftest import lenet
+from tests.support.modules import traced
 from training import charts
 
 
@@ -39,21 +43,39 @@ def test_a_size_is_drawn_whole_from_the_first_chart_that_its_narrowest_group_rea
     size = SPACE.architecture(width)
     channels = zip(size.channels, SPACE.full.channels, strict=True)
     part = LARGE if all(2 * mine >= full for mine, full in channels) else SMALL
-    both = charts.joined([LARGE, SMALL], [0.5, 0.25], SPACE)
+    both = charts.joined([LARGE, SMALL], [0.5, 0.25], [0, 0], SPACE)
     expected, found = dict(sample(part, size)), dict(sample(both, size))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_what_is_narrower_than_every_chart_is_drawn_from_the_last() -> None:
-    both = charts.joined([LARGE, SMALL], [0.5, 0.25], SPACE)
+    both = charts.joined([LARGE, SMALL], [0.5, 0.25], [0, 0], SPACE)
     size = SPACE.architecture(0.1, extrapolate=True)
     expected, found = dict(sample(SMALL, size)), dict(sample(both, size))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_a_size_with_a_shallow_stage_is_drawn_from_the_chart_that_is_for_it() -> None:
+    space = Space("deep", traced("resnet")[1], (0.25, 1.0), (1, 4))
+    large, small = (
+        replace(lenet("grid"), space=space, representation=build("grid", {}, roles(space)))
+        for _ in range(2)
+    )
+    for part, value in ((large, 1.0), (small, 2.0)):
+        for parameter in part.representation.parameters():
+            parameter.data.fill_(value)
+    both = charts.joined([large, small], [0.5, 0.25], [3, 0], space)
+    for width, depth, value in ((0.7, 3, 1.0), (0.7, 2, 2.0), (0.3, 3, 2.0), (0.7, 4, 1.0)):
+        depths = [3] * (len(space.depth) - 1) + [depth]
+        size = space.architecture(width, depths)
+        for site in sites(space, size).values():
+            made = both.representation(site, coordinates(site, 64))
+            assert bool((made == value).all())
+
+
 def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> None:
-    both = charts.joined([LARGE, SMALL], [0.5, 0.25], SPACE)
+    both = charts.joined([LARGE, SMALL], [0.5, 0.25], [0, 0], SPACE)
     path = tmp_path / "both.safetensors"
     digest = checkpoint.write(both, path)
     again = checkpoint.read(path)
@@ -65,11 +87,13 @@ def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> Non
 
 
 def test_the_source_is_kept_by_the_charts_that_come_near_it() -> None:
-    held = charts.joined([LARGE, SMALL], [0.5, 0.25], SPACE).representation.parts
+    held = charts.joined([LARGE, SMALL], [0.5, 0.25], [0, 0], SPACE).representation.parts
     assert isinstance(held[0].inner, Anchored) and isinstance(held[1], Corrected)
     assert not isinstance(held[1].inner, Anchored)
     # Sizes of the second chart are half of the source's away or more.
-    held = charts.joined([LARGE, manifold(2, reach=0.6)], [0.5, 0.25], SPACE).representation.parts
+    held = charts.joined(
+        [LARGE, manifold(2, reach=0.6)], [0.5, 0.25], [0, 0], SPACE
+    ).representation.parts
     assert isinstance(held[1].inner, Anchored)
 
 
@@ -82,10 +106,10 @@ def test_the_source_is_kept_by_the_charts_that_come_near_it() -> None:
 )
 def test_manifolds_that_do_not_share_what_they_must_are_refused(other: Manifold, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        charts.joined([LARGE, other], [0.5, 0.25], SPACE)
+        charts.joined([LARGE, other], [0.5, 0.25], [0, 0], SPACE)
 
 
-PART: dict[str, Any] = {"kind": "grid", "options": {}}
+PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
          "network.weights", "'w.th'", "beside charts"),
         ({"charts": [{"file": "a", "least": 0.25}, {"file": "b", "least": 0.5}]}, "charts.least",
          "[0.25, 0.5]", "less than the one before"),
+        ({"charts": [{"file": "a", "least": 0.2, "blocks": 3}]}, "charts.blocks", "3", "fit.blocks"),
         ({"charts": [{"file": "a", "least": 0.9}]}, "charts.least", "0.9", "fit.width"),
         ({"charts": [{"file": "a", "least": 0.2}], "fit": {"start": "m"}}, "fit.start", "'m'",
          "beside charts"),

@@ -16,9 +16,12 @@ from neumeta.representation import Anchored, Charts, Representation
 from neumeta.space import Space
 
 
-def joined(parts: Sequence[Manifold], least: Sequence[float], covered: Space) -> Manifold:
+def joined(
+    parts: Sequence[Manifold], least: Sequence[float], blocks: Sequence[int], covered: Space
+) -> Manifold:
     """One manifold over `covered`: a size is drawn from the first part whose `least` width all of its
-    groups reach, or from the last one. Its statistics are still to be measured.
+    groups and whose `blocks` all of its stages reach, or from the last one. Its statistics are still to
+    be measured.
 
     Raises ValueError if the parts are not of one network, or differ in what they share.
     """
@@ -36,15 +39,17 @@ def joined(parts: Sequence[Manifold], least: Sequence[float], covered: Space) ->
                 here, there = getattr(part, name), getattr(first, name)
                 raise ValueError(f"its {name} is {here}, that of the first chart {there}")
     held = []
-    for part, bound in zip(parts, least, strict=True):
+    for part, bound, few in zip(parts, least, blocks, strict=True):
         options, model = dict(part.options), part.representation
         anchored = options.get("anchored")
-        if part is not first and anchored and anchored["reach"] <= 1 - least[0]:
+        away = min(1 - least[0], _lost(blocks[0], first.space))
+        if part is not first and anchored and anchored["reach"] <= away:
             # The source is never near: what is kept of it is left out.
             del options["anchored"]
             model = _free(model)
-        held.append((model, {"kind": part.kind, "options": options, "least": bound}))
-    charts = Charts([model for model, _ in held], least)
+        told = {"kind": part.kind, "options": options, "least": bound, "blocks": few}
+        held.append((model, told))
+    charts = Charts([model for model, _ in held], least, blocks)
     return replace(
         first,
         space=covered,
@@ -54,6 +59,12 @@ def joined(parts: Sequence[Manifold], least: Sequence[float], covered: Space) ->
         about={"permutation": first.about.get("permutation", {})},
         digest="",
     )
+
+
+def _lost(blocks: int, space: Space) -> float:
+    """How far from the source the first chart's shallowest neighbours are, that it does not take."""
+    shares = [1 - (blocks - 1) / own for own in space.depth if blocks > 1]
+    return min([1.0, *shares])
 
 
 def _free(model: Representation) -> Representation:

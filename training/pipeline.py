@@ -444,7 +444,8 @@ def joined(asked: Recipe, loaded: data.Data, graph: Graph, checkpoints: Path) ->
     parts = [opened(asked, loaded, graph, key, path) for key, path in files.items()]
     least = [chart.least for chart in asked.charts]
     try:
-        made = charts.joined(parts, least, space(asked, graph))
+        blocks = [chart.blocks for chart in asked.charts]
+        made = charts.joined(parts, least, blocks, space(asked, graph))
     except ValueError as error:
         raise BadRecipe(asked.file, [f"charts: {error}"]) from None
     told = [

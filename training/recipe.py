@@ -217,11 +217,12 @@ class FitSection(_Section):
 
 
 class ChartSection(_Section):
-    """One of several manifolds that were trained apart and are put together: its `file`, and the
-    `least` width that all groups of a size have which is drawn from it."""
+    """One of several manifolds that were trained apart and are put together: its `file`, and the sizes
+    that are drawn from it: all groups have the `least` width or more, all stages so many `blocks`."""
 
     file: str
     least: Width
+    blocks: Annotated[int, Field(ge=0)] = 0
 
 
 class EvaluateSection(_Section):
@@ -382,6 +383,9 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if bounds != sorted(set(bounds), reverse=True) or len(bounds) > MOST_CHARTS:
         allowed = f"at most {MOST_CHARTS}, each less than the one before"
         yield refused("charts.least", bounds, allowed)
+    if recipe.charts and recipe.charts[-1].blocks > (fit.blocks or (0, 0))[0]:
+        allowed = "at most the smaller end of fit.blocks in the last chart"
+        yield refused("charts.blocks", recipe.charts[-1].blocks, allowed)
     if recipe.charts and bounds[-1] > fit.width[0]:
         allowed = f"at most the smaller end of fit.width, {fit.width[0]:g}, in the last chart"
         yield refused("charts.least", bounds[-1], allowed)

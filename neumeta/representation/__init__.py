@@ -44,15 +44,17 @@ MOST_CHARTS = 8
 def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> Representation:
     """A new representation; `options` are its own, and by name those of the wrappers around it.
 
-    Of kind 'charts' they are `charts`, a list of {kind, options, least}: what each is built of, and the
-    least width of the sizes that it is for. Raises ValueError for an unknown kind or option.
+    Of kind 'charts' they are `charts`, a list of {kind, options, least, blocks}: what each is built
+    of, and the least width and depth of the sizes that it is for. Raises ValueError for an unknown
+    kind or option.
     """
     if kind == "charts":
         held = options["charts"]
         if not 1 <= len(held) <= MOST_CHARTS or any(each["kind"] == kind for each in held):
             raise ValueError(f"charts: {len(held)}, one within another or more than {MOST_CHARTS}")
         parts = [build(each["kind"], each["options"], roles) for each in held]
-        return Charts(parts, [float(each["least"]) for each in held])
+        least, blocks = ([each[bound] for each in held] for bound in ("least", "blocks"))
+        return Charts(parts, [float(each) for each in least], [int(each) for each in blocks])
     if kind not in KINDS:
         raise ValueError(f"representation: {kind!r} is not one of {sorted(KINDS)}")
     own = {key: value for key, value in options.items() if key not in WRAPPERS}

@@ -16,18 +16,22 @@ from neumeta.representation.grid import Grid
 
 
 class Charts(Representation):
-    """A network is drawn from the first chart whose `least` its narrowest group reaches.
+    """A network is drawn from the first chart whose `least` width its narrowest group reaches, and
+    whose `blocks` its shallowest stage has.
 
     Small and large networks share weights only within a chart, so that neither pulls at the other's.
     Across a border the weights jump, though never within one network. The last chart takes
     what no other reaches. Grids are held in float16.
     """
 
-    def __init__(self, parts: Sequence[Representation], least: Sequence[float]) -> None:
+    def __init__(
+        self, parts: Sequence[Representation], least: Sequence[float], blocks: Sequence[int]
+    ) -> None:
         super().__init__()
-        if not parts or len(parts) != len(least) or list(least) != sorted(set(least), reverse=True):
+        falling = list(least) == sorted(set(least), reverse=True)
+        if not parts or not len(parts) == len(least) == len(blocks) or not falling:
             raise ValueError(f"charts: {list(least)} are not {len(parts)} falling bounds")
-        self.parts, self.least = nn.ModuleList(parts), tuple(least)
+        self.parts, self.least, self.blocks = nn.ModuleList(parts), tuple(least), tuple(blocks)
         for module in self.modules():
             if isinstance(module, Grid):
                 module.half()
@@ -35,7 +39,12 @@ class Charts(Representation):
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         # A width of 0.5 is 8 of 16 channels, and may be 8 of 17.
-        reached = (k for k, least in enumerate(self.least) if site.narrowest >= least - 1e-9)
+        bounds = enumerate(zip(self.least, self.blocks, strict=True))
+        reached = (
+            k
+            for k, (least, blocks) in bounds
+            if site.narrowest >= least - 1e-9 and site.shallowest >= blocks
+        )
         chart = next(reached, len(self.least) - 1)
         made: Tensor = self.parts[chart](site, at)
         return made
