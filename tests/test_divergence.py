@@ -32,7 +32,8 @@ def written(folder: Path, asked: recipe.Recipe) -> Path:
     """The recipe's file."""
     path = folder / "tiny.toml"
     lines = []
-    for name, section in asked.model_dump(mode="json", exclude_none=True).items():
+    values = asked.model_dump(mode="json", exclude_none=True).items()
+    for name, section in sorted(values, key=lambda pair: isinstance(pair[1], dict)):
         held = section if isinstance(section, dict) else {"": section}
         if isinstance(section, dict):
             lines.append(f"[{name}]")
