@@ -147,7 +147,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of each cold request; 0: none")
     asked = parser.parse_args()
     manifold = checkpoint.read(asked.manifold)
-    loaded = sets.load_from(asked.set, asked.data)
+    # Images of any other kind are normalised and moved as the manifold's own were.
+    moves = {key: manifold.about["recipe"]["data"].get(key) for key in ("flips", "pad")}
+    mean, std = list(manifold.contract.mean), list(manifold.contract.std)
+    loaded = sets.load_from(asked.set, asked.data, mean=mean, std=std, **moves)
     if not isinstance(loaded, sets.Dataset):
         raise SystemExit(f"{asked.set}: streamed data cannot be cut to {asked.images} images")
     data = fewer(loaded, asked.images)
