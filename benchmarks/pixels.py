@@ -5,9 +5,9 @@
 The training images at hand are JPEG copies; raw pixels are there of 4,000 of them. A small network
 learns from these pairs what JPEG took away, and restores the other 46,000; a third of those stay as
 they are, so that what is trained on them knows both. RUN/cifar10-pixels.npz holds all 50,000, with the
-raw test images, and RUN/cifar10-raw.npz the 4,000 alone, for batch statistics. The public ResNet-20,
-trained on raw pixels, is then fine-tuned on them, and the mean of its weights before and after (`SHARE`
-of after; WiSE-FT, Wortsman et al. 2022) goes to RUN/anchor.safetensors.
+raw test images. The public ResNet-20, trained on raw pixels, is then fine-tuned on them, and the mean
+of its weights before and after (`SHARE` of after; WiSE-FT, Wortsman et al. 2022) goes to
+RUN/anchor.safetensors.
 Stages whose file is there are not run again. Last line: one JSON object.
 """
 
@@ -157,7 +157,6 @@ def main() -> None:
         every_third = torch.arange(len(made)) % 3 == 0
         made[every_third] = jpeg.train_images[every_third]
         made[rows] = held
-        keep(asked.run / "cifar10-raw.npz", held, jpeg.train_labels[rows], lossless)
         keep(images, made, jpeg.train_labels, lossless)
     with np.load(images) as arrays:
         mixed = replace(lossless, train_images=torch.from_numpy(arrays["train_images"]))

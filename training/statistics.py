@@ -254,12 +254,11 @@ def calibrate(
         features = [moments(manifold, each, x) for each in _few(manifold)]
         carried = x[chosen(torch.cat(features, 1), calibration)]
     x = x[: max(calibration, min(IMAGES, fits))]
-    kept = {
-        each.key: compact(exact(manifold, each, x))
-        for each in tqdm(usual(manifold), desc="statistics", mininterval=5)
-    }
-    own = of_source(manifold, source) if source else {}
-    manifold.statistics = Statistics(pixels(carried, data), kept | own)
+    kept = of_source(manifold, source) if source else {}
+    wanted = [each for each in usual(manifold) if each.key not in kept]
+    for each in tqdm(wanted, desc="statistics", mininterval=5):
+        kept[each.key] = compact(exact(manifold, each, x))
+    manifold.statistics = Statistics(pixels(carried, data), kept)
 
 
 def _as_pixels(x: Tensor, data: Data) -> Tensor:
