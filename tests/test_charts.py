@@ -24,10 +24,12 @@ from training import charts
 
 
 def manifold(seed: int, reach: float = 0.1) -> Manifold:
-    """A manifold of random numbers that float16 holds exactly."""
+    """A manifold of random numbers that eight bits and a unit for each row hold exactly."""
     made = lenet("grid", seed, anchored={"reach": reach}, corrected={})
     for parameter in made.representation.parameters():
-        parameter.data.copy_(parameter.data.half())
+        numbers = (parameter.data.float() * 64).round().clamp(-127, 127)
+        numbers[..., -1, -1] = 127
+        parameter.data.copy_(numbers / 128)
     return replace(made, noise=0.0, samples=1)
 
 
@@ -72,6 +74,29 @@ def test_a_size_with_a_shallow_stage_is_drawn_from_the_chart_that_is_for_it() ->
         for site in sites(space, size).values():
             made = both.representation(site, coordinates(site, 64))
             assert bool((made == value).all())
+
+
+def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
+    torch.manual_seed(0)
+    made = build("grid", {"nodes": 3, "stepped": True}, roles(SPACE))
+    for parameter in made.parameters():
+        parameter.data.normal_()
+    whole = {key: value.clone() for key, value in made.grid.items()}
+    made.compact()
+    for key, value in whole.items():
+        held, matrix = made.grid[key], value.shape[2:].numel() > 1
+        assert held.dtype == (torch.int8 if matrix else torch.float16)
+        most = value.abs().amax((2, 3), keepdim=True) / 127 / 2 if matrix else value.abs() / 2048
+        back = held * made.unit[key] if matrix else held.float()
+        assert bool(((back - value).abs() <= most * 1.001).all())
+    size = SPACE.architecture(0.5)
+    for site in sites(SPACE, size).values():
+        key = site.role.replace(".", "/")
+        expected = (made.grid[key] * made.unit[key]) if key in made.unit else made.grid[key].float()
+        drawn = made(site, coordinates(site, 64))
+        rows, columns = site.rows.count, site.columns.count
+        if site.rows.leading and site.columns.leading:
+            assert torch.equal(drawn[0], expected[0, :rows, :columns])
 
 
 def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> None:

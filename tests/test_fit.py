@@ -118,6 +118,10 @@ def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_
     assert abs(len(deep) - 400 * (1 - 0.1 - 0.5 / 125)) < 62
     assert abs(sum(len(set(depth)) == 1 for depth in deep) - 175) < 50
     assert {n for depth in deep for n in depth} == {1, 2, 3, 4, 5}
+    shallow = asked.changed(fit={"shallow": True})
+    depths = [fit.choose(shallow, covered, generator)[0].depth for _ in range(300)]
+    assert all(min(depth) == 1 for depth in depths)
+    assert {depth.index(1) for depth in depths} == {0, 1, 2} and {5, 3} < {max(d) for d in depths}
 
 
 def test_a_size_that_is_kept_is_not_trained(digits: Dataset) -> None:

@@ -122,6 +122,9 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         depth = blocks() or []
         if uniform() < 0.5:
             depth = [depth[0]] * len(depth)
+    if asked.shallow and space.blocks is not None:
+        depth = depth or list(space.depth)
+        depth[int(torch.randint(len(depth), (), generator=generator))] = space.blocks[0]
     drawn = space.architecture(width, depth)
     if not asked.sandwich:
         return (drawn,)

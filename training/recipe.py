@@ -167,8 +167,9 @@ class FitSection(_Section):
     depth (at full width as often as not), and the largest if `full_weight` counts it. `smallest`: the
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
     group; `per_depth`: the share of random widths that come with a random depth (half of these with
-    the same in all stages), where both morph; the others have the source's. `full_weight`: of the
-    largest in the loss; 0 where the representation keeps the source's own size as it is (anchored).
+    the same in all stages), where both morph; the others have the source's. `shallow`: of every
+    network one stage, drawn at random, has the fewest blocks. `full_weight`: of the largest in the
+    loss; 0 where the representation keeps the source's own size as it is (anchored).
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones), with `distill_weight` of the loss. `depth_noise`: of the borders between
     blocks, in blocks. `warm`: the share of steps in which the learning rate rises; `ema`: of the moving
@@ -203,6 +204,7 @@ class FitSection(_Section):
     smallest: Share = 0.0
     per_group: Share = 0.0
     per_depth: Share = 0.0
+    shallow: bool = False
     full_weight: Weight = 1.0
     reconstruction: Weight = 1.0
     regularisation: Weight = 1e-4
@@ -218,7 +220,8 @@ class FitSection(_Section):
 
 class ChartSection(_Section):
     """One of several manifolds that were trained apart and are put together: its `file`, and the sizes
-    that are drawn from it: all groups have the `least` width or more, all stages so many `blocks`."""
+    that are drawn from it: all groups have the `least` width or more, all stages so many `blocks` or
+    more."""
 
     file: str
     least: Width
@@ -380,8 +383,11 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         allowed = f"it must be left out beside {begun}: the manifold holds the source"
         yield refused(f"network.{key}", network.model_dump()[key], allowed)
     bounds = [chart.least for chart in recipe.charts]
-    if bounds != sorted(set(bounds), reverse=True) or len(bounds) > MOST_CHARTS:
-        allowed = f"at most {MOST_CHARTS}, each less than the one before"
+    both = [(chart.least, chart.blocks) for chart in recipe.charts]
+    if both != sorted(set(both), reverse=True) or len(both) > MOST_CHARTS:
+        allowed = (
+            f"at most {MOST_CHARTS}, each less than the one before, or as much with fewer blocks"
+        )
         yield refused("charts.least", bounds, allowed)
     if recipe.charts and recipe.charts[-1].blocks > (fit.blocks or (0, 0))[0]:
         allowed = "at most the smaller end of fit.blocks in the last chart"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from neumeta.coordinates import Coordinates, Site
 from neumeta.representation.base import Representation
 from neumeta.representation.grid import Grid
+from neumeta.representation.wrappers import Anchored
 
 
 class Charts(Representation):
@@ -21,20 +22,22 @@ class Charts(Representation):
 
     Small and large networks share weights only within a chart, so that neither pulls at the other's.
     Across a border the weights jump, though never within one network. The last chart takes
-    what no other reaches. Grids are held in float16.
+    what no other reaches. Grids are held in eight bits a number, but for the source's own.
     """
 
     def __init__(
         self, parts: Sequence[Representation], least: Sequence[float], blocks: Sequence[int]
     ) -> None:
         super().__init__()
-        falling = list(least) == sorted(set(least), reverse=True)
+        bounds = list(zip(least, blocks, strict=False))
+        falling = bounds == sorted(set(bounds), reverse=True)
         if not parts or not len(parts) == len(least) == len(blocks) or not falling:
             raise ValueError(f"charts: {list(least)} are not {len(parts)} falling bounds")
         self.parts, self.least, self.blocks = nn.ModuleList(parts), tuple(least), tuple(blocks)
+        sources = [module.source for module in self.modules() if isinstance(module, Anchored)]
         for module in self.modules():
-            if isinstance(module, Grid):
-                module.half()
+            if isinstance(module, Grid) and module not in sources:
+                module.compact()
 
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""

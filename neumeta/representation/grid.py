@@ -23,7 +23,7 @@ class Grid(Representation):
 
     def __init__(self, roles: Mapping[str, Site], *, nodes: int = 1, stepped: bool = False) -> None:
         super().__init__()
-        self.stepped, self.grid = stepped, nn.ParameterDict()
+        self.stepped, self.grid, self.unit = stepped, nn.ParameterDict(), nn.ParameterDict()
         for role, site in roles.items():
             depth = (nodes or site.length) if site.length > 1 else 1
             shape = (depth, *self.points(site), math.prod(site.spatial))
@@ -45,18 +45,41 @@ class Grid(Representation):
                 grid[node] = pooled
         return True
 
+    @torch.no_grad()
+    def compact(self) -> None:
+        """From here on hold every number of a matrix in eight bits, in units of its row's largest over
+        127, and vectors in float16. Such a grid is sampled from, not trained."""
+        for key, value in self.grid.items():
+            if key in self.unit:
+                continue
+            if value.shape[2:].numel() == 1:
+                held = value.half()
+            else:
+                unit = value.float().abs().amax((2, 3), keepdim=True).clamp(min=1e-12) / 127
+                held = (value.float() / unit).round().to(torch.int8)
+                self.unit[key] = nn.Parameter(unit, requires_grad=False)
+            self.grid[key] = nn.Parameter(held, requires_grad=False)
+
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
-        return nested(self.at_depth(self.grid[module_key(site.role)], at), site, at)
+        return nested(self.at_depth(site.role, at), site, at)
 
-    def at_depth(self, grid: Tensor, at: Coordinates) -> Float[Tensor, "S O I kk"]:
-        """A role's grid, which may be held in float16, at each sample's l/L."""
-        grid = grid.to(at.layer.dtype)
-        if len(grid) == 1:
-            everywhere: Tensor = grid.expand(len(at.layer), *grid.shape[1:])
-            return everywhere
-        place = at.layer[:, 0] * len(grid) - 0.5
-        return interpolate(grid, place.round() if self.stepped else place, 0)
+    def at_depth(self, role: str, at: Coordinates) -> Float[Tensor, "S A B kk"]:
+        """A role's grid at each sample's l/L."""
+        key, like = module_key(role), at.layer
+        nodes = len(self.grid[key])
+        if nodes == 1:
+            everywhere: Tensor = self._held(key, slice(None), like)
+            return everywhere.expand(len(like), *everywhere.shape[1:])
+        place = like[:, 0] * nodes - 0.5
+        if self.stepped:
+            return self._held(key, place.round().clamp(0, nodes - 1).long(), like)
+        return interpolate(self._held(key, slice(None), like), place, 0)
+
+    def _held(self, key: str, nodes: Tensor | slice, like: Tensor) -> Tensor:
+        """These nodes of a grid as numbers of the dtype of `like`."""
+        held: Tensor = self.grid[key][nodes].to(like.dtype)
+        return held * self.unit[key][nodes].to(like.dtype) if key in self.unit else held
 
 
 def nested(

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neumeta.coordinates import Along, Coordinates, Site, Span
-from neumeta.representation.base import module_key
 from neumeta.representation.grid import Grid, pairs
 
 
@@ -38,7 +37,7 @@ class IntegralGrid(Grid):
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         rows, columns = self.points(site)
-        grid = self.at_depth(self.grid[module_key(site.role)], at)
+        grid = self.at_depth(site.role, at)
         return pairs(
             grid, _point(at.outputs, site.rows, rows), _point(at.inputs, site.columns, columns)
         )

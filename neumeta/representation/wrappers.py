@@ -75,8 +75,7 @@ class Anchored(Representation):
         if share <= 0:
             made: Tensor = self.inner(site, at)
             return made
-        held = self.source.grid[module_key(site.role)]
-        source = nested(self.source.at_depth(held, at), site, at)
+        source = nested(self.source.at_depth(site.role, at), site, at)
         return source if share >= 1 else torch.lerp(self.inner(site, at), source, share)
 
 
