@@ -38,7 +38,7 @@ def test_every_table_is_made_and_a_second_run_measures_nothing(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
     page = (tmp_path / "docs" / "paper.md").read_text()
     setting = Setting(
-        True, None, Path(), ROOT / "models", tmp_path, Results(tmp_path / "docs/paper")
+        True, None, Path(), Path(), ROOT / "models", tmp_path, Results(tmp_path / "docs/paper")
     )
     for name, make in paper.TABLES.items():
         table = make(Bench(setting))

@@ -84,6 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--row", help="this row alone")
     parser.add_argument("--data", type=Path, help="folder of data sets (default $NEUMETA_DATA)")
     parser.add_argument(
+        "--pixels",
+        type=Path,
+        default=Path("runs/pixels"),
+        help="what `python -m benchmarks.pixels --run` made (default runs/pixels)",
+    )
+    parser.add_argument(
         "--checkpoints", type=Path, help="public ones (default DATA/../checkpoints)"
     )
     parser.add_argument("--runs", type=Path, help="default runs/paper, or runs/paper-quick")
@@ -111,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         Setting(
             asked.quick,
             root,
+            asked.pixels,
             asked.checkpoints or (root or Path()).parent / "checkpoints",
             ROOT / "models",
             runs,

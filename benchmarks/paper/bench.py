@@ -44,6 +44,7 @@ class Setting:
 
     quick: bool
     data: Path | None
+    pixels: Path
     checkpoints: Path
     models: Path
     runs: Path
@@ -83,8 +84,8 @@ class Bench:
 
     @cached_property
     def loaded(self) -> data.Dataset:
-        """The images."""
-        found = pipeline.dataset(self.asked, self.setting.data)
+        """The images that are trained on."""
+        found = pipeline.dataset(self.asked, self.setting.pixels)
         assert isinstance(found, data.Dataset)
         return found
 
@@ -130,7 +131,8 @@ class Bench:
             return {"": self.loaded}
         root = self.setting.data
         assert root is not None
-        return {"": raw_tests(self.loaded, root / RAW), "jpeg": self.loaded}
+        jpeg = data.load("cifar10", root)
+        return {"": raw_tests(jpeg, root / RAW), "jpeg": jpeg}
 
     def tested(self, manifold: Manifold, smoothed: Mapping[str, Tensor] | None = None) -> Any:
         """What the frozen part gives for the test images, and their labels, by name."""

@@ -13,8 +13,10 @@ from neumeta import checkpoint
 COLUMNS = (*GAMMAS, "mean")
 SCOPE = (
     "Scope of the paper's code: the hidden width of the last block of ResNet-20 on CIFAR-10,"
-    " trained on 32 to 64 channels. Training images are JPEGs of quality about 75; scores are on"
-    " the 5,000 raw test images that are at hand (those on the JPEG ones are in the JSON file)."
+    " trained on 32 to 64 channels. Training images are those of `benchmarks.pixels`: JPEGs of"
+    " quality about 75, two thirds of them restored by a small network, 4,000 raw ones among them;"
+    " scores are on the 5,000 raw test images that are at hand (those on JPEG ones are in the JSON"
+    " file)."
     " The paper's figure stands in brackets; where it gives one number, beside our mean."
 )
 BUDGET = (

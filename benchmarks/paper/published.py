@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.bench import RAW, Bench, raw_tests
+from benchmarks.paper.bench import Bench
 from benchmarks.paper.table import Row, Rows, Table
 from benchmarks.paper.variation import PUBLIC
 from neumeta.fold import fold
@@ -33,10 +33,8 @@ def section9(bench: Bench) -> Table:
     columns = (*STEPS, *(f"{step}, JPEG" for step in STEPS), "largest change")
 
     def cifar() -> dict[str, data.Dataset]:
-        root = bench.setting.data
-        assert root is not None
-        jpeg = bench.loaded
-        return {"": raw_tests(jpeg, root / RAW), ", JPEG": jpeg}
+        tests = bench.tests()
+        return {"": tests[""], ", JPEG": tests["jpeg"]}
 
     def measure(name: str) -> Row:
         if bench.setting.quick:
