@@ -60,18 +60,21 @@ def test_what_is_narrower_than_every_chart_is_drawn_from_the_last() -> None:
 
 def test_a_size_with_a_shallow_stage_is_drawn_from_the_chart_that_is_for_it() -> None:
     space = Space("deep", traced("resnet")[1], (0.25, 1.0), (1, 4))
-    large, small = (
+    parts = [
         replace(lenet("grid"), space=space, representation=build("grid", {}, roles(space)))
-        for _ in range(2)
-    )
-    for part, value in ((large, 1.0), (small, 2.0)):
+        for _ in range(3)
+    ]
+    for value, part in enumerate(parts):
         for parameter in part.representation.parameters():
             parameter.data.fill_(value)
-    both = charts.joined([large, small], [0.5, 0.25], [3, 0], space)
-    for width, depth, value in ((0.7, 3, 1.0), (0.7, 2, 2.0), (0.3, 3, 2.0), (0.7, 4, 1.0)):
+    both = charts.joined(parts, [0.5, 0.25, 0.25], [3, 2, 0], space)
+    expected = {0: [(0.7, 3), (0.7, 4)], 1: [(0.7, 2), (0.3, 3), (0.3, 2)], 2: [(0.7, 1), (0.3, 1)]}
+    for width, depth, value in (
+        (*size, chart) for chart, sizes in expected.items() for size in sizes
+    ):
         depths = [3] * (len(space.depth) - 1) + [depth]
-        size = space.architecture(width, depths)
-        for site in sites(space, size).values():
+        drawn = sites(space, space.architecture(width, depths))
+        for site in drawn.values():
             made = both.representation(site, coordinates(site, 64))
             assert bool((made == value).all())
 
@@ -143,6 +146,7 @@ PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
         [],
         [PART | {"least": 0.25}, PART | {"least": 0.5}],
         [PART | {"least": 0.5}, PART | {"least": 0.5}],
+        [PART | {"least": 0.5}, PART | {"least": 0.5, "blocks": 1}],
         [{"kind": "charts", "options": {"charts": [PART | {"least": 0.5}]}, "least": 0.5}],
         [PART | {"least": 0.9 - k / 100} for k in range(9)],
     ],

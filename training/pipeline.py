@@ -449,8 +449,13 @@ def joined(asked: Recipe, loaded: data.Data, graph: Graph, checkpoints: Path) ->
     except ValueError as error:
         raise BadRecipe(asked.file, [f"charts: {error}"]) from None
     told = [
-        {"least": bound, "sha256": part.digest, "recipe": part.about.get("recipe", {})}
-        for bound, part in zip(least, parts, strict=True)
+        {
+            "least": chart.least,
+            "blocks": chart.blocks,
+            "sha256": part.digest,
+            "recipe": part.about.get("recipe", {}),
+        }
+        for chart, part in zip(asked.charts, parts, strict=True)
     ]
     contract = replace(made.contract, mean=tuple(loaded.mean), std=tuple(loaded.std))
     return replace(made, contract=contract, about={**made.about, "charts": told})
