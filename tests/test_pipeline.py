@@ -24,7 +24,7 @@ from neumeta.manifold import Manifold
 from neumeta.representation import Expanded
 from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
-from training import cli, data, fit, networks, pipeline, recipe, source
+from training import cli, data, fit, given, networks, pipeline, recipe, source
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -226,7 +226,7 @@ def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: 
         (place / "again.toml").write_text(text)
         asked, digits = recipe.load(str(place / "again.toml")), data.load("digits")
         found = pipeline.check(asked, digits, place, place / "again")
-        return pipeline.begun(asked, digits, found.graph, place)[0]
+        return given.begun(asked, digits, pipeline.space(asked, found.graph), place)[0]
 
     expanded = AGAIN.replace("samples = 1", "samples = 1\nexpanded = {}")
     kept = place / "run" / "manifold.safetensors"

@@ -7,7 +7,6 @@ no flags and prints nothing.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,16 +21,15 @@ from neumeta import atomic, checkpoint
 from neumeta.fold import fold
 from neumeta.graph import Graph
 from neumeta.manifold import Contract, Manifold, roles
-from neumeta.notation import pack
 from neumeta.program import Program
-from neumeta.representation import Expanded, build
+from neumeta.representation import build
 from neumeta.sites import kept
 from neumeta.space import Space
 from training import (
-    charts,
     data,
     evaluate,
     fit,
+    given,
     modules,
     networks,
     order,
@@ -195,9 +193,9 @@ def check(
     if asked.network.weights and not (run / "source.safetensors").exists():
         source.weights_file(asked, checkpoints)
     if asked.fit.start:
-        begun(asked, loaded, found.graph, checkpoints)
+        given.begun(asked, loaded, space(asked, found.graph), checkpoints)
     if asked.charts:
-        joined(asked, loaded, found.graph, checkpoints)
+        given.joined(asked, loaded, space(asked, found.graph), checkpoints)
     return found
 
 
@@ -394,110 +392,6 @@ def prepare(
     return manifold, smoothed
 
 
-def given_files(asked: Recipe, checkpoints: Path) -> dict[str, Path]:
-    """The manifolds that `fit.start` or `charts` name, by key: each beside the recipe, under
-    `checkpoints`, or from here.
-
-    Raises BadRecipe for one that is in none of them.
-    """
-    wanted = {f"charts[{k}].file": chart.file for k, chart in enumerate(asked.charts)}
-    if asked.fit.start:
-        wanted["fit.start"] = asked.fit.start
-    places = [Path(asked.file).parent, checkpoints, Path()]
-    found = {}
-    for key, name in wanted.items():
-        there = [place / name for place in places if (place / name).is_file()]
-        if not there:
-            where = " nor in ".join(str(place.resolve()) for place in places)
-            raise BadRecipe(asked.file, [refused(key, name, f"it is neither in {where}")])
-        found[key] = there[0]
-    return found
-
-
-def opened(asked: Recipe, loaded: data.Data, graph: Graph, key: str, path: Path) -> Manifold:
-    """A manifold that the recipe's `key` names. Raises BadRecipe if the file is none, or of another
-    network or data set."""
-    try:
-        found = checkpoint.read(path)
-    except checkpoint.BadCheckpoint as error:
-        raise BadRecipe(asked.file, [f"{key}: {error}"]) from None
-    problems = []
-    if pack(found.space.graph) != pack(space(asked, graph).graph):
-        allowed = f"{path} is a manifold of another network, or of other axes (fit.morph)"
-        problems.append(refused("network.network", asked.network.network, allowed))
-    if found.contract.classes != tuple(loaded.classes) or found.contract.task != asked.task:
-        allowed = (
-            f"{path} was made for {found.contract.task} of {len(found.contract.classes)} classes"
-        )
-        problems.append(refused("data", loaded.name, allowed))
-    if problems:
-        raise BadRecipe(asked.file, problems)
-    return found
-
-
-def joined(asked: Recipe, loaded: data.Data, graph: Graph, checkpoints: Path) -> Manifold:
-    """The manifolds of `charts` as one.
-
-    Raises BadRecipe if one does not fit this recipe or another.
-    """
-    files = given_files(asked, checkpoints)
-    parts = [opened(asked, loaded, graph, key, path) for key, path in files.items()]
-    least = [chart.least for chart in asked.charts]
-    try:
-        blocks = [chart.blocks for chart in asked.charts]
-        made = charts.joined(parts, least, blocks, space(asked, graph))
-    except ValueError as error:
-        raise BadRecipe(asked.file, [f"charts: {error}"]) from None
-    told = [
-        {
-            "least": chart.least,
-            "blocks": chart.blocks,
-            "sha256": part.digest,
-            "recipe": part.about.get("recipe", {}),
-        }
-        for chart, part in zip(asked.charts, parts, strict=True)
-    ]
-    contract = replace(made.contract, mean=tuple(loaded.mean), std=tuple(loaded.std))
-    return replace(made, contract=contract, about={**made.about, "charts": told})
-
-
-def begun(
-    asked: Recipe, loaded: data.Data, graph: Graph, checkpoints: Path
-) -> tuple[Manifold, dict[str, Tensor]]:
-    """The manifold that `fit.start` names, as this recipe goes on with it, and all tensors of its full
-    size: the source, smoothed. A manifold that is not `expanded` can be: that is nothing at first.
-
-    Raises BadRecipe if the file is none, or of another network, data set or representation.
-    """
-    path = given_files(asked, checkpoints)["fit.start"]
-    before = opened(asked, loaded, graph, "fit.start", path)
-    covered, built = space(asked, graph), asked.representation
-    model = build(built.kind, built.built, roles(covered))
-    try:
-        inner: nn.Module = model
-        if isinstance(model, Expanded) and "expanded" not in before.options:
-            inner = model.inner
-        inner.load_state_dict(before.representation.state_dict())
-    except RuntimeError:
-        now = {"kind": before.kind, **before.options}
-        told = refused("representation", {"kind": built.kind, **built.built}, f"{path} has {now}")
-        raise BadRecipe(asked.file, [told]) from None
-    manifold = replace(
-        before,
-        space=covered,
-        representation=model,
-        kind=built.kind,
-        options=built.built,
-        noise=built.noise,
-        samples=built.samples,
-        scale=built.scale,
-        contract=replace(before.contract, mean=tuple(loaded.mean), std=tuple(loaded.std)),
-        about={"permutation": before.about.get("permutation", {})},
-        digest="",
-    )
-    return manifold, statistics.whole(before, before.space.full)
-
-
 def run(
     asked: Recipe,
     loaded: data.Data,
@@ -517,25 +411,22 @@ def run(
     """
     found = check(asked, loaded, checkpoints, folder, module)
     if _rank() == 0:
-        files = given_files(asked, checkpoints)
-        if files:
-            raw = b"".join(path.read_bytes() for path in files.values())
-            given: str | None = hashlib.sha256(raw).hexdigest()
-        else:
-            given = source.weights_digest(asked, checkpoints, module)
-        begin(asked, loaded, given, folder, resume=resume)
+        weights = given.digest(asked, checkpoints) or source.weights_digest(
+            asked, checkpoints, module
+        )
+        begin(asked, loaded, weights, folder, resume=resume)
     if dist.is_initialized():
         dist.barrier()
     task = TASKS[asked.task]
     if asked.charts:
         if _rank() > 0:
             return None
-        made = joined(asked, loaded, found.graph, checkpoints)
+        made = given.joined(asked, loaded, space(asked, found.graph), checkpoints)
         full = made.space.full
         smoothed = statistics.whole(made, full) if full.key in made.statistics.kept else {}
         return _finish(asked, loaded, made, smoothed, None, folder, out)
     if asked.fit.start:
-        manifold, smoothed = begun(asked, loaded, found.graph, checkpoints)
+        manifold, smoothed = given.begun(asked, loaded, space(asked, found.graph), checkpoints)
         covered, whole = manifold.space, smoothed
         program = Program(covered.graph, covered.graph.full)
         own: source.Run = lambda x: program.run(whole, x)  # noqa: E731

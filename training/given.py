@@ -1,0 +1,131 @@
+"""The manifolds that a recipe goes on from (`fit.start`) or puts together (`charts`).
+
+Knows no training and no run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from neumeta import checkpoint
+from neumeta.manifold import Manifold, roles
+from neumeta.notation import pack
+from neumeta.representation import Expanded, build
+from neumeta.space import Space
+from training import charts, statistics
+from training.data import Data
+from training.recipe import BadRecipe, Recipe, refused
+
+
+def files(asked: Recipe, checkpoints: Path) -> dict[str, Path]:
+    """The manifolds that `fit.start` or `charts` name, by key: each beside the recipe, under
+    `checkpoints`, or from here.
+
+    Raises BadRecipe for one that is in none of them.
+    """
+    wanted = {f"charts[{k}].file": chart.file for k, chart in enumerate(asked.charts)}
+    if asked.fit.start:
+        wanted["fit.start"] = asked.fit.start
+    places = [Path(asked.file).parent, checkpoints, Path()]
+    found = {}
+    for key, name in wanted.items():
+        there = [place / name for place in places if (place / name).is_file()]
+        if not there:
+            where = " nor in ".join(str(place.resolve()) for place in places)
+            raise BadRecipe(asked.file, [refused(key, name, f"it is neither in {where}")])
+        found[key] = there[0]
+    return found
+
+
+def digest(asked: Recipe, checkpoints: Path) -> str | None:
+    """sha256 of all of them, one after the other; None if the recipe names none."""
+    raw = [path.read_bytes() for path in files(asked, checkpoints).values()]
+    return hashlib.sha256(b"".join(raw)).hexdigest() if raw else None
+
+
+def opened(asked: Recipe, loaded: Data, covered: Space, key: str, path: Path) -> Manifold:
+    """A manifold that the recipe's `key` names. Raises BadRecipe if the file is none, or of another
+    network or data set."""
+    try:
+        found = checkpoint.read(path)
+    except checkpoint.BadCheckpoint as error:
+        raise BadRecipe(asked.file, [f"{key}: {error}"]) from None
+    problems = []
+    if pack(found.space.graph) != pack(covered.graph):
+        allowed = f"{path} is a manifold of another network, or of other axes (fit.morph)"
+        problems.append(refused("network.network", asked.network.network, allowed))
+    if found.contract.classes != tuple(loaded.classes) or found.contract.task != asked.task:
+        allowed = (
+            f"{path} was made for {found.contract.task} of {len(found.contract.classes)} classes"
+        )
+        problems.append(refused("data", loaded.name, allowed))
+    if problems:
+        raise BadRecipe(asked.file, problems)
+    return found
+
+
+def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Manifold:
+    """The manifolds of `charts` as one.
+
+    Raises BadRecipe if one does not fit this recipe or another.
+    """
+    found = files(asked, checkpoints)
+    parts = [opened(asked, loaded, covered, key, path) for key, path in found.items()]
+    least = [chart.least for chart in asked.charts]
+    try:
+        blocks = [chart.blocks for chart in asked.charts]
+        made = charts.joined(parts, least, blocks, covered)
+    except ValueError as error:
+        raise BadRecipe(asked.file, [f"charts: {error}"]) from None
+    told = [
+        {
+            "least": chart.least,
+            "blocks": chart.blocks,
+            "sha256": part.digest,
+            "recipe": part.about.get("recipe", {}),
+        }
+        for chart, part in zip(asked.charts, parts, strict=True)
+    ]
+    contract = replace(made.contract, mean=tuple(loaded.mean), std=tuple(loaded.std))
+    return replace(made, contract=contract, about={**made.about, "charts": told})
+
+
+def begun(
+    asked: Recipe, loaded: Data, covered: Space, checkpoints: Path
+) -> tuple[Manifold, dict[str, Tensor]]:
+    """The manifold that `fit.start` names, as this recipe goes on with it, and all tensors of its full
+    size: the source, smoothed. A manifold that is not `expanded` can be: that is nothing at first.
+
+    Raises BadRecipe if the file is none, or of another network, data set or representation.
+    """
+    path = files(asked, checkpoints)["fit.start"]
+    before = opened(asked, loaded, covered, "fit.start", path)
+    built = asked.representation
+    model = build(built.kind, built.built, roles(covered))
+    try:
+        inner: nn.Module = model
+        if isinstance(model, Expanded) and "expanded" not in before.options:
+            inner = model.inner
+        inner.load_state_dict(before.representation.state_dict())
+    except RuntimeError:
+        now = {"kind": before.kind, **before.options}
+        told = refused("representation", {"kind": built.kind, **built.built}, f"{path} has {now}")
+        raise BadRecipe(asked.file, [told]) from None
+    manifold = replace(
+        before,
+        space=covered,
+        representation=model,
+        kind=built.kind,
+        options=built.built,
+        noise=built.noise,
+        samples=built.samples,
+        scale=built.scale,
+        contract=replace(before.contract, mean=tuple(loaded.mean), std=tuple(loaded.std)),
+        about={"permutation": before.about.get("permutation", {})},
+        digest="",
+    )
+    return manifold, statistics.whole(before, before.space.full)
