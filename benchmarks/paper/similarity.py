@@ -115,7 +115,7 @@ def similarity(bench: Bench) -> Table:
     return Table(
         "similarity",
         "linear CKA between networks of different widths",
-        f"The shipped ResNet-20 manifold (whole network), {IMAGES} JPEG test images: how alike what"
+        f"The shipped ResNet-20 manifold (whole network), {IMAGES} raw test images: how alike what"
         " the same layer gives is in two networks, 1 being the same but for rotation and scale; the"
         f" last column is of different layers. The public {APART} shares nothing with the manifold but"
         " the data: it stands for networks that are trained one by one. It is of full width, which"
