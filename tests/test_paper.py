@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import continuous, depth, published, similarity
+from benchmarks.paper import continuous, depth, pictures, published, similarity
 from benchmarks.paper.bench import Bench, Setting
 from benchmarks.paper.table import Results, Table, markdown
-from training import data
-from training.networks import lenet
+from neumeta.fold import fold
+from neumeta.program import Program
+from training import data, source
+from training.networks import lenet, vae
 from training.order import cliques
 from training.trace import trace
 
@@ -47,6 +49,9 @@ def test_every_table_is_made_and_a_second_run_measures_nothing(tmp_path: Path) -
     assert "Not measured yet" not in page and "claim" in page
     for figure in ("figure1", "figure2"):
         assert (tmp_path / "docs" / "figures" / f"paper-{figure}.svg").stat().st_size > 1000
+    for name in ("section8", "generation"):
+        path = tmp_path / "docs" / "figures" / f"paper-{name}.png"
+        assert path.stat().st_size > 1000 and f"](figures/paper-{name}.png)" in page
     # The same training stands for the same rows of several tables.
     rows = [setting.results.read("table1")["mSHP"], setting.results.read("table3")["with residual"]]
     assert rows[0] == rows[1]
@@ -149,3 +154,36 @@ def test_a_network_that_folding_or_a_new_order_changes_is_seen(monkeypatch: Any)
         published, "cliques", lambda g: {axis: sides[:1] for axis, sides in cliques(g).items()}
     )
     assert published.compared(net, graph, tests, 5)["_change"] > 1e-2
+
+
+def test_codes_are_decoded_as_the_networks_own_decoder_does() -> None:
+    torch.manual_seed(0)
+    net = vae(latent=3, width=4, hidden=8).eval()
+    graph, _ = trace(net, torch.zeros(1, 1, 32, 32))
+    weights = fold(graph, source.tensors(net, graph.tensors))
+    codes = torch.randn(5, 3)
+    program = Program(graph.folded, graph.full)
+    assert torch.allclose(pictures.decoded(program, weights, codes), net.decoder(codes), atol=1e-6)
+
+
+def test_the_claim_is_judged_at_the_unseen_size_and_at_half() -> None:
+    judge = pictures.verdict("points", 1.0)
+
+    def told(unseen: float, half: float) -> str:
+        rows = {
+            "the source network": {"γ = 0": 34.0},
+            "individual": {"50 %": 33.0},
+            "slimmable": {"75 % (unseen)": 25.0},
+            "NeuMeta": {"50 %": half, "75 % (unseen)": unseen},
+        }
+        return judge(rows)
+
+    assert told(30.0, 32.5).count("holds") == 2 and "4.00 points below the source" in told(30, 32)
+    assert "unseen 75 % does not hold" in told(24.0, 32.5) and "50 %, holds" in told(24.0, 32.5)
+    assert "unseen 75 % holds" in told(30.0, 31.5) and "50 %, does not hold" in told(30.0, 31.5)
+
+
+def test_a_pixel_without_a_class_is_black_in_a_mask() -> None:
+    found = pictures.coloured(torch.tensor([[0, data.NO_LABEL], [10, 3]]))
+    assert found.shape == (2, 2, 3) and not found[0, 1].any()
+    assert (found[1, 1] * 255).round().tolist() == [128, 64, 128]  # road

@@ -145,6 +145,23 @@ def kernels(shown: dict[str, Any], name: str, path: Path) -> None:
     _save(figure, path)
 
 
+def sheet(rows: dict[str, list[np.ndarray]], path: Path) -> None:
+    """Images (H, W) or (H, W, 3) in 0..1, side by side in rows that are named."""
+    height, width = next(iter(rows.values()))[0].shape[:2]
+    most = max(len(row) for row in rows.values())
+    side = 7.0 / most
+    size = (most * side, len(rows) * side * height / width)
+    figure, panels = plt.subplots(len(rows), most, figsize=size, squeeze=False)
+    figure.subplots_adjust(wspace=0.03, hspace=0.03)
+    for line, (label, images) in zip(panels, rows.items(), strict=True):
+        for axes in line:
+            axes.axis("off")
+        for axes, image in zip(line, images, strict=False):
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        line[0].text(-0.06, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
+    _save(figure, path)
+
+
 def _label(rows: list[dict[str, Any]]) -> str:
     return f"test {rows[0]['metric']}"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.local import hardware
-from benchmarks.paper import continuous, depth, inr, published, similarity, variation
+from benchmarks.paper import continuous, depth, inr, pictures, published, similarity, variation
 from benchmarks.paper.bench import Bench, Late, Setting
 from benchmarks.paper.table import Results, Table, markdown
 from neumeta import atomic
@@ -39,6 +39,8 @@ TABLES: dict[str, variation.Make] = {
     "figure1": depth.figure1,
     "section3": continuous.section3,
     "section7": continuous.section7,
+    "section8": pictures.section8,
+    "generation": pictures.generation,
     "section9": published.section9,
     "similarity": similarity.similarity,
 }

@@ -58,6 +58,7 @@ class Bench:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.first, self._tested = 0, dict[str, tuple[dict[str, Tensor], Tensor]]()
+        self._sources = dict[str, tuple[data.Data, pipeline.Traced]]()
 
     @cached_property
     def asked(self) -> recipe.Recipe:
@@ -103,6 +104,11 @@ class Bench:
     def source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, pipeline.Traced]:
         """The images of another recipe and its source network, trained once and kept as `name`. Its
         weights are looked for among the manifolds that ship, too."""
+        if name not in self._sources:
+            self._sources[name] = self._source(name, asked)
+        return self._sources[name]
+
+    def _source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, pipeline.Traced]:
         folder = self.setting.runs / f"source-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         loaded = pipeline.dataset(asked, self.setting.data)
@@ -206,27 +212,42 @@ class Bench:
             return dict(json.loads(path.read_text()))
         manifold, smoothed = self.prepared(asked)
         goal = regression.targets(manifold, smoothed, self.loaded, asked.seed)
-        began = time.process_time()
-        left = (self.setting.deadline - time.monotonic()) / 60
-        if left <= 0 or not fit.fit(
-            manifold, smoothed, self.loaded, TASK, asked, folder, resume=True, max_minutes=left,
-            views=self.views,
-        ):  # fmt: skip
-            raise Late
-        seconds = time.process_time() - began
-        checkpoint.write(manifold, folder / "manifold.safetensors")
+        self.fit(asked, manifold, smoothed, self.loaded, folder, self.views)
         row = {
             **self.scores(manifold),
             "mean": 0.0,
             "error": round(regression.error(manifold, goal), 4),
             "total variation": round(manifold.about["permutation"]["total_variation"], 2),
-            "parameters, M": round(_held(manifold) / 1e6, 3),
-            "minutes": round(seconds / 60, 2),
+            "parameters, M": round(stored(manifold) / 1e6, 3),
+            "minutes": manifold.about["minutes"],
             "training": digest,
         }
         row["mean"] = round(float(np.mean([row[column] for column in GAMMAS])), 2)
         path.write_text(json.dumps(row))
         return row
+
+    def fit(
+        self,
+        asked: recipe.Recipe,
+        manifold: Manifold,
+        smoothed: Mapping[str, Tensor],
+        loaded: data.Data,
+        folder: Path,
+        views: list[dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Train a manifold in its folder and keep it there, with the minutes of a core that this took.
+
+        Raises Late when the time allowed is up; the next run goes on from there.
+        """
+        began = time.process_time()
+        left = (self.setting.deadline - time.monotonic()) / 60
+        if left <= 0 or not fit.fit(
+            manifold, smoothed, loaded, TASKS[asked.task], asked, folder, resume=True,
+            max_minutes=left, views=views,
+        ):  # fmt: skip
+            raise Late
+        manifold.about["minutes"] = round((time.process_time() - began) / 60, 2)
+        checkpoint.write(manifold, folder / "manifold.safetensors")
 
     def manifold(self, asked: recipe.Recipe) -> Manifold:
         """The trained manifold of this recipe."""
@@ -240,7 +261,7 @@ class Bench:
         return checkpoint.read(path)
 
 
-def _held(manifold: Manifold) -> int:
+def stored(manifold: Manifold) -> int:
     """Numbers that are stored for what morphs."""
     return sum(value.numel() for value in manifold.representation.state_dict().values())
 

@@ -31,7 +31,7 @@ class Table:
     measure: Callable[[str], Row]
     verdict: Callable[[Rows], str]
     theirs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    figure: Callable[[Rows, Path], Path] | None = None
+    figure: Callable[[Rows, Path], Path | None] | None = None
 
 
 class Results:
