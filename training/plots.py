@@ -145,20 +145,25 @@ def kernels(shown: dict[str, Any], name: str, path: Path) -> None:
     _save(figure, path)
 
 
-def sheet(rows: dict[str, list[np.ndarray]], path: Path) -> None:
-    """Images (H, W) or (H, W, 3) in 0..1, side by side in rows that are named."""
-    height, width = next(iter(rows.values()))[0].shape[:2]
-    most = max(len(row) for row in rows.values())
-    side = 7.0 / most
-    size = (most * side, len(rows) * side * height / width)
-    figure, panels = plt.subplots(len(rows), most, figsize=size, squeeze=False)
-    figure.subplots_adjust(wspace=0.03, hspace=0.03)
-    for line, (label, images) in zip(panels, rows.items(), strict=True):
-        for axes in line:
-            axes.axis("off")
-        for axes, image in zip(line, images, strict=False):
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        line[0].text(-0.06, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
+def sheet(rows: dict[str, list[np.ndarray]], path: Path, *, width: float = 7.0) -> None:
+    """Images of one size, (H, W, 1 or 3) in 0..1, side by side in rows that are named; `width` in
+    inches."""
+    tiles = list(rows.values())
+    high, wide, _ = tiles[0][0].shape
+    gap = max(1, high // 24)
+    most = max(len(row) for row in tiles)
+    shape = (len(tiles) * (high + gap) - gap, most * (wide + gap) - gap, 3)
+    canvas = np.ones(shape)
+    for index, line in enumerate(tiles):
+        for place, image in enumerate(line):
+            down, across = index * (high + gap), place * (wide + gap)
+            canvas[down : down + high, across : across + wide] = image
+    figure, axes = plt.subplots(figsize=(width, width * shape[0] / shape[1]))
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_yticks([index * (high + gap) + high / 2 for index in range(len(tiles))], list(rows))
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     _save(figure, path)
 
 
