@@ -50,11 +50,11 @@ class Subject:
     """One network of which four sizes are made, each by training what of its widths morphs.
 
     `asked` is its recipe with the scope and the budget of every row, as NeuMeta is trained; its source
-    is kept as `source`. Of the test images every so-manyth is scored.
+    is kept as `name`. Of the test images every so-manyth is scored.
     """
 
     bench: Bench
-    source: str
+    name: str
     asked: recipe.Recipe
     every: int = 1
 
@@ -65,7 +65,7 @@ class Subject:
     @cached_property
     def given(self) -> tuple[Dataset, pipeline.Traced]:
         """The images, and the source network."""
-        loaded, own = self.bench.source(self.source, self.asked)
+        loaded, own = self.bench.source(self.name, self.asked)
         assert isinstance(loaded, Dataset)
         return loaded, own
 
@@ -373,10 +373,15 @@ def tiny(bench: Bench, asked: recipe.Recipe) -> recipe.Recipe:
         for label, row, column in zip(labels, *draw.integers(0, 20, (2, 24)), strict=True):
             label[row : row + 10, column : column + 10] = 1
         images = 60 + 120 * labels + draw.integers(0, 40, labels.shape, np.uint8)
-        split = {"train": slice(16), "test": slice(16, None)}
+        first = 16  # are for training
         with atomic.writing(path) as file:
-            np.savez(file, **{f"{k}_images": images[s] for k, s in split.items()},
-                     **{f"{k}_labels": labels[s] for k, s in split.items()})  # fmt: skip
+            np.savez(
+                file,
+                train_images=images[:first],
+                train_labels=labels[:first],
+                test_images=images[first:],
+                test_labels=labels[first:],
+            )
     plain = {"path": str(path.resolve()), "name": "", "size": None, "classes": None, "ignore": None}
     return asked.changed(
         data=plain,
