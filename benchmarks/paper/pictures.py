@@ -41,6 +41,8 @@ COLOURS = (
 )  # fmt: skip
 """CamVid's own colours of its eleven classes; what has no class is black."""
 
+SQUARES = "squares.npz"
+
 Changes = Mapping[str, Any]
 Image = np.ndarray
 
@@ -60,11 +62,13 @@ class Subject:
 
     def __post_init__(self) -> None:
         if self.bench.setting.quick:
-            self.asked, self.every = tiny(self.bench, self.asked), 1
+            self.asked, self.every = tiny(self.asked, self.bench.setting.runs / SQUARES), 1
 
     @cached_property
     def given(self) -> tuple[Dataset, pipeline.Traced]:
         """The images, and the source network."""
+        if self.bench.setting.quick:
+            squares(self.bench.setting.runs / SQUARES)
         loaded, own = self.bench.source(self.name, self.asked)
         assert isinstance(loaded, Dataset)
         return loaded, own
@@ -364,28 +368,30 @@ def _pixels(image: Tensor) -> Image:
     return array
 
 
-def tiny(bench: Bench, asked: recipe.Recipe) -> recipe.Recipe:
-    """The same on a few grey squares and their masks, in a few steps."""
-    path = bench.setting.runs / "squares.npz"
-    if not path.exists():
-        draw = np.random.default_rng(0)
-        labels = np.zeros((24, 32, 32), np.uint8)
-        for label, row, column in zip(labels, *draw.integers(0, 20, (2, 24)), strict=True):
-            label[row : row + 10, column : column + 10] = 1
-        images = 60 + 120 * labels + draw.integers(0, 40, labels.shape, np.uint8)
-        first = 16  # are for training
-        with atomic.writing(path) as file:
-            np.savez(
-                file,
-                train_images=images[:first],
-                train_labels=labels[:first],
-                test_images=images[first:],
-                test_labels=labels[first:],
-            )
-    plain = {"path": str(path.resolve()), "name": "", "size": None, "classes": None, "ignore": None}
+def tiny(asked: recipe.Recipe, images: Path) -> recipe.Recipe:
+    """The same on these few images, in a few steps."""
+    plain = {"path": str(images.resolve()), "name": "", "size": None, "classes": None}
     return asked.changed(
-        data=plain,
+        data={**plain, "ignore": None},
         network={"weights": "", "train": {"epochs": 1, "lr": 1e-3, "batch": 8}},
         order={"strategy": "none"},
         fit={"epochs": 1, "batch": 8},
     )
+
+
+def squares(path: Path) -> None:
+    """Keep 24 images of a bright square each, and their masks."""
+    draw = np.random.default_rng(0)
+    labels = np.zeros((24, 32, 32), np.uint8)
+    for label, row, column in zip(labels, *draw.integers(0, 20, (2, 24)), strict=True):
+        label[row : row + 10, column : column + 10] = 1
+    images = 60 + 120 * labels + draw.integers(0, 40, labels.shape, np.uint8)
+    first = 16  # are for training
+    with atomic.writing(path) as file:
+        np.savez(
+            file,
+            train_images=images[:first],
+            train_labels=labels[:first],
+            test_images=images[first:],
+            test_labels=labels[first:],
+        )
