@@ -206,7 +206,7 @@ def _holds(claim: bool) -> str:
 def section8(bench: Bench) -> Table:
     """Segmentation: a U-Net on CamVid."""
     asked = recipe.load("camvid-unet").changed(
-        representation={**CONTINUOUS, "noise": 0.5, "samples": 8},
+        representation={**CONTINUOUS, "options": {"density": 0.5}, "noise": 0.5, "samples": 8},
         fit={
             **BUDGET, "morph": list(UNET), "per_group": 0.0, "optimiser": "adamw", "lr": 1e-3,
             "weight_decay": 1e-4, "clip": 10.0, "ema": 0.99, "distill_weight": 0.8, "epochs": 20,
@@ -222,9 +222,9 @@ def section8(bench: Bench) -> Table:
         "section8",
         "segmentation, mean IoU",
         "A small U-Net on CamVid (64 x 48 pixels, 11 classes, all 233 test images; recipe camvid-unet);"
-        " the paper's figures, in brackets, are of another network on VOC2012. Scope: the hidden widths"
-        f" of the two lowest levels ({', '.join(UNET)}); the rest of the network is the frozen source."
-        " At a quarter of these widths the whole network has 119 thousand parameters of 482. "
+        " the paper's figures, in brackets, are of another network on VOC2012. Scope: five widths of"
+        f" the three lower levels that no concatenation reads ({', '.join(UNET)}); the rest is the"
+        " frozen source. At a quarter of these widths the whole network has 119 thousand parameters of 482. "
         + _how(asked),
         Subject(bench, "unet", asked),
         masks,
@@ -236,7 +236,8 @@ def section8(bench: Bench) -> Table:
 def generation(bench: Bench) -> Table:
     """Generation: a VAE on MNIST."""
     asked = recipe.load("mnist-vae").changed(
-        representation={**CONTINUOUS, "noise": 0.0, "samples": 1},
+        # Noise costs it more than it gives: 600 steps with noise end 18 nats lower at 50 %.
+        representation={**CONTINUOUS, "options": {"density": 0.4}},
         fit={**BUDGET, "morph": list(VAE), "distill_weight": 0.5, "lr": 3e-3, "epochs": 2},
     )
     return _table(
@@ -257,7 +258,7 @@ def generation(bench: Bench) -> Table:
 
 UNET = ("down.2.0", "down.3.0", "down.3.3", "merge.0.0", "merge.1.0")
 VAE = ("*.lin1", "*.lin2")
-CONTINUOUS: Changes = {"kind": "integral", "options": {"density": 0.5}, "corrected": None}
+CONTINUOUS: Changes = {"kind": "integral", "corrected": None}
 """Weights as functions of the channel's place: what is nested cannot make a size smaller than any that
 it was trained at."""
 BUDGET: Changes = {
