@@ -224,8 +224,8 @@ def section8(bench: Bench) -> Table:
         "A small U-Net on CamVid (64 x 48 pixels, 11 classes, all 233 test images; recipe camvid-unet);"
         " the paper's figures, in brackets, are of another network on VOC2012. Scope: five widths of"
         f" the three lower levels that no concatenation reads ({', '.join(UNET)}); the rest is the"
-        " frozen source. At a quarter of these widths the whole network has 119 thousand parameters of 482. "
-        + _how(asked),
+        " frozen source. At a quarter of these widths the whole network has 119 thousand parameters of"
+        " 482. " + _how(asked),
         Subject(bench, "unet", asked),
         masks,
         verdict("points", 1.0),
