@@ -178,9 +178,9 @@ def test_the_claim_is_judged_at_the_unseen_size_and_at_half() -> None:
         }
         return judge(rows)
 
-    assert told(30.0, 32.5).count("holds") == 2 and "4.00 points below the source" in told(30, 32)
-    assert "unseen 75 % does not hold" in told(24.0, 32.5) and "50 %, holds" in told(24.0, 32.5)
-    assert "unseen 75 % holds" in told(30.0, 31.5) and "50 %, does not hold" in told(30.0, 31.5)
+    assert "30.00 against 25.00 points, 4.00 below the source" in told(30.0, 32.5)
+    assert "unseen 75 % holds" in told(30.0, 31.5) and "50 % does not hold" in told(30.0, 31.5)
+    assert "unseen 75 % does not hold" in told(24.0, 32.5) and "50 % holds" in told(24.0, 32.5)
 
 
 def test_a_pixel_without_a_class_is_black_in_a_mask() -> None:

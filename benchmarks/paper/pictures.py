@@ -189,11 +189,10 @@ def verdict(unit: str, level: float) -> Callable[[Rows], str]:
         ahead, even = ours > theirs, half > one - level
         drop = rows[SOURCE][FULL] - ours
         return (
-            f"That NeuMeta is ahead of slimmable at the unseen 75 % {_holds(ahead)} here ({ours:.2f}"
-            f" against {theirs:.2f} {unit}; the claim's other half, that it is level with individual"
-            f" networks at 50 %, {_holds(even)}: {half:.2f} against {one:.2f}, where less than"
-            f" {level:g} counts as level). At 75 % it is {abs(drop):.2f} {unit}"
-            f" {'below' if drop > 0 else 'above'} the source."
+            f"That NeuMeta is ahead of slimmable at the unseen 75 % {_holds(ahead)} here: {ours:.2f}"
+            f" against {theirs:.2f} {unit}, {abs(drop):.2f} {'below' if drop > 0 else 'above'} the"
+            f" source. That it is level with individual networks at 50 % {_holds(even)}: {half:.2f}"
+            f" against {one:.2f} (less than {level:g} below counts as level)."
         )
 
     return judged
