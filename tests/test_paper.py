@@ -156,6 +156,18 @@ def test_a_network_that_folding_or_a_new_order_changes_is_seen(monkeypatch: Any)
     assert published.compared(net, graph, tests, 5)["_change"] > 1e-2
 
 
+@pytest.mark.parametrize("picture", [pictures.masks, pictures.samples])
+def test_the_networks_of_a_picture_may_be_trained_when_it_is_drawn(picture: Any) -> None:
+    class Subject:
+        tests = data.load("digits")
+
+        def networks(self) -> dict[str, Any]:
+            assert torch.is_grad_enabled()
+            return {}
+
+    assert all(label in ("image", "true mask") for label in picture(Subject()))
+
+
 def test_codes_are_decoded_as_the_networks_own_decoder_does() -> None:
     torch.manual_seed(0)
     net = vae(latent=3, width=4, hidden=8).eval()

@@ -317,7 +317,6 @@ def _table(
     )
 
 
-@torch.no_grad()
 def masks(subject: Subject) -> dict[str, list[Image]]:
     """Test images, their masks, and those of the networks of every size, by row of the figure."""
     tests = subject.tests
@@ -329,19 +328,21 @@ def masks(subject: Subject) -> dict[str, list[Image]]:
         "true mask": [coloured(each) for each in truth],
     }
     for label, (program, weights) in subject.networks().items():
-        logits = TASKS[subject.asked.task].read(program.run(weights, x))
+        with torch.no_grad():  # not around `networks`, which may train
+            logits = TASKS[subject.asked.task].read(program.run(weights, x))
         found[label] = [coloured(each) for each in logits.argmax(1)]
     return found
 
 
-@torch.no_grad()
 def samples(subject: Subject) -> dict[str, list[Image]]:
     """What the decoders of every size make of the same latent codes, by row of the figure."""
     found = {}
     for label, (program, weights) in subject.networks().items():
         latent = weights["decoder.lin1.weight"].shape[1]
         drawn = torch.randn(2 * SHOWN, latent, generator=torch.Generator().manual_seed(0))
-        found[label] = [_pixels(each) for each in decoded(program, weights, drawn)]
+        with torch.no_grad():  # not around `networks`, which may train
+            made = decoded(program, weights, drawn)
+        found[label] = [_pixels(each) for each in made]
     return found
 
 
