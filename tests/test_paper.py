@@ -19,7 +19,7 @@ from benchmarks.paper.bench import Bench, Setting
 from benchmarks.paper.table import Results, Table, markdown
 from neumeta.fold import fold
 from neumeta.program import Program
-from training import data, source
+from training import data, recipe, source
 from training.networks import lenet, vae
 from training.order import cliques
 from training.trace import trace
@@ -193,6 +193,16 @@ def test_the_claim_is_judged_at_the_unseen_size_and_at_half() -> None:
     assert "30.00 against 25.00 points, 4.00 below the source" in told(30.0, 32.5)
     assert "unseen 75 % holds" in told(30.0, 31.5) and "50 % does not hold" in told(30.0, 31.5)
     assert "unseen 75 % does not hold" in told(24.0, 32.5) and "50 % holds" in told(24.0, 32.5)
+
+
+def test_only_an_individual_network_is_trained_at_the_unseen_size() -> None:
+    asked = recipe.load("camvid-unet")
+    neumeta = asked.changed(fit=pictures.BUDGET).fit
+    slimmable = asked.changed(**pictures.nested(pictures.TRAINED)).fit
+    alone = asked.changed(**pictures.nested((0.25,))).fit
+    assert neumeta.width == slimmable.width == (0.5, 1.0) and not neumeta.widths
+    assert slimmable.widths == (1.0, 0.75, 0.5) and slimmable.smallest == 0
+    assert alone.widths == (0.25,) and alone.width == (0.25, 1.0)
 
 
 def test_a_pixel_without_a_class_is_black_in_a_mask() -> None:
