@@ -422,14 +422,15 @@ def test_a_depth_that_cannot_be_is_refused(depth: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_loads_within_a_blink(tmp_path: Path) -> None:
-    """The processor's own time: 10 ms for a ResNet-20 where this was written, of a bound of 60."""
+    """The thread's own processor time, whatever other tests left running: 10 ms for a ResNet-20 where
+    this was written, of a bound of 60."""
     graph, _ = trace(networks.resnet_cifar(), torch.zeros(1, 3, 32, 32))
     written(tmp_path / "n", graph)
     taken = []
     for _ in range(5):
-        start = time.process_time()
+        start = time.thread_time()
         network.load(tmp_path / "n")
-        taken.append(time.process_time() - start)
+        taken.append(time.thread_time() - start)
     assert min(taken) < 0.06
 
 
