@@ -183,7 +183,7 @@ def check(
         # A network that is given stays as it is: a copy is trained.
         own = network(asked, loaded) if module is None else copy.deepcopy(module)
         found = traced(asked, loaded, own)
-        space(asked, found.graph)
+        covered = space(asked, found.graph)
         _check_resolutions(asked, loaded, found)
     except BadRecipe as error:
         told = str(error).splitlines()
@@ -193,9 +193,9 @@ def check(
     if asked.network.weights and not (run / "source.safetensors").exists():
         source.weights_file(asked, checkpoints)
     if asked.fit.start:
-        given.begun(asked, loaded, space(asked, found.graph), checkpoints)
+        given.begun(asked, loaded, covered, checkpoints)
     if asked.charts:
-        given.joined(asked, loaded, space(asked, found.graph), checkpoints)
+        given.joined(asked, loaded, covered, checkpoints)
     return found
 
 

@@ -17,20 +17,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.table import Results, Row
+from benchmarks.reach import raw
 from neumeta import checkpoint
 from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.sample import sample
 from neumeta.space import Architecture
 from training import data, fit, frozen, pipeline, recipe, regression, source
-from training.data import pictures
-from training.data.pictures import Options
-from training.data.tree import read_archive
 from training.task import TASKS, Task
 
 GAMMAS = {"γ = 0": 1.0, "25 %": 0.75, "50 %": 0.5, "75 % (unseen)": 0.25}
 """Compression of the hidden width of the last block, as a share of its channels that is left."""
-RAW = "cifar10-raw-test-even.tar.xz"
 TASK: Task = TASKS["classification"]
 
 
@@ -131,6 +128,7 @@ class Bench:
             manifold.space, smoothed, self.first, self.loaded, self.asked, torch.device("cpu")
         )
 
+    @cached_property
     def tests(self) -> dict[str, data.Dataset]:
         """The test images by name: raw pixels first, where there are any."""
         if self.setting.quick:
@@ -138,7 +136,7 @@ class Bench:
         root = self.setting.data
         assert root is not None
         jpeg = data.load("cifar10", root)
-        return {"": raw_tests(jpeg, root / RAW), "jpeg": jpeg}
+        return {"": raw(jpeg, root), "jpeg": jpeg}
 
     def tested(self, manifold: Manifold, smoothed: Mapping[str, Tensor] | None = None) -> Any:
         """What the frozen part gives for the test images, and their labels, by name."""
@@ -146,7 +144,7 @@ class Bench:
             held = smoothed or self.prepared(self.asked)[1]
             program = Program(manifold.space.graph, manifold.space.graph.full)
             self.first = frozen.steps(manifold.space)
-            for name, images in self.tests().items():
+            for name, images in self.tests.items():
                 parts: dict[str, list[Tensor]] = {}
                 labels = []
                 with torch.no_grad():
@@ -186,7 +184,7 @@ class Bench:
 
     def source_scores(self) -> Row:
         """Of the source network itself."""
-        tests = self.tests()
+        tests = self.tests
         return {
             f"{next(iter(GAMMAS))}{' (JPEG)' if name else ''}": round(
                 source.score(self.traced.module, images, TASK), 2
@@ -264,20 +262,3 @@ class Bench:
 def stored(manifold: Manifold) -> int:
     """Numbers that are stored for what morphs."""
     return sum(value.numel() for value in manifold.representation.state_dict().values())
-
-
-def raw_tests(loaded: data.Dataset, archive: Path) -> data.Dataset:
-    """The same data with the raw pixels of its test images, in this archive under the same names."""
-    tree = pictures.descend(read_archive(archive))
-    images, labels = [], []
-    for index, name in enumerate(loaded.classes):
-        for each in sorted(n for n in tree.names if f"/{name}/" in f"/{n}"):
-            images.append(pictures.pixels(tree.read(each), each, Options(None, 3, None, None)))
-            labels.append(index)
-    if len(images) != len(loaded.test_images):
-        raise ValueError(f"{archive}: {len(images)} images, not {len(loaded.test_images)}")
-    return replace(
-        loaded,
-        test_images=torch.from_numpy(np.stack(images)),
-        test_labels=torch.tensor(labels),
-    )

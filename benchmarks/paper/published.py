@@ -33,7 +33,7 @@ def section9(bench: Bench) -> Table:
     columns = (*STEPS, *(f"{step}, JPEG" for step in STEPS), "largest change")
 
     def cifar() -> dict[str, data.Dataset]:
-        tests = bench.tests()
+        tests = bench.tests
         return {"": tests[""], ", JPEG": tests["jpeg"]}
 
     def measure(name: str) -> Row:
