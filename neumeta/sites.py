@@ -165,7 +165,7 @@ def _sites(
     graph, source = space.graph_of(architecture), space.graph
     sizes, full = space.sizes(architecture), graph.full
     distance, growth = space.distance(architecture)
-    narrowest = space.narrowest(architecture)
+    narrowest, widest = space.ends(architecture)
     ends, normed, behind = branch_ends(graph), _normed(graph), positive(graph)
     depths = {stage.name: stage for stage in source.stages}
     found = []
@@ -210,6 +210,7 @@ def _sites(
                 distance,
                 growth,
                 narrowest,
+                widest,
                 min(architecture.depth, default=0),
                 name in behind,
             )

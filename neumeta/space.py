@@ -86,10 +86,12 @@ class Space:
         ]
         return max([0.0, *changed, *(-more for more in grown)]), max([0.0, *grown])
 
-    def narrowest(self, architecture: Architecture) -> float:
-        """The least share of the source's channels that any extent has (1 where none morphs)."""
+    def ends(self, architecture: Architecture) -> tuple[float, float]:
+        """The least and the largest share of the source's channels that any extent has (1 where none
+        morphs)."""
         widths = zip(architecture.channels, self.full.channels, strict=True)
-        return min([mine / full for mine, full in widths], default=1.0)
+        shares = [mine / full for mine, full in widths] or [1.0]
+        return min(shares), max(shares)
 
     def graph_of(self, architecture: Architecture) -> Graph:
         """The source's graph at this depth."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from neumeta import checkpoint
 from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold, roles
-from neumeta.representation import Anchored, Corrected, build
+from neumeta.representation import Anchored, Corrected, Sizes, build
 from neumeta.sample import sample
 from neumeta.sites import sites
 from neumeta.space import Space
@@ -35,6 +35,7 @@ def manifold(seed: int, reach: float = 0.1) -> Manifold:
 
 LARGE, SMALL = manifold(1), manifold(2)
 SPACE = LARGE.space
+HALVES = [Sizes(0.5), Sizes(0.25)]
 
 
 @given(st.lists(st.floats(0.25, 1.0), min_size=len(SPACE.groups), max_size=len(SPACE.groups)))
@@ -45,14 +46,14 @@ def test_a_size_is_drawn_whole_from_the_first_chart_that_its_narrowest_group_rea
     size = SPACE.architecture(width)
     channels = zip(size.channels, SPACE.full.channels, strict=True)
     part = LARGE if all(2 * mine >= full for mine, full in channels) else SMALL
-    both = charts.joined([LARGE, SMALL], [0.5, 0.25], [0, 0], SPACE)
+    both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     expected, found = dict(sample(part, size)), dict(sample(both, size))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_what_is_narrower_than_every_chart_is_drawn_from_the_last() -> None:
-    both = charts.joined([LARGE, SMALL], [0.5, 0.25], [0, 0], SPACE)
+    both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     size = SPACE.architecture(0.1, extrapolate=True)
     expected, found = dict(sample(SMALL, size)), dict(sample(both, size))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -67,7 +68,7 @@ def test_a_size_with_a_shallow_stage_is_drawn_from_the_chart_that_is_for_it() ->
     for value, part in enumerate(parts):
         for parameter in part.representation.parameters():
             parameter.data.fill_(value)
-    both = charts.joined(parts, [0.5, 0.25, 0.25], [3, 2, 0], space)
+    both = charts.joined(parts, [Sizes(0.5, 3), Sizes(0.25, 2), Sizes(0.25)], space)
     expected = {0: [(0.7, 3), (0.7, 4)], 1: [(0.7, 2), (0.3, 3), (0.3, 2)], 2: [(0.7, 1), (0.3, 1)]}
     for width, depth, value in (
         (*size, chart) for chart, sizes in expected.items() for size in sizes
@@ -77,6 +78,28 @@ def test_a_size_with_a_shallow_stage_is_drawn_from_the_chart_that_is_for_it() ->
         for site in drawn.values():
             made = both.representation(site, coordinates(site, 64))
             assert bool((made == value).all())
+
+
+@given(st.lists(st.floats(0.25, 1.0), min_size=len(SPACE.groups), max_size=len(SPACE.groups)))
+@settings(max_examples=25, deadline=None)
+def test_a_chart_of_narrow_sizes_has_all_that_their_widest_needs_and_no_more(
+    width: list[float],
+) -> None:
+    size = SPACE.architecture(width)
+    channels = zip(size.channels, SPACE.full.channels, strict=True)
+    part = SMALL if all(2 * mine <= full for mine, full in channels) else LARGE
+    both = charts.joined([SMALL, LARGE], [Sizes(0.25, most=0.5), Sizes(0.25)], SPACE)
+    expected, found = dict(sample(part, size)), dict(sample(both, size))
+    for name, site in sites(SPACE, size).items():
+        # What is cut off may have held a row's largest number: then it has another unit.
+        assert torch.allclose(found[name], expected[name], atol=site.gain / 127 / 2, rtol=1e-6)
+    for module in both.representation.parts[0].modules():
+        for site in roles(SPACE).values():
+            held = getattr(module, "grid", {}).get(site.role.replace(".", "/"))
+            if held is not None and len(site.rows.parts) == 1:
+                assert held.shape[1] == (
+                    -(-site.rows.full // 2) if site.rows.morphs else site.rows.full
+                )
 
 
 def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
@@ -103,7 +126,7 @@ def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
 
 
 def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> None:
-    both = charts.joined([LARGE, SMALL], [0.5, 0.25], [0, 0], SPACE)
+    both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     path = tmp_path / "both.safetensors"
     digest = checkpoint.write(both, path)
     again = checkpoint.read(path)
@@ -115,13 +138,11 @@ def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> Non
 
 
 def test_the_source_is_kept_by_the_charts_that_come_near_it() -> None:
-    held = charts.joined([LARGE, SMALL], [0.5, 0.25], [0, 0], SPACE).representation.parts
+    held = charts.joined([LARGE, SMALL], HALVES, SPACE).representation.parts
     assert isinstance(held[0].inner, Anchored) and isinstance(held[1], Corrected)
     assert not isinstance(held[1].inner, Anchored)
     # Sizes of the second chart are half of the source's away or more.
-    held = charts.joined(
-        [LARGE, manifold(2, reach=0.6)], [0.5, 0.25], [0, 0], SPACE
-    ).representation.parts
+    held = charts.joined([LARGE, manifold(2, reach=0.6)], HALVES, SPACE).representation.parts
     assert isinstance(held[1].inner, Anchored)
 
 
@@ -134,7 +155,7 @@ def test_the_source_is_kept_by_the_charts_that_come_near_it() -> None:
 )
 def test_manifolds_that_do_not_share_what_they_must_are_refused(other: Manifold, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        charts.joined([LARGE, other], [0.5, 0.25], [0, 0], SPACE)
+        charts.joined([LARGE, other], HALVES, SPACE)
 
 
 PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
@@ -147,6 +168,7 @@ PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
         [PART | {"least": 0.25}, PART | {"least": 0.5}],
         [PART | {"least": 0.5}, PART | {"least": 0.5}],
         [PART | {"least": 0.5}, PART | {"least": 0.5, "blocks": 1}],
+        [PART | {"least": 0.25}, PART | {"least": 0.25, "most": 0.5}],
         [{"kind": "charts", "options": {"charts": [PART | {"least": 0.5}]}, "least": 0.5}],
         [PART | {"least": 0.9 - k / 100} for k in range(9)],
     ],

@@ -80,7 +80,10 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
         ({"charts": [{"file": "m.safetensors", "least": 0.2}], "network": {"weights": "w.th"}},
          "network.weights", "'w.th'", "beside charts"),
         ({"charts": [{"file": "a", "least": 0.25}, {"file": "b", "least": 0.5}]}, "charts.least",
-         "[0.25, 0.5]", "less than the one before"),
+         "[0.25, 0.5]", "from 0 before it"),
+        ({"charts": [{"file": "a", "least": 0.2, "most": 0.5}]}, "charts.most", "0.5", "left out"),
+        ({"charts": [{"file": "a", "least": 0.9 - k / 100} for k in range(9)] + [
+            {"file": "b", "least": 0.2}]}, "charts", "10", "at most 8"),
         ({"charts": [{"file": "a", "least": 0.2, "blocks": 3}]}, "charts.blocks", "3", "fit.blocks"),
         ({"charts": [{"file": "a", "least": 0.9}]}, "charts.least", "0.9", "fit.width"),
         ({"charts": [{"file": "a", "least": 0.2}], "fit": {"start": "m"}}, "fit.start", "'m'",

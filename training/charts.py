@@ -5,23 +5,22 @@ Knows no recipe and no training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
 
-from neumeta.manifold import Manifold
+from neumeta.manifold import Manifold, roles
 from neumeta.notation import pack
-from neumeta.representation import Anchored, Charts, Representation
+from neumeta.representation import Anchored, Charts, Representation, Sizes, build, narrowed
 from neumeta.space import Space
 
 
-def joined(
-    parts: Sequence[Manifold], least: Sequence[float], blocks: Sequence[int], covered: Space
-) -> Manifold:
-    """One manifold over `covered`: a size is drawn from the first part whose `least` width all of its
-    groups and whose `blocks` all of its stages reach, or from the last one. Its statistics are still to
-    be measured.
+def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) -> Manifold:
+    """One manifold over `covered`: a size is drawn from the first part whose sizes it is of, or
+    from the last one. Its statistics are still to be measured.
 
     Raises ValueError if the parts are not of one network, or differ in what they share.
     """
@@ -39,17 +38,21 @@ def joined(
                 here, there = getattr(part, name), getattr(first, name)
                 raise ValueError(f"its {name} is {here}, that of the first chart {there}")
     held = []
-    for part, bound, few in zip(parts, least, blocks, strict=True):
-        options, model = dict(part.options), part.representation
+    for part, own in zip(parts, sizes, strict=True):
+        options, model = dict(part.options), deepcopy(part.representation)
         anchored = options.get("anchored")
-        away = min(1 - least[0], _lost(blocks[0], first.space))
+        away = min(1 - sizes[0].least, _lost(sizes[0].blocks, first.space))
+        away = 0 if math.isfinite(sizes[0].most) else away
         if part is not first and anchored and anchored["reach"] <= away:
             # The source is never near: what is kept of it is left out.
             del options["anchored"]
             model = _free(model)
-        told = {"kind": part.kind, "options": options, "least": bound, "blocks": few}
-        held.append((model, told))
-    charts = Charts([model for model, _ in held], least, blocks)
+        if math.isfinite(own.most):
+            model = _narrowed(model, build(part.kind, options, narrowed(roles(covered), own.most)))
+        bounds = {"least": own.least, "blocks": own.blocks}
+        bounds |= {"most": own.most} if math.isfinite(own.most) else {}
+        held.append((model, {"kind": part.kind, "options": options, **bounds}))
+    charts = Charts([model for model, _ in held], sizes)
     return replace(
         first,
         space=covered,
@@ -76,3 +79,14 @@ def _free(model: Representation) -> Representation:
         if isinstance(inner, Anchored):
             module.inner = inner.inner
     return model
+
+
+def _narrowed(model: Representation, small: Representation) -> Representation:
+    """The first channels of the one as the other, which is built for fewer."""
+    values = model.state_dict()
+    kept = {
+        name: values[name][tuple(slice(size) for size in value.shape)]
+        for name, value in small.state_dict().items()
+    }
+    small.load_state_dict(kept)
+    return small

@@ -75,16 +75,13 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
     """
     found = files(asked, checkpoints)
     parts = [opened(asked, loaded, covered, key, path) for key, path in found.items()]
-    least = [chart.least for chart in asked.charts]
     try:
-        blocks = [chart.blocks for chart in asked.charts]
-        made = charts.joined(parts, least, blocks, covered)
+        made = charts.joined(parts, [chart.sizes for chart in asked.charts], covered)
     except ValueError as error:
         raise BadRecipe(asked.file, [f"charts: {error}"]) from None
     told = [
         {
-            "least": chart.least,
-            "blocks": chart.blocks,
+            **chart.model_dump(exclude={"file"}, exclude_defaults=True),
             "sha256": part.digest,
             "recipe": part.about.get("recipe", {}),
         }

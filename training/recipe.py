@@ -7,9 +7,10 @@ checkpoint holds: `parse`. All problems that can be seen together are told toget
 from __future__ import annotations
 
 import inspect
+import math
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from neumeta.representation import KINDS, MOST_CHARTS, WRAPPERS
+from neumeta.representation import KINDS, MOST_CHARTS, WRAPPERS, Sizes, check
 from neumeta.space import MAX_WIDTH, MOST_BLOCKS
 from training.data import KINDS as DATA_KINDS
 from training.data import KNOWN
@@ -220,12 +221,18 @@ class FitSection(_Section):
 
 class ChartSection(_Section):
     """One of several manifolds that were trained apart and are put together: its `file`, and the sizes
-    that are drawn from it: all groups have the `least` width or more, all stages so many `blocks` or
-    more."""
+    that are drawn from it: all groups have from `least` to `most` of the source's width, all stages so
+    many `blocks` or more."""
 
     file: str
     least: Width
     blocks: Annotated[int, Field(ge=0)] = 0
+    most: Width | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes, as the representation has them."""
+        return Sizes(self.least, self.blocks, math.inf if self.most is None else self.most)
 
 
 class EvaluateSection(_Section):
@@ -382,21 +389,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         key = "weights" if network.weights else "train"
         allowed = f"it must be left out beside {begun}: the manifold holds the source"
         yield refused(f"network.{key}", network.model_dump()[key], allowed)
-    bounds = [chart.least for chart in recipe.charts]
-    both = [(chart.least, chart.blocks) for chart in recipe.charts]
-    if both != sorted(set(both), reverse=True) or len(both) > MOST_CHARTS:
-        allowed = (
-            f"at most {MOST_CHARTS}, each less than the one before, or as much with fewer blocks"
-        )
-        yield refused("charts.least", bounds, allowed)
-    if recipe.charts and recipe.charts[-1].blocks > (fit.blocks or (0, 0))[0]:
-        allowed = "at most the smaller end of fit.blocks in the last chart"
-        yield refused("charts.blocks", recipe.charts[-1].blocks, allowed)
-    if recipe.charts and bounds[-1] > fit.width[0]:
-        allowed = f"at most the smaller end of fit.width, {fit.width[0]:g}, in the last chart"
-        yield refused("charts.least", bounds[-1], allowed)
-    if recipe.charts and fit.start:
-        yield refused("fit.start", fit.start, "it must be left out beside charts")
+    if recipe.charts:
+        yield from _wrong_charts(recipe.charts, fit)
     bare = not network.weights and network.train is None and not begun
     if network.network in NETWORKS and bare:
         yield (
@@ -450,6 +444,27 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if fit.blocks is None and fit.width[0] == fit.width[1]:
         yield refused("fit.width", fit.width, "a range, unless fit.blocks lets depth morph")
     yield from _representation_conflicts(recipe)
+
+
+def _wrong_charts(charts: Sequence[ChartSection], fit: FitSection) -> Iterator[str]:
+    if fit.start:
+        yield refused("fit.start", fit.start, "it must be left out beside charts")
+    if len(charts) > MOST_CHARTS:
+        yield refused("charts", len(charts), f"at most {MOST_CHARTS}")
+    try:
+        check([chart.sizes for chart in charts])
+    except ValueError as error:
+        bounds = [chart.least for chart in charts]
+        yield refused("charts.least", bounds, str(error).removeprefix("charts: "))
+    last = charts[-1]
+    if last.least > fit.width[0]:
+        allowed = f"at most the smaller end of fit.width, {fit.width[0]:g}, in the last chart"
+        yield refused("charts.least", last.least, allowed)
+    if last.blocks > (fit.blocks or (0, 0))[0]:
+        allowed = "at most the smaller end of fit.blocks in the last chart"
+        yield refused("charts.blocks", last.blocks, allowed)
+    if last.most is not None:
+        yield refused("charts.most", last.most, "it must be left out in the last chart")
 
 
 def _ordered(key: str, ends: tuple[float, float]) -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from neumeta.coordinates import Site
 from neumeta.representation.base import Representation
-from neumeta.representation.charts import Charts
+from neumeta.representation.charts import Charts, Sizes, check, narrowed
 from neumeta.representation.grid import Grid
 from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
@@ -26,7 +27,10 @@ __all__ = [
     "IntegralGrid",
     "Representation",
     "ResidualMLP",
+    "Sizes",
     "build",
+    "check",
+    "narrowed",
 ]
 
 KINDS: dict[str, Any] = {"mlp": ResidualMLP, "grid": Grid, "integral": IntegralGrid}
@@ -44,17 +48,23 @@ MOST_CHARTS = 8
 def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> Representation:
     """A new representation; `options` are its own, and by name those of the wrappers around it.
 
-    Of kind 'charts' they are `charts`, a list of {kind, options, least, blocks}: what each is built
-    of, and the least width and depth of the sizes that it is for. Raises ValueError for an unknown
-    kind or option.
+    Of kind 'charts' they are `charts`, a list of {kind, options, least, blocks, most}: what each is
+    built of, and the sizes that it is for; `most` may be left out. Raises ValueError for an
+    unknown kind or option.
     """
     if kind == "charts":
         held = options["charts"]
         if not 1 <= len(held) <= MOST_CHARTS or any(each["kind"] == kind for each in held):
             raise ValueError(f"charts: {len(held)}, one within another or more than {MOST_CHARTS}")
-        parts = [build(each["kind"], each["options"], roles) for each in held]
-        least, blocks = ([each[bound] for each in held] for bound in ("least", "blocks"))
-        return Charts(parts, [float(each) for each in least], [int(each) for each in blocks])
+        sizes = [
+            Sizes(float(each["least"]), int(each["blocks"]), float(each.get("most", math.inf)))
+            for each in held
+        ]
+        parts = [
+            build(each["kind"], each["options"], narrowed(roles, own.most))
+            for each, own in zip(held, sizes, strict=True)
+        ]
+        return Charts(parts, sizes)
     if kind not in KINDS:
         raise ValueError(f"representation: {kind!r} is not one of {sorted(KINDS)}")
     own = {key: value for key, value in options.items() if key not in WRAPPERS}
