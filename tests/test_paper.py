@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import continuous, depth, pictures, published, similarity
+from benchmarks.paper import continuous, depth, inr, pictures, published, similarity
 from benchmarks.paper.bench import Bench, Setting
 from benchmarks.paper.table import Results, Table, markdown
 from neumeta.fold import fold
@@ -209,3 +209,15 @@ def test_a_pixel_without_a_class_is_black_in_a_mask() -> None:
     found = pictures.coloured(torch.tensor([[0, data.NO_LABEL], [10, 3]]))
     assert found.shape == (2, 2, 3) and not found[0, 1].any()
     assert (found[1, 1] * 255).round().tolist() == [128, 64, 128]  # road
+
+
+def test_half_a_point_between_rows_of_one_seed_decides_nothing() -> None:
+    def told(claimed: float, other: float) -> str:
+        return inr._best({"claimed": {"mean": claimed}, "other": {"mean": other}}, "claimed")
+
+    assert (
+        told(88.0, 87.0) == "The claim holds here: 'claimed' is best, 1.00 points ahead of 'other'."
+    )
+    assert "does not hold here: 'other' is 1.00 points ahead" in told(87.0, 88.0)
+    assert "Undecided here: 'claimed' is 0.25 points behind 'other'" in told(87.0, 87.25)
+    assert "Undecided here: 'claimed' is 0.25 points ahead of 'other'" in told(87.25, 87.0)
