@@ -57,7 +57,7 @@ class Site:
     and the last layer of a residual branch by its cell, so that blocks are steps of an integrator.
     `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
     `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`),
-    `narrowest` and `widest` the least and the largest share of the source's channels that a group has
+    `narrowest` and `widest` which widths its narrowest and widest group may have been asked at
     (`Space.ends`), `shallowest` how many blocks its shallowest stage has (0 without stages).
     `positive` says that what the weight multiplies is never negative: it stands behind a ReLU.
     """

@@ -87,11 +87,11 @@ class Space:
         return max([0.0, *changed, *(-more for more in grown)]), max([0.0, *grown])
 
     def ends(self, architecture: Architecture) -> tuple[float, float]:
-        """The least and the largest share of the source's channels that any extent has (1 where none
-        morphs)."""
-        widths = zip(architecture.channels, self.full.channels, strict=True)
-        shares = [mine / full for mine, full in widths] or [1.0]
-        return min(shares), max(shares)
+        """The largest width that may have been asked for its narrowest extent, and the smallest for its
+        widest: so many channels stand for all widths that round to them (both 1 where none morphs)."""
+        widths = list(zip(architecture.channels, self.full.channels, strict=True))
+        narrowest = min([(mine + 0.5) / full for mine, full in widths], default=1.0)
+        return narrowest, max([(mine - 0.5) / full for mine, full in widths], default=1.0)
 
     def graph_of(self, architecture: Architecture) -> Graph:
         """The source's graph at this depth."""

@@ -45,7 +45,7 @@ def test_a_size_is_drawn_whole_from_the_first_chart_that_its_narrowest_group_rea
 ) -> None:
     size = SPACE.architecture(width)
     channels = zip(size.channels, SPACE.full.channels, strict=True)
-    part = LARGE if all(2 * mine >= full for mine, full in channels) else SMALL
+    part = LARGE if all(2 * mine + 1 >= full for mine, full in channels) else SMALL
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     expected, found = dict(sample(part, size)), dict(sample(both, size))
     assert expected.keys() == found.keys()
@@ -87,7 +87,7 @@ def test_a_chart_of_narrow_sizes_has_all_that_their_widest_needs_and_no_more(
 ) -> None:
     size = SPACE.architecture(width)
     channels = zip(size.channels, SPACE.full.channels, strict=True)
-    part = SMALL if all(2 * mine <= full for mine, full in channels) else LARGE
+    part = SMALL if all(2 * mine - 1 <= full for mine, full in channels) else LARGE
     both = charts.joined([SMALL, LARGE], [Sizes(0.25, most=0.5), Sizes(0.25)], SPACE)
     expected, found = dict(sample(part, size)), dict(sample(both, size))
     for name, site in sites(SPACE, size).items():

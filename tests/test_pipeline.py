@@ -253,6 +253,10 @@ CHARTS = (
 file = "run/manifold.safetensors"
 least = 0.6
 [[charts]]
+file = "narrow/manifold.safetensors"
+least = 0.25
+most = 0.4
+[[charts]]
 file = "other/manifold.safetensors"
 least = 0.25
 [evaluate]""")
@@ -261,9 +265,19 @@ least = 0.25
 
 def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Path) -> None:
     assert run(text=AGAIN.replace("lr = 1e-12", "lr = 1e-3"), folder="other") == (0, [])
+    narrow = AGAIN.replace("lr = 1e-12", "lr = 1e-2").replace(
+        "width = [0.25, 1.0]", "width = [0.25, 0.4]"
+    )
+    assert run(text=narrow, folder="narrow") == (0, [])
     assert run(text=CHARTS, folder="both") == (0, [])
     both = checkpoint.read(place / "both" / "manifold.safetensors")
-    for folder, width in (("run", 1.0), ("run", 0.7), ("other", 0.5), ("other", 0.25)):
+    for folder, width in (
+        ("run", 1.0),
+        ("run", 0.7),
+        ("other", 0.5),
+        ("narrow", 0.4),
+        ("narrow", 0.25),
+    ):
         part = checkpoint.read(place / folder / "manifold.safetensors")
         size = part.space.architecture(width)
         expected, found = dict(sample(part, size)), dict(sample(both, size))
@@ -271,10 +285,11 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
             # A number is off by at most half of a 127th of its row's largest.
             bound = float(value.abs().max()) / 250
             torch.testing.assert_close(found[name], value, atol=bound, rtol=0)
-    assert [each["least"] for each in both.about["charts"]] == [0.6, 0.25]
+    assert [each["least"] for each in both.about["charts"]] == [0.6, 0.25, 0.25]
+    assert [each.get("most") for each in both.about["charts"]] == [None, 0.4, None]
     assert both.about["source"]["kind"] == "charts"
     code, (line,) = run(text=CHARTS.replace("other/", "none/"), folder="new")
-    assert code == 2 and "charts[1].file: 'none/manifold.safetensors'" in line
+    assert code == 2 and "charts[2].file: 'none/manifold.safetensors'" in line
     code, (line,) = run(text=CHARTS.replace('"lenet"', '"resnet20"'), folder="new")
     assert code == 2 and "another network" in line and not (place / "new").exists()
 

@@ -21,7 +21,7 @@ from neumeta.representation.wrappers import Anchored
 @dataclass(frozen=True)
 class Sizes:
     """The sizes that a chart is for: every group has from `least` to `most` of the source's channels,
-    and every stage so many `blocks` or more."""
+    rounded as those of a width are, and every stage so many `blocks` or more."""
 
     least: float
     blocks: int = 0
@@ -29,7 +29,6 @@ class Sizes:
 
     def holds(self, site: Site) -> bool:
         """Whether the network that the tensor belongs to is of such a size."""
-        # A width of 0.5 is 8 of 16 channels, and may be 8 of 17.
         wide = self.least - 1e-9 <= site.narrowest and site.widest <= self.most + 1e-9
         return wide and site.shallowest >= self.blocks
 
@@ -88,5 +87,5 @@ def _narrowed(span: Span, most: float) -> Span:
     if not span.morphs or not span.leading or most >= 1:
         return span
     ((_, full, repeat),) = span.parts
-    units = math.ceil(most * full - 1e-9)
+    units = math.floor(most * full + 0.5 + 1e-9)
     return Span(((units, units, repeat),), span.morphs)
