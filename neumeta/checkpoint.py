@@ -163,7 +163,14 @@ def read(path: Path) -> Manifold:
         raise
     except BadGraph as error:
         raise BadCheckpoint(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise BadCheckpoint(f"{path}: malformed: {type(error).__name__}: {error}") from None
     manifold.digest = sha
     return manifold

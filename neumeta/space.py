@@ -91,7 +91,9 @@ class Space:
         widest: so many channels stand for all widths that round to them (both 1 where none morphs)."""
         widths = list(zip(architecture.channels, self.full.channels, strict=True))
         narrowest = min([(mine + 0.5) / full for mine, full in widths], default=1.0)
-        return narrowest, max([(mine - 0.5) / full for mine, full in widths], default=1.0)
+        # One channel is the fewest: no width is too small for it.
+        least = [(mine - 0.5) / full if mine > 1 else 0.0 for mine, full in widths]
+        return narrowest, max(least, default=1.0)
 
     def graph_of(self, architecture: Architecture) -> Graph:
         """The source's graph at this depth."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from neumeta import checkpoint
@@ -36,9 +36,10 @@ def manifold(seed: int, reach: float = 0.1) -> Manifold:
 LARGE, SMALL = manifold(1), manifold(2)
 SPACE = LARGE.space
 HALVES = [Sizes(0.5), Sizes(0.25)]
+WIDTHS = st.lists(st.floats(0.25, 1.0), min_size=len(SPACE.groups), max_size=len(SPACE.groups))
 
 
-@given(st.lists(st.floats(0.25, 1.0), min_size=len(SPACE.groups), max_size=len(SPACE.groups)))
+@given(WIDTHS)
 @settings(max_examples=25, deadline=None)
 def test_a_size_is_drawn_whole_from_the_first_chart_that_its_narrowest_group_reaches(
     width: list[float],
@@ -80,8 +81,10 @@ def test_a_size_with_a_shallow_stage_is_drawn_from_the_chart_that_is_for_it() ->
             assert bool((made == value).all())
 
 
-@given(st.lists(st.floats(0.25, 1.0), min_size=len(SPACE.groups), max_size=len(SPACE.groups)))
-@settings(max_examples=25, deadline=None)
+@given(WIDTHS)
+@example([0.5] * len(SPACE.groups))
+@example([0.25] * len(SPACE.groups))
+@settings(max_examples=15, deadline=None)
 def test_a_chart_of_narrow_sizes_has_all_that_their_widest_needs_and_no_more(
     width: list[float],
 ) -> None:
@@ -169,10 +172,15 @@ PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
         [PART | {"least": 0.5}, PART | {"least": 0.5}],
         [PART | {"least": 0.5}, PART | {"least": 0.5, "blocks": 1}],
         [PART | {"least": 0.25}, PART | {"least": 0.25, "most": 0.5}],
+        [PART | {"least": 0.25, "most": 0.5}],
+        [PART | {"least": 0.6, "most": 0.5}, PART | {"least": 0.5}],
+        [PART | {"least": -1.0}],
+        [PART | {"least": 0.25, "most": float("nan")}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25, "most": 0.5, "kind": "integral"}, PART | {"least": 0.25}],
         [{"kind": "charts", "options": {"charts": [PART | {"least": 0.5}]}, "least": 0.5}],
         [PART | {"least": 0.9 - k / 100} for k in range(9)],
     ],
 )
 def test_charts_that_are_none_are_refused_before_anything_is_made(held: list[Any]) -> None:
-    with pytest.raises(ValueError, match="charts: "):
+    with pytest.raises(ValueError, match="charts"):
         build("charts", {"charts": held}, roles(SPACE))

@@ -118,6 +118,20 @@ TAMPERED: dict[str, tuple[Any, str]] = {
         lambda h, _: h["representation"].update(options={"nodes": 0}),
         "does not fit resnet",
     ),
+    "a chart for no width": (
+        lambda h, _: h["representation"].update(
+            kind="charts",
+            options={"charts": [{"kind": "grid", "options": {}, "least": -1e308, "blocks": 0}]},
+        ),
+        "no width is from",
+    ),
+    "a chart for an endless width": (
+        lambda h, _: h["representation"].update(
+            kind="charts",
+            options={"charts": [{"kind": "grid", "options": {}, "least": 10**400, "blocks": 0}]},
+        ),
+        "malformed",
+    ),
     "means of one channel": (lambda h, _: h["contract"].update(mean=[0.1]), "contract"),
     "std of zero": (lambda h, _: h["contract"].update(std=[0.0] * 3), "contract"),
     "noise of one": (lambda h, _: h.update(noise=1.0), "noise"),

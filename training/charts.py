@@ -48,6 +48,8 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
             del options["anchored"]
             model = _free(model)
         if math.isfinite(own.most):
+            if part.kind != "grid" or part.noise:
+                raise ValueError("only a grid without noise can be for narrow sizes alone (most)")
             model = _narrowed(model, build(part.kind, options, narrowed(roles(covered), own.most)))
         bounds = {"least": own.least, "blocks": own.blocks}
         bounds |= {"most": own.most} if math.isfinite(own.most) else {}

@@ -454,8 +454,9 @@ def _wrong_charts(charts: Sequence[ChartSection], fit: FitSection) -> Iterator[s
     try:
         check([chart.sizes for chart in charts])
     except ValueError as error:
-        bounds = [chart.least for chart in charts]
-        yield refused("charts.least", bounds, str(error).removeprefix("charts: "))
+        yield refused(
+            "charts", [chart.file for chart in charts], str(error).removeprefix("charts: ")
+        )
     last = charts[-1]
     if last.least > fit.width[0]:
         allowed = f"at most the smaller end of fit.width, {fit.width[0]:g}, in the last chart"
@@ -463,8 +464,6 @@ def _wrong_charts(charts: Sequence[ChartSection], fit: FitSection) -> Iterator[s
     if last.blocks > (fit.blocks or (0, 0))[0]:
         allowed = "at most the smaller end of fit.blocks in the last chart"
         yield refused("charts.blocks", last.blocks, allowed)
-    if last.most is not None:
-        yield refused("charts.most", last.most, "it must be left out in the last chart")
 
 
 def _ordered(key: str, ends: tuple[float, float]) -> Iterator[str]:

@@ -60,6 +60,10 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
             Sizes(float(each["least"]), int(each["blocks"]), float(each.get("most", math.inf)))
             for each in held
         ]
+        check(sizes)
+        trimmed = [each for each, own in zip(held, sizes, strict=True) if math.isfinite(own.most)]
+        if any(each["kind"] != "grid" for each in trimmed):
+            raise ValueError("charts: only a grid can be for narrow sizes alone")
         parts = [
             build(each["kind"], each["options"], narrowed(roles, own.most))
             for each, own in zip(held, sizes, strict=True)

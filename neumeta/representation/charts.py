@@ -20,8 +20,8 @@ from neumeta.representation.wrappers import Anchored
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that a chart is for: every group has from `least` to `most` of the source's channels,
-    rounded as those of a width are, and every stage so many `blocks` or more."""
+    """The sizes that a chart is for: every group has the channels of some width from `least` to `most`,
+    each of its own, and every stage so many `blocks` or more."""
 
     least: float
     blocks: int = 0
@@ -63,17 +63,21 @@ class Charts(Representation):
 
 
 def check(sizes: Sequence[Sizes]) -> None:
-    """Raises ValueError if there are no charts, or one that an earlier one leaves no size to."""
-    if not sizes:
-        raise ValueError("charts: there is none")
+    """Raises ValueError if there are no charts, one that is for no size or that earlier ones leave none
+    to, or if the last one is not for whatever is wide."""
     for later, wanted in enumerate(sizes):
+        if not 0 < wanted.least <= wanted.most or math.isinf(wanted.least):
+            raise ValueError(f"charts[{later}]: no width is from {wanted.least} to {wanted.most}")
         for earlier, taken in enumerate(sizes[:later]):
             if taken.covers(wanted):
-                raise ValueError(f"charts: all sizes of {later} are drawn from {earlier} before it")
+                raise ValueError(f"charts[{earlier}] already takes all sizes of charts[{later}]")
+    if not sizes or math.isfinite(sizes[-1].most):
+        raise ValueError("charts: the last one must be for all widths above its least")
 
 
 def narrowed(roles: Mapping[str, Site], most: float) -> dict[str, Site]:
-    """What networks of at most `most` of every group's channels can have of each role: the first ones.
+    """What networks of a width of at most `most` can have of each role: of every dimension the first
+    channels, which only a grid over absolute indices without noise is content with.
 
     A dimension of several parts is left whole.
     """
@@ -87,5 +91,5 @@ def _narrowed(span: Span, most: float) -> Span:
     if not span.morphs or not span.leading or most >= 1:
         return span
     ((_, full, repeat),) = span.parts
-    units = math.floor(most * full + 0.5 + 1e-9)
+    units = max(1, math.floor((most + 1e-9) * full + 0.5))
     return Span(((units, units, repeat),), span.morphs)
