@@ -55,7 +55,7 @@ def test_a_killed_client_leaves_no_bad_file_and_its_successor_resumes(
 def test_ctrl_c_is_one_line_and_the_next_pull_goes_on(url: str, tmp_path: Path) -> None:
     body, out = httpx.get(f"{url}/weights/lenet").content, tmp_path / "net.safetensors"
     incomplete = tmp_path / f".{out.name}.incomplete"
-    with slow(body, 0.4) as (address, began):
+    with slow(body, 2.0) as (address, began):
         process = subprocess.Popen(command(address, out), stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + 30
         while time.monotonic() < until and not (incomplete.exists() and incomplete.stat().st_size):
