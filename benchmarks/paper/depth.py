@@ -29,7 +29,7 @@ def asked(bench: Bench) -> recipe.Recipe:
     # A filter behind a ReLU sums to zero, as at the paper's scope.
     held: dict[str, Any] = {"kind": "mlp", "corrected": None, "centred": {}}
     options = {"layers": 5, "hidden": 128, "num_freq": FREQUENCIES, "block_based": False}
-    budget: dict[str, Any] = {"regression_steps": 600, "epochs": 2.0, "lr": 1e-3}
+    budget: dict[str, Any] = {"regression_steps": 600, "epochs": 2.0, "lr": 1e-4}
     changed = {
         "representation": held | {"options": options},
         "fit": {**budget, "sandwich": False},
