@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from neumeta import checkpoint
 from neumeta.coordinates import coordinates
@@ -17,7 +19,7 @@ from neumeta.manifold import Manifold, roles
 from neumeta.representation import Anchored, Corrected, Sizes, build
 from neumeta.sample import sample
 from neumeta.sites import sites
-from neumeta.space import Space
+from neumeta.space import Architecture, Space
 from tests.conftest import lenet
 from tests.support.modules import traced
 from training import charts
@@ -31,6 +33,13 @@ def manifold(seed: int, reach: float = 0.1) -> Manifold:
         numbers[..., -1, -1] = 127
         parameter.data.copy_(numbers / 128)
     return replace(made, noise=0.0, samples=1)
+
+
+def drawn(part: Manifold, both: Manifold, size: Architecture) -> list[tuple[str, Tensor, Tensor]]:
+    """Every tensor of one size, by name: the part's and the joined manifold's."""
+    expected, found = dict(sample(part, size)), dict(sample(both, size))
+    assert expected.keys() == found.keys()
+    return [(name, value, found[name]) for name, value in expected.items()]
 
 
 LARGE, SMALL = manifold(1), manifold(2)
@@ -48,16 +57,13 @@ def test_a_size_is_drawn_whole_from_the_first_chart_that_its_narrowest_group_rea
     channels = zip(size.channels, SPACE.full.channels, strict=True)
     part = LARGE if all(2 * mine + 1 >= full for mine, full in channels) else SMALL
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)
-    expected, found = dict(sample(part, size)), dict(sample(both, size))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(found, value) for _, value, found in drawn(part, both, size))
 
 
 def test_what_is_narrower_than_every_chart_is_drawn_from_the_last() -> None:
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     size = SPACE.architecture(0.1, extrapolate=True)
-    expected, found = dict(sample(SMALL, size)), dict(sample(both, size))
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(found, value) for _, value, found in drawn(SMALL, both, size))
 
 
 def test_a_size_with_a_shallow_stage_is_drawn_from_the_chart_that_is_for_it() -> None:
@@ -75,8 +81,7 @@ def test_a_size_with_a_shallow_stage_is_drawn_from_the_chart_that_is_for_it() ->
         (*size, chart) for chart, sizes in expected.items() for size in sizes
     ):
         depths = [3] * (len(space.depth) - 1) + [depth]
-        drawn = sites(space, space.architecture(width, depths))
-        for site in drawn.values():
+        for site in sites(space, space.architecture(width, depths)).values():
             made = both.representation(site, coordinates(site, 64))
             assert bool((made == value).all())
 
@@ -92,17 +97,32 @@ def test_a_chart_of_narrow_sizes_has_all_that_their_widest_needs_and_no_more(
     channels = zip(size.channels, SPACE.full.channels, strict=True)
     part = SMALL if all(2 * mine - 1 <= full for mine, full in channels) else LARGE
     both = charts.joined([SMALL, LARGE], [Sizes(0.25, most=0.5), Sizes(0.25)], SPACE)
-    expected, found = dict(sample(part, size)), dict(sample(both, size))
-    for name, site in sites(SPACE, size).items():
+    gains = {name: site.gain for name, site in sites(SPACE, size).items()}
+    for name, value, found in drawn(part, both, size):
         # What is cut off may have held a row's largest number: then it has another unit.
-        assert torch.allclose(found[name], expected[name], atol=site.gain / 127 / 2, rtol=1e-6)
+        off = gains.get(name, 0.0) / 127 / 2
+        assert torch.allclose(found, value, atol=off, rtol=1e-6)
     for module in both.representation.parts[0].modules():
         for site in roles(SPACE).values():
             held = getattr(module, "grid", {}).get(site.role.replace(".", "/"))
-            if held is not None and len(site.rows.parts) == 1:
-                assert held.shape[1] == (
-                    -(-site.rows.full // 2) if site.rows.morphs else site.rows.full
-                )
+            if held is not None:
+                for span, count in zip((site.rows, site.columns), held.shape[1:3], strict=True):
+                    assert count == (math.floor(span.full / 2 + 0.5) if span.morphs else span.full)
+
+
+@pytest.mark.parametrize("width", [0.66, 0.3, 0.4])
+def test_a_size_asked_for_at_a_border_is_one_of_the_charts(width: float) -> None:
+    size, full = SPACE.architecture(width), SPACE.full
+    asked = [mine / own for mine, own in zip(size.channels, full.channels, strict=True)]
+    assert min(asked) < width or max(asked) > width  # rounded
+    narrowest, widest = SPACE.ends(size)
+    assert widest <= width <= narrowest
+    for site in sites(SPACE, size).values():
+        assert Sizes(width).holds(site) and Sizes(0.1, most=width).holds(site)
+    wider = replace(size, channels=tuple(n + 2 for n in size.channels))
+    narrower = replace(size, channels=tuple(n - 2 for n in size.channels))
+    assert not any(Sizes(0.1, most=width).holds(site) for site in sites(SPACE, wider).values())
+    assert not any(Sizes(width).holds(site) for site in sites(SPACE, narrower).values())
 
 
 def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
@@ -122,10 +142,10 @@ def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
     for site in sites(SPACE, size).values():
         key = site.role.replace(".", "/")
         expected = (made.grid[key] * made.unit[key]) if key in made.unit else made.grid[key].float()
-        drawn = made(site, coordinates(site, 64))
+        found = made(site, coordinates(site, 64))
         rows, columns = site.rows.count, site.columns.count
         if site.rows.leading and site.columns.leading:
-            assert torch.equal(drawn[0], expected[0, :rows, :columns])
+            assert torch.equal(found[0], expected[0, :rows, :columns])
 
 
 def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> None:
@@ -136,8 +156,7 @@ def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> Non
     assert checkpoint.write(again, tmp_path / "again.safetensors") == digest
     for width in (1.0, 0.5, 0.3):
         size = SPACE.architecture(width)
-        old, new = dict(sample(both, size)), dict(sample(again, size))
-        assert all(torch.equal(new[name], value) for name, value in old.items())
+        assert all(torch.equal(new, old) for _, old, new in drawn(both, again, size))
 
 
 def test_the_source_is_kept_by_the_charts_that_come_near_it() -> None:
@@ -159,6 +178,12 @@ def test_the_source_is_kept_by_the_charts_that_come_near_it() -> None:
 def test_manifolds_that_do_not_share_what_they_must_are_refused(other: Manifold, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         charts.joined([LARGE, other], HALVES, SPACE)
+
+
+def test_a_grid_with_noise_is_not_cut_to_narrow_sizes() -> None:
+    noisy = [replace(each, noise=0.25) for each in (SMALL, LARGE)]
+    with pytest.raises(ValueError, match="without noise"):
+        charts.joined(noisy, [Sizes(0.25, most=0.5), Sizes(0.25)], SPACE)
 
 
 PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}

@@ -14,7 +14,15 @@ import torch
 
 from neumeta.manifold import Manifold, roles
 from neumeta.notation import pack
-from neumeta.representation import Anchored, Charts, Representation, Sizes, build, narrowed
+from neumeta.representation import (
+    Anchored,
+    Charts,
+    Representation,
+    Sizes,
+    build,
+    check_sizes,
+    narrowed,
+)
 from neumeta.space import Space
 
 
@@ -22,8 +30,10 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
     """One manifold over `covered`: a size is drawn from the first part whose sizes it is of, or
     from the last one. Its statistics are still to be measured.
 
-    Raises ValueError if the parts are not of one network, or differ in what they share.
+    Raises ValueError if the parts are not of one network or differ in what they share, or if a part is
+    for no size.
     """
+    check_sizes(sizes)
     first = parts[0]
     for part in parts:
         if pack(part.space.graph) != pack(covered.graph):
@@ -37,12 +47,14 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
             if getattr(part, name) != getattr(first, name):
                 here, there = getattr(part, name), getattr(first, name)
                 raise ValueError(f"its {name} is {here}, that of the first chart {there}")
+    # Sizes that the first chart does not take are at least so far from the source.
+    away = 0.0
+    if math.isinf(sizes[0].most):
+        away = min(1 - sizes[0].least, _lost(sizes[0].blocks, first.space))
     held = []
     for part, own in zip(parts, sizes, strict=True):
         options, model = dict(part.options), deepcopy(part.representation)
         anchored = options.get("anchored")
-        away = min(1 - sizes[0].least, _lost(sizes[0].blocks, first.space))
-        away = 0 if math.isfinite(sizes[0].most) else away
         if part is not first and anchored and anchored["reach"] <= away:
             # The source is never near: what is kept of it is left out.
             del options["anchored"]

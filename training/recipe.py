@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from neumeta.representation import KINDS, MOST_CHARTS, WRAPPERS, Sizes, check
+from neumeta.representation import KINDS, MOST_CHARTS, WRAPPERS, Sizes, check_sizes
 from neumeta.space import MAX_WIDTH, MOST_BLOCKS
 from training.data import KINDS as DATA_KINDS
 from training.data import KNOWN
@@ -452,7 +452,7 @@ def _wrong_charts(charts: Sequence[ChartSection], fit: FitSection) -> Iterator[s
     if len(charts) > MOST_CHARTS:
         yield refused("charts", len(charts), f"at most {MOST_CHARTS}")
     try:
-        check([chart.sizes for chart in charts])
+        check_sizes([chart.sizes for chart in charts])
     except ValueError as error:
         yield refused(
             "charts", [chart.file for chart in charts], str(error).removeprefix("charts: ")

@@ -8,7 +8,7 @@ from typing import Any
 
 from neumeta.coordinates import Site
 from neumeta.representation.base import Representation
-from neumeta.representation.charts import Charts, Sizes, check, narrowed
+from neumeta.representation.charts import Charts, Sizes, check_sizes, narrowed
 from neumeta.representation.grid import Grid
 from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
@@ -29,7 +29,7 @@ __all__ = [
     "ResidualMLP",
     "Sizes",
     "build",
-    "check",
+    "check_sizes",
     "narrowed",
 ]
 
@@ -60,7 +60,7 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
             Sizes(float(each["least"]), int(each["blocks"]), float(each.get("most", math.inf)))
             for each in held
         ]
-        check(sizes)
+        check_sizes(sizes)
         trimmed = [each for each, own in zip(held, sizes, strict=True) if math.isfinite(own.most)]
         if any(each["kind"] != "grid" for each in trimmed):
             raise ValueError("charts: only a grid can be for narrow sizes alone")

@@ -48,7 +48,6 @@ class Charts(Representation):
 
     def __init__(self, parts: Sequence[Representation], sizes: Sequence[Sizes]) -> None:
         super().__init__()
-        check(sizes)
         self.parts, self.sizes = nn.ModuleList(parts), tuple(sizes)
         sources = [module.source for module in self.modules() if isinstance(module, Anchored)]
         for module in self.modules():
@@ -62,7 +61,7 @@ class Charts(Representation):
         return made
 
 
-def check(sizes: Sequence[Sizes]) -> None:
+def check_sizes(sizes: Sequence[Sizes]) -> None:
     """Raises ValueError if there are no charts, one that is for no size or that earlier ones leave none
     to, or if the last one is not for whatever is wide."""
     for later, wanted in enumerate(sizes):
