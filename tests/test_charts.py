@@ -148,6 +148,24 @@ def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
             assert torch.equal(found[0], expected[0, :rows, :columns])
 
 
+def test_corrections_of_a_chart_are_those_rounded_to_sixteen_bits() -> None:
+    torch.manual_seed(0)
+    rounded, made = (build("grid", {"corrected": {"depths": True}}, roles(SPACE)) for _ in range(2))
+    for parameter in made.parameters():
+        parameter.data.normal_(std=0.05)
+    rounded.load_state_dict(made.state_dict())
+    assert isinstance(rounded, Corrected) and isinstance(made, Corrected)
+    for held in (rounded.rows, rounded.columns):
+        for value in held.values():
+            value.data.copy_(value.data.half())
+    made.compact()
+    for held in (made.rows, made.columns):
+        assert all(value.dtype == torch.float16 for value in held.values())
+    for site in sites(SPACE, SPACE.architecture(0.5)).values():
+        at = coordinates(site, 64)
+        assert torch.equal(made(site, at), rounded(site, at))
+
+
 def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> None:
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     path = tmp_path / "both.safetensors"

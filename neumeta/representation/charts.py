@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from neumeta.coordinates import Coordinates, Site, Span
 from neumeta.representation.base import Representation
 from neumeta.representation.grid import Grid
-from neumeta.representation.wrappers import Anchored
+from neumeta.representation.wrappers import Anchored, Corrected
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Charts(Representation):
 
     Small and large networks share weights only within a chart, so that neither pulls at the other's.
     Across a border the weights jump, though never within one network. Grids are held in eight bits a
-    number, but for the source's own.
+    number, but for the source's own, and corrections in sixteen.
     """
 
     def __init__(self, parts: Sequence[Representation], sizes: Sequence[Sizes]) -> None:
@@ -51,7 +51,7 @@ class Charts(Representation):
         self.parts, self.sizes = nn.ModuleList(parts), tuple(sizes)
         sources = [module.source for module in self.modules() if isinstance(module, Anchored)]
         for module in self.modules():
-            if isinstance(module, Grid) and module not in sources:
+            if isinstance(module, Grid | Corrected) and module not in sources:
                 module.compact()
 
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:

@@ -110,14 +110,22 @@ class Corrected(Representation):
         """Let the inner representation start from the source's tensor if it can."""
         return self.inner.fill(site, value)
 
+    def compact(self) -> None:
+        """From here on hold the corrections in float16. Such a one is sampled from, not trained."""
+        for held in (self.rows, self.columns):
+            for key, value in held.items():
+                held[key] = nn.Parameter(value.detach().half(), requires_grad=False)
+
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         made: Tensor = self.inner(site, at)
         key = module_key(site.role)
-        by_row = self._correction(self.rows[key], site, site.rows, at.outputs, at.exact)
+        held = self.rows[key].to(at.layer.dtype)
+        by_row = self._correction(held, site, site.rows, at.outputs, at.exact)
         if site.vector:
             return made + by_row[:, :, None, None]
-        by_column = self._correction(self.columns[key], site, site.columns, at.inputs, at.exact)
+        held = self.columns[key].to(at.layer.dtype)
+        by_column = self._correction(held, site, site.columns, at.inputs, at.exact)
         return made * (1 + by_row)[:, :, None, None] * (1 + by_column)[:, None, :, None]
 
     def _correction(
