@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import continuous, depth, inr, pictures, published, similarity
+from benchmarks.paper import (
+    continuous,
+    depth,
+    inr,
+    pictures,
+    published,
+    sheets,
+    similarity,
+    subject,
+)
 from benchmarks.paper.bench import Bench, Setting
 from benchmarks.paper.table import Results, Table, markdown
 from neumeta.fold import fold
@@ -156,7 +165,7 @@ def test_a_network_that_folding_or_a_new_order_changes_is_seen(monkeypatch: Any)
     assert published.compared(net, graph, tests, 5)["_change"] > 1e-2
 
 
-@pytest.mark.parametrize("picture", [pictures.masks, pictures.samples])
+@pytest.mark.parametrize("picture", [sheets.masks, sheets.samples])
 def test_the_networks_of_a_picture_may_be_trained_when_it_is_drawn(picture: Any) -> None:
     class Subject:
         tests = data.load("digits")
@@ -175,7 +184,7 @@ def test_codes_are_decoded_as_the_networks_own_decoder_does() -> None:
     weights = fold(graph, source.tensors(net, graph.tensors))
     codes = torch.randn(5, 3)
     program = Program(graph.folded, graph.full)
-    assert torch.allclose(pictures.decoded(program, weights, codes), net.decoder(codes), atol=1e-6)
+    assert torch.allclose(sheets.decoded(program, weights, codes), net.decoder(codes), atol=1e-6)
 
 
 def test_the_claim_is_judged_at_the_unseen_size_and_at_half() -> None:
@@ -198,15 +207,15 @@ def test_the_claim_is_judged_at_the_unseen_size_and_at_half() -> None:
 def test_only_an_individual_network_is_trained_at_the_unseen_size() -> None:
     asked = recipe.load("camvid-unet")
     neumeta = asked.changed(fit=pictures.BUDGET).fit
-    slimmable = asked.changed(**pictures.nested(pictures.TRAINED)).fit
-    alone = asked.changed(**pictures.nested((0.25,))).fit
+    slimmable = asked.changed(**subject.nested(subject.TRAINED)).fit
+    alone = asked.changed(**subject.nested((0.25,))).fit
     assert neumeta.width == slimmable.width == (0.5, 1.0) and not neumeta.widths
     assert slimmable.widths == (1.0, 0.75, 0.5) and slimmable.smallest == 0
     assert alone.widths == (0.25,) and alone.width == (0.25, 1.0)
 
 
 def test_a_pixel_without_a_class_is_black_in_a_mask() -> None:
-    found = pictures.coloured(torch.tensor([[0, data.NO_LABEL], [10, 3]]))
+    found = sheets.coloured(torch.tensor([[0, data.NO_LABEL], [10, 3]]))
     assert found.shape == (2, 2, 3) and not found[0, 1].any()
     assert (found[1, 1] * 255).round().tolist() == [128, 64, 128]  # road
 
