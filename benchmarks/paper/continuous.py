@@ -13,7 +13,7 @@ from scipy.interpolate import CubicHermiteSpline  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from benchmarks.paper.bench import GAMMAS, Bench
-from benchmarks.paper.table import Row, Rows, Table
+from benchmarks.paper.table import Row, Rows, Table, holds
 from neumeta import checkpoint
 from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold
@@ -200,9 +200,9 @@ def section7(bench: Bench) -> Table:
         own, *_, unseen = GAMMAS
         nern = max((found[name] for name in rows), key=lambda row: float(row[own]))
         lost, kept = (row[own] - row[unseen] for row in (nern, found[shipped]))
-        holds = lost > kept
+        so = lost > kept
         return (
-            f"The claim {'holds' if holds else 'does not hold'}: from its own size to a quarter of the"
+            f"The claim {holds(so)}: from its own size to a quarter of the"
             f" channels the best NeRN loses {lost:.1f} points and NeuMeta {kept:.1f}; NeRN reconstructs"
             " one network and knows no other size."
         )
@@ -289,7 +289,7 @@ def section3(bench: Bench) -> Table:
         full = next(iter(GAMMAS))
         better = sum(mlp[full] > grid[full] for mlp, grid in pairs)
         return (
-            f"The claim {'holds' if exact else 'does not hold'}: networks equal both kinds of"
+            f"The claim {holds(exact)}: networks equal both kinds of"
             " function to rounding (for the piecewise linear one with slopes as changes of slope;"
             " the sum that the supplement writes is another function). At equal numbers the MLP is"
             f" nearer to the smoothed weights in {ahead} of {len(pairs)} comparisons, and its network"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.paper.bench import GAMMAS, Bench
-from benchmarks.paper.table import Row, Rows, Table
+from benchmarks.paper.table import Row, Rows, Table, holds
 from neumeta import checkpoint
 
 COLUMNS = (*GAMMAS, "mean")
@@ -310,7 +310,7 @@ def main_cifar10(bench: Bench) -> Table:
             for name in unseen
             if name != "individual"
         )
-        claim = "holds" if ahead else "does not hold"
+        claim = holds(ahead)
         return (
             f"NeuMeta's drops from the source: {' / '.join(drops)} points (the paper's: 0.84 /"
             " 1.28 / 2.04 / 3.04). That it is ahead of the other shared networks at the unseen 75"

@@ -18,7 +18,7 @@ from benchmarks.paper.subject import (
     Changes,
     Subject,
 )
-from benchmarks.paper.table import Row, Rows, Table
+from benchmarks.paper.table import Row, Rows, Table, holds
 from training import plots, recipe
 
 
@@ -31,17 +31,13 @@ def verdict(unit: str, level: float) -> Callable[[Rows], str]:
         ahead, even = ours > theirs, half > one - level
         drop = rows[SOURCE][FULL] - ours
         return (
-            f"That NeuMeta is ahead of slimmable at the unseen 75 % {_holds(ahead)} here: {ours:.2f}"
+            f"That NeuMeta is ahead of slimmable at the unseen 75 % {holds(ahead)} here: {ours:.2f}"
             f" against {theirs:.2f} {unit}, {abs(drop):.2f} {'below' if drop > 0 else 'above'} the"
-            f" source. That it is level with individual networks at 50 % {_holds(even)}: {half:.2f}"
+            f" source. That it is level with individual networks at 50 % {holds(even)}: {half:.2f}"
             f" against {one:.2f} (less than {level:g} below counts as level)."
         )
 
     return judged
-
-
-def _holds(claim: bool) -> str:
-    return "holds" if claim else "does not hold"
 
 
 def section8(bench: Bench) -> Table:

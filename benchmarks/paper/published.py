@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper.bench import Bench
-from benchmarks.paper.table import Row, Rows, Table
+from benchmarks.paper.table import Row, Rows, Table, holds
 from benchmarks.paper.variation import PUBLIC
 from neumeta.fold import fold
 from neumeta.graph import Graph
@@ -54,9 +54,9 @@ def section9(bench: Bench) -> Table:
     def verdict(rows: Rows) -> str:
         agree = all(row[STEPS[0]] == row[step] for row in rows.values() for step in STEPS)
         most = max(row["_change"] for row in rows.values())
-        holds = agree and most < 1e-3
+        so = agree and most < 1e-3
         return (
-            f"The claim {'holds' if holds else 'does not hold'}: import, folding and permutation"
+            f"The claim {holds(so)}: import, folding and permutation"
             f" leave every network what it was (no output moves by more than {most:.1e} of the"
             " largest)."
         )

@@ -107,9 +107,9 @@ def similarity(bench: Bench) -> Table:
         least = min(within, key=lambda name: within[name])
         holds = all(value > mean(apart) for value in within.values())
         return (
-            f"The claim {'holds' if holds else 'does not hold'} here: the same layer is more alike in"
-            f" two sizes of the manifold (mean over layers {within[least]:.2f} or more; least for"
-            f" {least}) than in networks that were trained apart ({mean(apart):.2f})."
+            "Claimed: the same layer is more alike in two sizes of the manifold than in networks that"
+            f" were trained apart. Here it {'is' if holds else 'is not'}: {within[least]:.2f} or more"
+            f" (mean over layers; least for {least}) against {mean(apart):.2f}."
         )
 
     return Table(

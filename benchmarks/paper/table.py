@@ -64,6 +64,11 @@ class Results:
         return None
 
 
+def holds(claim: bool) -> str:
+    """What a verdict says of a claim."""
+    return "holds" if claim else "does not hold"
+
+
 def markdown(table: Table, rows: Rows, figure: Path | None) -> str:
     """The table as a section of a page: ours, and the paper's in brackets."""
     lines = [f"## {table.name}: {table.title}", "", _wrapped(table.head), ""]
