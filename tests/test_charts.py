@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,28 @@ def test_a_size_is_drawn_whole_from_the_first_chart_that_its_narrowest_group_rea
     part = LARGE if all(2 * mine + 1 >= full for mine, full in channels) else SMALL
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     assert all(torch.equal(found, value) for _, value, found in drawn(part, both, size))
+
+
+def test_the_mean_of_cycles_is_that_of_every_number_and_leaves_them_as_they_were() -> None:
+    cycles = [manifold(seed) for seed in (3, 4, 5)]
+    before = [deepcopy(each.representation.state_dict()) for each in cycles]
+    made = charts.mean(cycles)
+    for name, value in made.representation.state_dict().items():
+        expected = sum(state[name].double() for state in before) / 3
+        torch.testing.assert_close(value, expected.to(value.dtype), atol=0, rtol=2**-10)
+        assert value.dtype == before[0][name].dtype
+    for each, state in zip(cycles, before, strict=True):
+        now = each.representation.state_dict()
+        assert all(torch.equal(now[name], value) for name, value in state.items())
+    assert charts.mean(cycles[:1]) is cycles[0]
+
+
+def test_there_is_no_mean_of_unlike_manifolds_nor_of_charts() -> None:
+    with pytest.raises(ValueError, match=r"no mean.*0\.1.*0\.2"):
+        charts.mean([LARGE, manifold(1, reach=0.2)])
+    both = charts.joined([LARGE, SMALL], HALVES, SPACE)
+    with pytest.raises(ValueError, match="eight bits"):
+        charts.mean([both, both])
 
 
 def test_what_is_narrower_than_every_chart_is_drawn_from_the_last() -> None:

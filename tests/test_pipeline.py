@@ -257,7 +257,7 @@ file = "narrow/manifold.safetensors"
 least = 0.25
 most = 0.4
 [[charts]]
-file = "other/manifold.safetensors"
+file = ["other/manifold.safetensors", "other/manifold.safetensors"]
 least = 0.25
 [evaluate]""")
 )  # fmt: skip
@@ -289,7 +289,7 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
     assert [each.get("most") for each in both.about["charts"]] == [None, 0.4, None]
     assert both.about["source"]["kind"] == "charts"
     code, (line,) = run(text=CHARTS.replace("other/", "none/"), folder="new")
-    assert code == 2 and "charts[2].file: 'none/manifold.safetensors'" in line
+    assert code == 2 and "charts[2].file[0]: 'none/manifold.safetensors'" in line
     code, (line,) = run(text=CHARTS.replace('"lenet"', '"resnet20"'), folder="new")
     assert code == 2 and "another network" in line and not (place / "new").exists()
 

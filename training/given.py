@@ -27,7 +27,11 @@ def files(asked: Recipe, checkpoints: Path) -> dict[str, Path]:
 
     Raises BadRecipe for one that is in none of them.
     """
-    wanted = {f"charts[{k}].file": chart.file for k, chart in enumerate(asked.charts)}
+    wanted = {
+        f"charts[{k}].file" + (f"[{cycle}]" if len(chart.file) > 1 else ""): name
+        for k, chart in enumerate(asked.charts)
+        for cycle, name in enumerate(chart.file)
+    }
     if asked.fit.start:
         wanted["fit.start"] = asked.fit.start
     places = [Path(asked.file).parent, checkpoints, Path()]
@@ -73,19 +77,22 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
 
     Raises BadRecipe if one does not fit this recipe or another.
     """
-    found = files(asked, checkpoints)
-    parts = [opened(asked, loaded, covered, key, path) for key, path in found.items()]
+    found = iter(files(asked, checkpoints).items())
+    cycles = [
+        [opened(asked, loaded, covered, *next(found)) for _ in chart.file] for chart in asked.charts
+    ]
     try:
+        parts = [charts.mean(each) for each in cycles]
         made = charts.joined(parts, [chart.sizes for chart in asked.charts], covered)
     except ValueError as error:
         raise BadRecipe(asked.file, [f"charts: {error}"]) from None
     told = [
         {
             **chart.model_dump(exclude={"file"}, exclude_defaults=True),
-            "sha256": part.digest,
-            "recipe": part.about.get("recipe", {}),
+            "sha256": ", ".join(part.digest for part in each),
+            "recipe": each[-1].about.get("recipe", {}),
         }
-        for chart, part in zip(asked.charts, parts, strict=True)
+        for chart, each in zip(asked.charts, cycles, strict=True)
     ]
     contract = replace(made.contract, mean=tuple(loaded.mean), std=tuple(loaded.std))
     return replace(made, contract=contract, about={**made.about, "charts": told})

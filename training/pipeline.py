@@ -482,7 +482,7 @@ def _finish(
     if asked.fit.start:
         began, weights = "manifold", asked.fit.start
     elif asked.charts:
-        began, weights = "charts", ", ".join(chart.file for chart in asked.charts)
+        began, weights = "charts", ", ".join(name for chart in asked.charts for name in chart.file)
     manifold.about.update(
         title=asked.title,
         recipe=asked.as_dict(),

@@ -219,12 +219,16 @@ class FitSection(_Section):
     teacher_views: Annotated[int, Field(ge=0)] = 0
 
 
-class ChartSection(_Section):
-    """One of several manifolds that were trained apart and are put together: its `file`, and the sizes
-    that are drawn from it: all groups have from `least` to `most` of the source's width, all stages so
-    many `blocks` or more."""
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
 
-    file: str
+
+class ChartSection(_Section):
+    """One of several manifolds that were trained apart and are put together: its `file`, or several
+    whose mean it is (cycles of one training), and the sizes that are drawn from it: all groups have
+    from `least` to `most` of the source's width, all stages so many `blocks` or more."""
+
+    file: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more)]
     least: Width
     blocks: Annotated[int, Field(ge=0)] = 0
     most: Width | None = None
@@ -455,7 +459,9 @@ def _wrong_charts(charts: Sequence[ChartSection], fit: FitSection) -> Iterator[s
         check_sizes([chart.sizes for chart in charts])
     except ValueError as error:
         yield refused(
-            "charts", [chart.file for chart in charts], str(error).removeprefix("charts: ")
+            "charts",
+            [", ".join(chart.file) for chart in charts],
+            str(error).removeprefix("charts: "),
         )
     last = charts[-1]
     if last.least > fit.width[0]:
