@@ -49,8 +49,7 @@ HEAD = """# The paper's tables, ours beside theirs
 
 Written by `python -m benchmarks.paper NAME` (`all`, `--list`) from the rows in `docs/paper/`. The
 figure in brackets is the paper's. Hardware: AMD EPYC, one core, torch 2.13 (CPU). How the residual MLP
-came to work, with the figures of each step: [LOG.md](LOG.md). Rows of section3 and section7 are of the
-source and the MLP that shipped before (89.72 and 88.14 % at their own size).
+came to work, with the figures of each step: [LOG.md](LOG.md).
 """
 
 
