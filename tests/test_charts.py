@@ -69,6 +69,12 @@ def test_the_mean_of_cycles_is_that_of_every_number_and_leaves_them_as_they_were
         expected = sum(state[name].double() for state in before) / 3
         torch.testing.assert_close(value, expected.to(value.dtype), atol=0, rtol=2**-10)
         assert value.dtype == before[0][name].dtype
+    other = replace(cycles[0], samples=2)
+    with pytest.raises(ValueError, match="its samples is 2, that of the first 1"):
+        charts.mean([*cycles, other])
+    strange = {name: value + 1 for name, value in cycles[0].frozen.items()} or {"x": torch.ones(1)}
+    with pytest.raises(ValueError, match="do not morph"):
+        charts.mean([cycles[0], replace(cycles[1], frozen=strange)])
     for each, state in zip(cycles, before, strict=True):
         now = each.representation.state_dict()
         assert all(torch.equal(now[name], value) for name, value in state.items())
@@ -181,6 +187,12 @@ def test_corrections_of_a_chart_are_those_rounded_to_sixteen_bits() -> None:
     for held in (rounded.rows, rounded.columns):
         for value in held.values():
             value.data.copy_(value.data.half())
+    both = charts.joined([LARGE, SMALL], HALVES, SPACE)
+    corrections = [each for each in both.representation.modules() if isinstance(each, Corrected)]
+    assert len(corrections) == 2
+    for each in corrections:
+        numbers = [*each.rows.values(), *each.columns.values()]
+        assert numbers and all(value.dtype == torch.float16 for value in numbers)
     made.compact()
     for held in (made.rows, made.columns):
         assert all(value.dtype == torch.float16 for value in held.values())

@@ -24,7 +24,7 @@ from neumeta.manifold import Manifold
 from neumeta.representation import Expanded
 from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
-from training import cli, data, fit, given, networks, pipeline, recipe, source
+from training import charts, cli, data, fit, given, networks, pipeline, recipe, source
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -257,7 +257,7 @@ file = "narrow/manifold.safetensors"
 least = 0.25
 most = 0.4
 [[charts]]
-file = ["other/manifold.safetensors", "other/manifold.safetensors"]
+file = ["other/manifold.safetensors", "narrow/manifold.safetensors"]
 least = 0.25
 [evaluate]""")
 )  # fmt: skip
@@ -271,20 +271,31 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
     assert run(text=narrow, folder="narrow") == (0, [])
     assert run(text=CHARTS, folder="both") == (0, [])
     both = checkpoint.read(place / "both" / "manifold.safetensors")
-    for folder, width in (
-        ("run", 1.0),
-        ("run", 0.7),
-        ("other", 0.5),
-        ("narrow", 0.4),
-        ("narrow", 0.25),
+    parts = {
+        folder: checkpoint.read(place / folder / "manifold.safetensors")
+        for folder in ("run", "other", "narrow")
+    }
+    mean = charts.mean([parts["other"], parts["narrow"]])
+    for part, width in (
+        (parts["run"], 1.0),
+        (parts["run"], 0.7),
+        (mean, 0.5),
+        (parts["narrow"], 0.4),
+        (parts["narrow"], 0.25),
     ):
-        part = checkpoint.read(place / folder / "manifold.safetensors")
-        size = part.space.architecture(width)
+        size = part.space.architecture(width, extrapolate=True)
         expected, found = dict(sample(part, size)), dict(sample(both, size))
         for name, value in expected.items():
             # A number is off by at most half of a 127th of its row's largest.
             bound = float(value.abs().max()) / 250
             torch.testing.assert_close(found[name], value, atol=bound, rtol=0)
+    size = mean.space.architecture(0.5, extrapolate=True)
+    found = dict(sample(both, size))
+    for cycle in (parts["other"], parts["narrow"]):  # neither of which is the mean
+        assert any(
+            float((value - found[name]).abs().max()) > float(value.abs().max()) / 100
+            for name, value in sample(cycle, size)
+        )
     assert [each["least"] for each in both.about["charts"]] == [0.6, 0.25, 0.25]
     assert [each.get("most") for each in both.about["charts"]] == [None, 0.4, None]
     assert both.about["source"]["kind"] == "charts"

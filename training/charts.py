@@ -30,12 +30,13 @@ def mean(cycles: Sequence[Manifold]) -> Manifold:
     """The mean of a manifold's weights after several cycles of its training, which is often better than
     after any of them (Izmailov et al., "Averaging weights leads to wider optima", 2018).
 
-    Raises ValueError if the cycles are not of one representation.
+    Raises ValueError if the cycles are not of one representation and one source, or are charts.
     """
     last = cycles[-1]
     if len(cycles) == 1:
         return last
     for each in cycles:
+        _check_alike(each, cycles[0])
         if (each.kind, each.options) != (last.kind, last.options):
             there = {"kind": each.kind, **each.options}
             told = {"kind": last.kind, **last.options}
@@ -65,15 +66,7 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
     for part in parts:
         if pack(part.space.graph) != pack(covered.graph):
             raise ValueError("it is a manifold of another network, or of other axes (fit.morph)")
-        alike = part.frozen.keys() == first.frozen.keys() and all(
-            torch.equal(value, first.frozen[name]) for name, value in part.frozen.items()
-        )
-        if not alike:
-            raise ValueError("its tensors that do not morph are not those of the first chart")
-        for name in ("noise", "samples", "scale"):
-            if getattr(part, name) != getattr(first, name):
-                here, there = getattr(part, name), getattr(first, name)
-                raise ValueError(f"its {name} is {here}, that of the first chart {there}")
+        _check_alike(part, first)
     # Sizes that the first chart does not take are at least so far from the source.
     away = 0.0
     if math.isinf(sizes[0].most):
@@ -103,6 +96,19 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
         about={"permutation": first.about.get("permutation", {})},
         digest="",
     )
+
+
+def _check_alike(part: Manifold, first: Manifold) -> None:
+    """Raises ValueError if the two differ in what manifolds of one source share."""
+    alike = part.frozen.keys() == first.frozen.keys() and all(
+        torch.equal(value, first.frozen[name]) for name, value in part.frozen.items()
+    )
+    if not alike:
+        raise ValueError("its tensors that do not morph are not those of the first")
+    for name in ("noise", "samples", "scale"):
+        if getattr(part, name) != getattr(first, name):
+            here, there = getattr(part, name), getattr(first, name)
+            raise ValueError(f"its {name} is {here}, that of the first {there}")
 
 
 def _lost(blocks: int, space: Space) -> float:

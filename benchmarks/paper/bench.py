@@ -75,7 +75,7 @@ class Bench:
                     "feature_views": 1, "sandwich": False, "distill": "source", "smallest": 0.5,
                 },
             )  # fmt: skip
-        # The paper's noise, and an MLP that trains in a minute, whatever ships.
+        # The paper's noise, and an MLP that trains in a minute, where what ships has others.
         options = {"layers": 5, "hidden": 256, "num_freq": 16, "blur": 0.5}
         return recipe.load("cifar10-resnet20-last-block-mlp").changed(
             representation={"noise": 0.5, "samples": 1, "options": options},

@@ -1,4 +1,4 @@
-"""What networks of every size make of the same images or codes, side by side. Knows no training."""
+"""What networks of every size make of the same images or codes, side by side. Trains nothing itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One network, and four ways to have four sizes of it. Knows no table and no picture."""
+"""One network, and four ways to have four sizes of it. Draws no picture."""
 
 from __future__ import annotations
 

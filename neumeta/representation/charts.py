@@ -42,8 +42,8 @@ class Charts(Representation):
     """A network is drawn from the first chart whose sizes it is of, and from the last if of none.
 
     Small and large networks share weights only within a chart, so that neither pulls at the other's.
-    Across a border the weights jump, though never within one network. Grids are held in eight bits a
-    number, but for the source's own, and corrections in sixteen.
+    Across a border the weights jump, though never within one network. Grids, but for the source's
+    own, are held in eight bits a number; vectors and corrections in sixteen.
     """
 
     def __init__(self, parts: Sequence[Representation], sizes: Sequence[Sizes]) -> None:
