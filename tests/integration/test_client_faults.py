@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -56,7 +57,10 @@ def test_ctrl_c_is_one_line_and_the_next_pull_goes_on(url: str, tmp_path: Path) 
     body, out = httpx.get(f"{url}/weights/lenet").content, tmp_path / "net.safetensors"
     incomplete = tmp_path / f".{out.name}.incomplete"
     with slow(body, 2.0) as (address, began):
-        process = subprocess.Popen(command(address, out), stderr=subprocess.PIPE, text=True)
+        # Where the tests were started in the background, children would ignore Ctrl-C.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        asked = command(address, out)
+        process = subprocess.Popen(asked, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
         until = time.monotonic() + 30
         while time.monotonic() < until and not (incomplete.exists() and incomplete.stat().st_size):
             time.sleep(0.005)
