@@ -82,6 +82,13 @@ def test_the_mean_of_cycles_is_that_of_every_number_and_leaves_them_as_they_were
 
 
 def test_there_is_no_mean_of_unlike_manifolds_nor_of_charts() -> None:
+    other = manifold(1)
+    for module in other.representation.modules():
+        if isinstance(module, Anchored):
+            for value in module.source.state_dict().values():
+                value.add_(1)
+    with pytest.raises(ValueError, match="different sources"):
+        charts.mean([LARGE, other])
     with pytest.raises(ValueError, match=r"no mean.*0\.1.*0\.2"):
         charts.mean([LARGE, manifold(1, reach=0.2)])
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)

@@ -19,9 +19,8 @@ from neumeta.representation import (
     Charts,
     Representation,
     Sizes,
-    build,
+    build_chart,
     check_sizes,
-    narrowed,
 )
 from neumeta.space import Space
 
@@ -41,6 +40,9 @@ def mean(cycles: Sequence[Manifold]) -> Manifold:
             there = {"kind": each.kind, **each.options}
             told = {"kind": last.kind, **last.options}
             raise ValueError(f"no mean: one manifold has {there}, another {told}")
+        pairs = zip(_sources(each), _sources(last), strict=True)
+        if not all(torch.equal(mine, own) for mine, own in pairs):
+            raise ValueError("no mean: the manifolds keep the weights of different sources")
     if last.kind == "charts":
         raise ValueError("no mean: of several charts the numbers are held in eight bits")
     states = [each.representation.state_dict() for each in cycles]
@@ -80,9 +82,9 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
             del options["anchored"]
             model = _free(model)
         if math.isfinite(own.most):
-            if part.kind != "grid" or part.noise:
+            if part.noise:
                 raise ValueError("only a grid without noise can be for narrow sizes alone (most)")
-            model = _narrowed(model, build(part.kind, options, narrowed(roles(covered), own.most)))
+            model = _narrowed(model, build_chart(part.kind, options, roles(covered), own))
         bounds = {"least": own.least, "blocks": own.blocks}
         bounds |= {"most": own.most} if math.isfinite(own.most) else {}
         held.append((model, {"kind": part.kind, "options": options, **bounds}))
@@ -96,6 +98,16 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
         about={"permutation": first.about.get("permutation", {})},
         digest="",
     )
+
+
+def _sources(manifold: Manifold) -> list[torch.Tensor]:
+    """The source's own weights, where a manifold keeps them."""
+    return [
+        value
+        for module in manifold.representation.modules()
+        if isinstance(module, Anchored)
+        for value in module.source.state_dict().values()
+    ]
 
 
 def _check_alike(part: Manifold, first: Manifold) -> None:

@@ -85,7 +85,8 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
         parts = [charts.mean(each) for each in cycles]
         made = charts.joined(parts, [chart.sizes for chart in asked.charts], covered)
     except ValueError as error:
-        raise BadRecipe(asked.file, [f"charts: {error}"]) from None
+        problem = str(error).removeprefix("charts: ")
+        raise BadRecipe(asked.file, [f"charts: {problem}"]) from None
     told = [
         {
             **chart.model_dump(exclude={"file"}, exclude_defaults=True),

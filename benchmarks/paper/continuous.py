@@ -201,9 +201,9 @@ def section7(bench: Bench) -> Table:
         own, *_, unseen = GAMMAS
         nern = max((found[name] for name in rows), key=lambda row: float(row[own]))
         lost, kept = (row[own] - row[unseen] for row in (nern, found[shipped]))
-        so = lost > kept
+        loses_more = lost > kept
         return (
-            f"The claim {holds(so)}: from its own size to a quarter of the"
+            f"The claim {holds(loses_more)}: from its own size to a quarter of the"
             f" channels the best NeRN loses {lost:.1f} points and NeuMeta {kept:.1f}; NeRN reconstructs"
             " one network and knows no other size."
         )

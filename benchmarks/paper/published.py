@@ -54,9 +54,9 @@ def section9(bench: Bench) -> Table:
     def verdict(rows: Rows) -> str:
         agree = all(row[STEPS[0]] == row[step] for row in rows.values() for step in STEPS)
         most = max(row["_change"] for row in rows.values())
-        so = agree and most < 1e-3
+        unchanged = agree and most < 1e-3
         return (
-            f"The claim {holds(so)}: import, folding and permutation"
+            f"The claim {holds(unchanged)}: import, folding and permutation"
             f" leave every network what it was (no output moves by more than {most:.1e} of the"
             " largest)."
         )

@@ -105,10 +105,10 @@ def similarity(bench: Bench) -> Table:
 
         within = {name: mean(name) for name in pairs}
         least = min(within, key=lambda name: within[name])
-        so = all(value > mean(apart) for value in within.values())
+        closer = all(value > mean(apart) for value in within.values())
         return (
             "Claimed: the same layer is more alike in two sizes of the manifold than in networks that"
-            f" were trained apart. Here it {'is' if so else 'is not'}: {within[least]:.2f} or more"
+            f" were trained apart. Here it {'is' if closer else 'is not'}: {within[least]:.2f} or more"
             f" (mean over layers; least for {least}) against {mean(apart):.2f}."
         )
 

@@ -78,9 +78,9 @@ def section2(bench: Bench) -> Table:
     def verdict(rows: Rows) -> str:
         still = max(max(row["_TV_in_rows"], row["_TV_out_columns"]) for row in rows.values())
         moves = min(min(row["_diagonal_rows"], row["_diagonal_columns"]) for row in rows.values())
-        so = still < 1e-6 < 1e-4 < moves
+        aligned = still < 1e-6 < 1e-4 < moves
         return (
-            f"The claim {holds(so)}: the variation along an axis feels"
+            f"The claim {holds(aligned)}: the variation along an axis feels"
             " the order of that axis alone, the diagonal one that of both."
         )
 
@@ -136,10 +136,10 @@ def figure2(bench: Bench) -> Table:
         return found
 
     def verdict(rows: Rows) -> str:
-        so = all(
+        least = all(
             row["_mshp"][0] <= min(row[f"_{s}"][0] for s in STRATEGIES) for row in rows.values()
         )
-        return f"The claim {holds(so)}: mSHP leaves the least variation in every network."
+        return f"The claim {holds(least)}: mSHP leaves the least variation in every network."
 
     return Table(
         "figure2",

@@ -29,8 +29,8 @@ __all__ = [
     "ResidualMLP",
     "Sizes",
     "build",
+    "build_chart",
     "check_sizes",
-    "narrowed",
 ]
 
 KINDS: dict[str, Any] = {"mlp": ResidualMLP, "grid": Grid, "integral": IntegralGrid}
@@ -61,11 +61,8 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
             for each in held
         ]
         check_sizes(sizes)
-        trimmed = [each for each, own in zip(held, sizes, strict=True) if math.isfinite(own.most)]
-        if any(each["kind"] != "grid" for each in trimmed):
-            raise ValueError("charts: only a grid can be for narrow sizes alone")
         parts = [
-            build(each["kind"], each["options"], narrowed(roles, own.most))
+            build_chart(each["kind"], each["options"], roles, own)
             for each, own in zip(held, sizes, strict=True)
         ]
         return Charts(parts, sizes)
@@ -80,3 +77,13 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
     except TypeError as error:
         raise ValueError(f"representation: {kind}: {error}") from None
     return made
+
+
+def build_chart(
+    kind: str, options: Mapping[str, Any], roles: Mapping[str, Site], sizes: Sizes
+) -> Representation:
+    """A new representation for these sizes: of narrow ones alone it has only their channels, which only
+    a grid is content with. Raises ValueError for another kind, and as `build`."""
+    if math.isfinite(sizes.most) and kind != "grid":
+        raise ValueError(f"charts: only a grid can be for narrow sizes alone, not {kind}")
+    return build(kind, options, narrowed(roles, sizes.most))
