@@ -126,7 +126,8 @@ class Coordinates:
         """The same coordinates on this device. Noise is drawn on the CPU: equal on every device."""
         if device.type == "cpu":
             return self
-        inputs, outputs = self.inputs.to(device), self.outputs.to(device)
+        moved = _kept if self.exact else Along.to
+        inputs, outputs = moved(self.inputs, device), moved(self.outputs, device)
         return Coordinates(self.layer.to(device), inputs, outputs, self.scale, self.exact)
 
     def vectors(self) -> Float[Tensor, "S O I 6"]:
@@ -235,6 +236,12 @@ def _exact(
     return Coordinates(
         layer, whole(columns, scale, dtype), whole(rows, scale, dtype), scale, exact=True
     )
+
+
+@lru_cache(maxsize=4096)
+def _kept(along: Along, device: torch.device) -> Along:
+    """A noise-free dimension on this device: copied there once."""
+    return along.to(device)
 
 
 @lru_cache(maxsize=1024)

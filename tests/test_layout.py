@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import runs
 from training import data, fit, networks, recipe, source
-from training.layout import SoundConvolutions
+from training.layout import SoundConvolutions, sound
 from training.task import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +153,17 @@ def test_other_convolutions_are_left_as_they_are() -> None:
     assert seen.seen == [((1, 1), (1, 1)), ((3, 3), (2, 2)), ((1, 3), (1, 2))]
     with SoundConvolutions(), pytest.raises(RuntimeError, match="same"):
         F.conv2d(x, torch.ones(4, 3, 1, 1), stride=2, padding="same")
+
+
+def test_only_the_cpu_pays_for_sound_convolutions() -> None:
+    """Every call of torch goes through the mode: on a GPU, training would take half as long again."""
+    thinned = {}
+    for device in ("cpu", "meta"):
+        x = torch.ones(1, 3, 8, 8, requires_grad=True)
+        with Backwards() as seen, sound(torch.device(device)):
+            nn.Conv2d(3, 4, 1, 2)(x).sum().backward()
+        thinned[device] = not seen.strided_pixels()
+    assert thinned == {"cpu": True, "meta": False}
 
 
 PROCESS = """

@@ -12,7 +12,7 @@ network and no training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ContextDecorator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ def channels_last(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
 
-class SoundConvolutions(TorchFunctionMode, ContextDecorator):
-    """While it is entered, or in what it decorates, the CPU gets no strided one-pixel convolution.
+class SoundConvolutions(TorchFunctionMode):
+    """While it is entered, the CPU gets no strided one-pixel convolution.
 
     Reaches any nn.Module and any exported graph, but not a scripted module, which hides its calls.
     A module under activation checkpointing is refused by torch: it runs again without this mode.
@@ -48,6 +48,11 @@ class SoundConvolutions(TorchFunctionMode, ContextDecorator):
         if instead is None:
             return func(*args, **(kwargs or {}))
         return instead(func, *args, **(kwargs or {}))
+
+
+def sound(device: torch.device) -> AbstractContextManager[Any]:
+    """SoundConvolutions on the CPU; on another device nothing, as all of torch's calls pay for it."""
+    return SoundConvolutions() if device.type == "cpu" else nullcontext()
 
 
 def _each(amount: Amount, count: int) -> list[int]:

@@ -24,7 +24,7 @@ from training import networks, statistics, weights
 from training import state as states
 from training.data import Data
 from training.divergence import check_step, check_tensors, gradient_norm
-from training.layout import SoundConvolutions, channels_last
+from training.layout import channels_last, sound
 from training.recipe import BadRecipe, Recipe, refused
 from training.resolution import resolution, shrunk
 from training.task import Task
@@ -81,7 +81,6 @@ def epoch_plan(
         yield rows, seed_of(seed, f"{label}/images/{step}")
 
 
-@SoundConvolutions()
 def train(
     net: nn.Module,
     data: Data,
@@ -109,7 +108,29 @@ def train(
     """
     check_tensors(label, net.state_dict())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.to(device)
+    with sound(device):
+        return _train(
+            net.to(device), data, task, epochs, lr, batch, weight_decay, seed, state, label, teacher,
+            teacher_weight, resolutions,
+        )  # fmt: skip
+
+
+def _train(
+    net: nn.Module,
+    data: Data,
+    task: Task,
+    epochs: int,
+    lr: float,
+    batch: int,
+    weight_decay: float,
+    seed: int,
+    state: Path | None,
+    label: str,
+    teacher: Run | Views | None,
+    teacher_weight: float,
+    resolutions: Sequence[float],
+) -> nn.Module:
+    device = next(net.parameters()).device
     optimiser = torch.optim.SGD(
         net.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
     )
@@ -137,6 +158,7 @@ def train(
         )
         for step, (x, y, soft) in enumerate(bar, first):
             x, y = x.to(device), y.to(device)
+            soft = None if soft is None else soft.to(device)
             factor = one_cycle(step, epochs * per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor

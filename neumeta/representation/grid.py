@@ -78,8 +78,12 @@ class Grid(Representation):
 
     def _held(self, key: str, nodes: Tensor | slice, like: Tensor) -> Tensor:
         """These nodes of a grid as numbers of the dtype of `like`."""
-        held: Tensor = self.grid[key][nodes].to(like.dtype)
-        return held * self.unit[key][nodes].to(like.dtype) if key in self.unit else held
+        held = _nodes(self.grid[key], nodes).to(like.dtype)
+        return held * _nodes(self.unit[key], nodes).to(like.dtype) if key in self.unit else held
+
+
+def _nodes(values: Tensor, nodes: Tensor | slice) -> Tensor:
+    return values[nodes] if isinstance(nodes, slice) else values.index_select(0, nodes)
 
 
 def nested(

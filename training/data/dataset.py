@@ -143,8 +143,7 @@ def moved(
     columns = torch.arange(width).expand(count, width)
     if mirrored is not None:
         columns = torch.where(mirrored, width - 1 - columns, columns)
-    rows = (torch.arange(height) + dy)[:, None, :, None]
-    columns = (columns + dx)[:, None, None, :]
-    each = torch.arange(count)[:, None, None, None]
-    channel = torch.arange(images.shape[1])[None, :, None, None]
-    return padded[each, channel, rows, columns]
+    rows = (torch.arange(height) + dy) * padded.shape[3]
+    place = (rows[:, :, None] + (columns + dx)[:, None]).view(count, 1, -1)
+    places = place.expand(-1, images.shape[1], -1)
+    return padded.flatten(2).gather(2, places).view(images.shape)
