@@ -1,9 +1,9 @@
 """Networks trained individually until they have converged: what one manifold has to be as good as.
 
-    python -m benchmarks.converged --size 3.3.3/8.16.32 --epochs 60
+    python -m benchmarks.converged --size 3.3.3/8.16.32 --epochs 60 --pixels runs/pixels/cifar10-pixels.npz
 
-One network of one size from scratch, taught by the manifold's own source, with the manifold's
-optimiser, augmentation and growing images. The row (size, seed, epochs, scores on raw and on JPEG
+One network of one size from scratch, on the manifold's training images, taught by its own source, with
+its optimiser, augmentation and growing images. The row (size, seed, epochs, scores on raw and on JPEG
 test images, passes, seconds) goes to RESULTS/individual.json, so that no run is made twice; training
 resumes from RUN. Last line: one JSON object.
 """
@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.local import hardware
@@ -26,8 +28,10 @@ from training import data, networks, source, statistics
 from training.task import TASKS
 from training.teacher import Views
 
-LR, VIEWS, RESOLUTIONS, TEACHER_WEIGHT = 0.1, 5, (0.5, 0.75, 1.0), 0.8
-"""Those of recipe cifar10-resnet-cycle."""
+VIEWS, RESOLUTIONS, TEACHER_WEIGHT = 4, (0.5, 0.75, 1.0, 1.0), 0.8
+"""Those of the recipes of its charts."""
+LR = 0.1
+"""At a batch of 128; it grows with the batch (Goyal et al., 2017)."""
 
 
 def main() -> None:
@@ -38,6 +42,10 @@ def main() -> None:
     parser.add_argument("--size", required=True, help="blocks/channels by stage: 3.3.3/8.16.32")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--pixels", type=Path, help="training images of benchmarks.pixels; else the JPEG copies"
+    )
     parser.add_argument("--run", type=Path, default=Path("runs/converged"))
     parser.add_argument("--data", type=Path, help="default $NEUMETA_DATA")
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
@@ -50,6 +58,7 @@ def main() -> None:
         "depth": depth,
         "seed": arguments.seed,
         "epochs": arguments.epochs,
+        "batch": arguments.batch,
     }
     if any(named.items() <= row.items() for row in rows):
         print(json.dumps({"benchmark": "converged", "kept": named}))
@@ -57,27 +66,33 @@ def main() -> None:
     manifold = checkpoint.read(arguments.manifold)
     space, task = manifold.space, TASKS[manifold.contract.task]
     jpeg = data.load("cifar10", arguments.data)
+    images = jpeg
+    if arguments.pixels:
+        with np.load(arguments.pixels) as held:
+            images = replace(jpeg, train_images=torch.from_numpy(held["train_images"]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments.run.mkdir(parents=True, exist_ok=True)
     program, weights = (
         Program(space.graph, space.graph.full),
-        statistics.whole(manifold, space.full),
+        {name: value.to(device) for name, value in statistics.whole(manifold, space.full).items()},
     )
 
     def teacher(x: torch.Tensor) -> torch.Tensor:
-        held: torch.Tensor = task.read(program.run(weights, x))
+        held: torch.Tensor = task.read(program.run(weights, x.to(device)))
         return held
 
-    views = Views(jpeg, teacher, VIEWS, arguments.seed, arguments.run / "teacher.pt")
+    views = Views(images, teacher, VIEWS, arguments.seed, arguments.run / "teacher.pt")
     torch.manual_seed(arguments.seed)
     net = networks.resnet_cifar(tuple(depth), len(jpeg.classes), tuple(channels))
     label = f"{arguments.size.replace('/', '-')}-{arguments.epochs}-{arguments.seed}"
     began = time.monotonic()
     source.train(
         net,
-        jpeg,
+        images,
         task,
         epochs=arguments.epochs,
-        lr=LR,
+        lr=LR * arguments.batch / 128,
+        batch=arguments.batch,
         seed=arguments.seed,
         state=arguments.run / f"{label}.pt",
         label=label,
@@ -95,7 +110,7 @@ def main() -> None:
         "macs": cost["macs"],
         "raw": round(source.score(net, raw(jpeg, root), task), 2),
         "jpeg": round(source.score(net, jpeg, task), 2),
-        "passes": round(arguments.epochs * len(jpeg) * relative * share),
+        "passes": round(arguments.epochs * len(images) * relative * share),
         "seconds": round(time.monotonic() - began),
         "hardware": hardware(),
     }
