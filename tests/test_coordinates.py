@@ -183,3 +183,17 @@ def test_vectors_are_in_the_order_of_the_supplement() -> None:
     v = coordinates(site, 64).vectors()
     # [l/L, c_in/C_in, c_out/C_out, L/N, C_in/N, C_out/N]
     assert v[0, 5, 3].tolist() == pytest.approx([0.5, 3.5 / 16, 5.5 / 32, 1 / 64, 16 / 64, 32 / 64])
+
+
+def test_noise_free_axes_are_copied_to_a_device_once_and_noisy_ones_each_time() -> None:
+    """A step of training asks for hundreds of them, and each copy waits for the device."""
+    space = lenet("grid").space
+    site = sites(space, space.architecture(0.5))["conv2.weight"]
+    device = torch.device("meta")
+    for noise, once in ((0.0, True), (0.5, False)):
+        drawn = torch.Generator().manual_seed(0)
+        at = coordinates(site, 64, noise=noise, generator=drawn)
+        first, second = at.to(device), at.to(device)
+        assert first.layer.device == first.outputs.index.device == device
+        assert (first.outputs is second.outputs) == (first.inputs is second.inputs) == once
+    assert at.to(torch.device("cpu")) is at
