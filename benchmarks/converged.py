@@ -1,6 +1,6 @@
 """Networks trained individually until they have converged: what one manifold has to be as good as.
 
-    python -m benchmarks.converged --size 3.3.3/8.16.32 --epochs 60 --pixels runs/pixels/cifar10-pixels.npz
+    python -m benchmarks.converged --size 3.3.3/8.16.32 --pixels runs/pixels/cifar10-pixels.npz
 
 One network of one size from scratch, on the manifold's training images, taught by its own source, with
 its optimiser, augmentation and growing images. The row (size, seed, epochs, scores on raw and on JPEG
