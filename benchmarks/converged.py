@@ -2,10 +2,11 @@
 
     python -m benchmarks.converged --size 3.3.3/8.16.32 --pixels runs/pixels/cifar10-pixels.npz
 
-One network of one size from scratch, on the manifold's training images, taught by its own source, with
-its optimiser, augmentation and growing images. The row (size, seed, epochs, scores on raw and on JPEG
-test images, passes, seconds) goes to RESULTS/individual.json, so that no run is made twice; training
-resumes from RUN. Last line: one JSON object.
+One network of one size from scratch, taught by the manifold's own source, with its optimiser,
+augmentation and growing images, on JPEG copies or (`--pixels`) on what the manifold was trained on.
+The row (size, seed, epochs, scores on raw and on JPEG test images, passes, seconds) goes to
+RESULTS/individual.json, so that no run is made twice; training resumes from RUN. Last line: one JSON
+object.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from training.task import TASKS
 from training.teacher import Views
 
 VIEWS, RESOLUTIONS, TEACHER_WEIGHT = 4, (0.5, 0.75, 1.0, 1.0), 0.8
-"""Those of the recipes of its charts."""
+"""Those of the recipes of its charts for few blocks and small sizes."""
 LR = 0.1
 """At a batch of 128; it grows with the batch (Goyal et al., 2017)."""
 
@@ -59,6 +60,7 @@ def main() -> None:
         "seed": arguments.seed,
         "epochs": arguments.epochs,
         "batch": arguments.batch,
+        "images": "pixels" if arguments.pixels else "jpeg",
     }
     if any(named.items() <= row.items() for row in rows):
         print(json.dumps({"benchmark": "converged", "kept": named}))
@@ -71,6 +73,7 @@ def main() -> None:
         with np.load(arguments.pixels) as held:
             images = replace(jpeg, train_images=torch.from_numpy(held["train_images"]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    card = f"{torch.cuda.get_device_name()}; " if device == "cuda" else ""
     arguments.run.mkdir(parents=True, exist_ok=True)
     program, weights = (
         Program(space.graph, space.graph.full),
@@ -81,10 +84,12 @@ def main() -> None:
         held: torch.Tensor = task.read(program.run(weights, x.to(device)))
         return held
 
-    views = Views(images, teacher, VIEWS, arguments.seed, arguments.run / "teacher.pt")
+    answers = arguments.run / f"teacher-{named['images']}-{arguments.seed}.pt"
+    views = Views(images, teacher, VIEWS, arguments.seed, answers)
     torch.manual_seed(arguments.seed)
     net = networks.resnet_cifar(tuple(depth), len(jpeg.classes), tuple(channels))
-    label = f"{arguments.size.replace('/', '-')}-{arguments.epochs}-{arguments.seed}"
+    size = arguments.size.replace("/", "-")
+    label = "-".join([size, *(str(value) for value in list(named.values())[2:])])
     began = time.monotonic()
     source.train(
         net,
@@ -112,7 +117,7 @@ def main() -> None:
         "jpeg": round(source.score(net, jpeg, task), 2),
         "passes": round(arguments.epochs * len(images) * relative * share),
         "seconds": round(time.monotonic() - began),
-        "hardware": hardware(),
+        "hardware": f"{card}{hardware()}",
     }
     # Another run may have written a row meanwhile.
     rows = json.loads(path.read_text()) if path.exists() else []

@@ -114,7 +114,7 @@ def report(results: Path, figures: Path) -> None:
     }
     alone = {
         (tuple(row["channels"]), tuple(row["depth"])): row
-        for row in sorted(single, key=lambda row: row["epochs"])
+        for row in sorted(single, key=lambda row: (row["epochs"], -row["seed"]))
     }
     for kind in ("width", "depth"):
         heads = [f"{name}, {pixels}" for name in manifolds for pixels in ("raw", "JPEG")]
