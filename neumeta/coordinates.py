@@ -126,8 +126,12 @@ class Coordinates:
         """The same coordinates on this device. Noise is drawn on the CPU: equal on every device."""
         if device.type == "cpu":
             return self
-        moved = _kept if self.exact else Along.to
-        inputs, outputs = moved(self.inputs, device), moved(self.outputs, device)
+        inputs, outputs = (
+            _kept(axis.span, self.scale, axis.pairs.dtype, device)
+            if axis is whole(axis.span, self.scale, axis.pairs.dtype)
+            else axis.to(device)
+            for axis in (self.inputs, self.outputs)
+        )
         return Coordinates(self.layer.to(device), inputs, outputs, self.scale, self.exact)
 
     def vectors(self) -> Float[Tensor, "S O I 6"]:
@@ -239,9 +243,9 @@ def _exact(
 
 
 @lru_cache(maxsize=4096)
-def _kept(along: Along, device: torch.device) -> Along:
-    """A noise-free dimension on this device: copied there once."""
-    return along.to(device)
+def _kept(span: Span, scale: int, dtype: torch.dtype, device: torch.device) -> Along:
+    """A noise-free dimension on this device, where all steps share it."""
+    return whole(span, scale, dtype).to(device)
 
 
 @lru_cache(maxsize=1024)

@@ -186,7 +186,7 @@ def test_vectors_are_in_the_order_of_the_supplement() -> None:
 
 
 def test_noise_free_axes_are_copied_to_a_device_once_and_noisy_ones_each_time() -> None:
-    """A step of training asks for hundreds of them, and each copy waits for the device."""
+    """A step of training asks for a hundred of them, and each copy waits for the device."""
     space = lenet("grid").space
     site = sites(space, space.architecture(0.5))["conv2.weight"]
     device = torch.device("meta")

@@ -174,7 +174,16 @@ def fit(
     check_tensors("source", source)
     with sound(manifold.device):
         return _fit(
-            manifold, source, data, task, recipe, run, resume, max_minutes, save_every, views or []
+            manifold,
+            source,
+            data,
+            task,
+            recipe,
+            run,
+            resume=resume,
+            max_minutes=max_minutes,
+            save_every=save_every,
+            views=views or [],
         )
 
 
@@ -185,6 +194,7 @@ def _fit(
     task: Task,
     recipe: Recipe,
     run: Path,
+    *,
     resume: bool,
     max_minutes: float,
     save_every: int,

@@ -110,15 +110,29 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with sound(device):
         return _train(
-            net.to(device), data, task, epochs, lr, batch, weight_decay, seed, state, label, teacher,
-            teacher_weight, resolutions,
-        )  # fmt: skip
+            net.to(device),
+            data,
+            task,
+            device,
+            epochs=epochs,
+            lr=lr,
+            batch=batch,
+            weight_decay=weight_decay,
+            seed=seed,
+            state=state,
+            label=label,
+            teacher=teacher,
+            teacher_weight=teacher_weight,
+            resolutions=resolutions,
+        )
 
 
 def _train(
     net: nn.Module,
     data: Data,
     task: Task,
+    device: torch.device,
+    *,
     epochs: int,
     lr: float,
     batch: int,
@@ -130,7 +144,6 @@ def _train(
     teacher_weight: float,
     resolutions: Sequence[float],
 ) -> nn.Module:
-    device = next(net.parameters()).device
     optimiser = torch.optim.SGD(
         net.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
     )
