@@ -101,7 +101,8 @@ def encode(manifold: Manifold, where: str = "the manifold") -> bytes:
     }
     _finite_numbers(where, header)
     header["seal"] = _seal(json.loads(json.dumps(header)))
-    return save(tensors, {"neumeta": json.dumps(header, sort_keys=True)})
+    told = json.dumps(header, sort_keys=True, separators=(",", ":"))
+    return save(tensors, {"neumeta": told})
 
 
 def write(manifold: Manifold, path: Path) -> str:

@@ -219,6 +219,23 @@ def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> Non
         assert all(torch.equal(new, old) for _, old, new in drawn(both, again, size))
 
 
+def test_matrices_of_the_source_are_held_in_eight_bits_too() -> None:
+    part = manifold(1)
+    assert isinstance(part.representation.inner, Anchored)
+    for parameter in part.representation.inner.source.parameters():
+        parameter.data.normal_()
+    both = charts.joined([part, SMALL], HALVES, SPACE)
+    source = both.representation.parts[0].inner.source
+    assert {value.dtype for value in source.grid.values()} == {torch.int8, torch.float16}
+    for name, exact, found in drawn(part, both, SPACE.full):
+        if exact.ndim == 1:
+            assert torch.equal(found, exact), name
+            continue
+        # Half a unit, of which a row's largest number is 127.
+        most = exact.flatten(1).abs().amax(1) / 127 / 2
+        assert bool(((found - exact).flatten(1).abs().amax(1) <= most * 1.001).all()), name
+
+
 def test_the_source_is_kept_by_the_charts_that_come_near_it() -> None:
     held = charts.joined([LARGE, SMALL], HALVES, SPACE).representation.parts
     assert isinstance(held[0].inner, Anchored) and isinstance(held[1], Corrected)
@@ -263,7 +280,7 @@ PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
         [PART | {"least": 0.25, "most": float("nan")}, PART | {"least": 0.25}],
         [PART | {"least": 0.25, "most": 0.5, "kind": "integral"}, PART | {"least": 0.25}],
         [{"kind": "charts", "options": {"charts": [PART | {"least": 0.5}]}, "least": 0.5}],
-        [PART | {"least": 0.9 - k / 100} for k in range(9)],
+        [PART | {"least": 0.9 - k / 100} for k in range(17)],
     ],
 )
 def test_charts_that_are_none_are_refused_before_anything_is_made(held: list[Any]) -> None:

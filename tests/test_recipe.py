@@ -84,8 +84,8 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
         ({"charts": [{"file": "a", "least": 0.2, "most": 0.5}]}, "charts", "['a']", "the last one"),
         ({"charts": [{"file": "a", "least": 0.6, "most": 0.5}, {"file": "b", "least": 0.2}]}, "charts",
          "['a', 'b']", "no width is from 0.6 to 0.5"),
-        ({"charts": [{"file": "a", "least": 0.9 - k / 100} for k in range(9)] + [
-            {"file": "b", "least": 0.2}]}, "charts", "10", "at most 8"),
+        ({"charts": [{"file": "a", "least": 0.9 - k / 100} for k in range(17)] + [
+            {"file": "b", "least": 0.2}]}, "charts", "18", "at most 16"),
         ({"charts": [{"file": [], "least": 0.2}]}, "charts[0].file", "[]", "at least 1"),
         ({"charts": [{"file": "a", "least": 0.2, "blocks": 3}]}, "charts.blocks", "3", "fit.blocks"),
         ({"charts": [{"file": "a", "least": 0.9}]}, "charts.least", "0.9", "fit.width"),

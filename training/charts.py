@@ -26,8 +26,9 @@ from neumeta.space import Space
 
 
 def mean(cycles: Sequence[Manifold]) -> Manifold:
-    """The mean of a manifold's weights after several cycles of its training, which is often better than
-    after any of them (Izmailov et al., "Averaging weights leads to wider optima", 2018).
+    """The mean of a manifold's weights after several cycles of its training, or several trainings from
+    one start, which is often better than each (Izmailov et al., "Averaging weights leads to wider
+    optima", 2018; Wortsman et al., "Model soups", 2022).
 
     Raises ValueError if the cycles are not of one representation and one source, or are charts.
     """

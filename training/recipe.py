@@ -225,8 +225,9 @@ def _one_or_more(value: object) -> object:
 
 class ChartSection(_Section):
     """One of several manifolds that were trained apart and are put together: its `file`, or several
-    whose mean it is (cycles of one training), and the sizes that are drawn from it: all groups have
-    from `least` to `most` of the source's width, all stages so many `blocks` or more."""
+    whose mean it is (cycles of one training, or trainings from one start), and the sizes that are
+    drawn from it: all groups have from `least` to `most` of the source's width, all stages so many
+    `blocks` or more."""
 
     file: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more)]
     least: Width

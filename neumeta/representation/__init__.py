@@ -42,7 +42,7 @@ WRAPPERS: dict[str, Any] = {
 }
 """Applied in this order, where the options have an entry of the name."""
 
-MOST_CHARTS = 8
+MOST_CHARTS = 16
 
 
 def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> Representation:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from neumeta.coordinates import Coordinates, Site, Span
 from neumeta.representation.base import Representation
 from neumeta.representation.grid import Grid
-from neumeta.representation.wrappers import Anchored, Corrected
+from neumeta.representation.wrappers import Corrected
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,15 @@ class Charts(Representation):
     """A network is drawn from the first chart whose sizes it is of, and from the last if of none.
 
     Small and large networks share weights only within a chart, so that neither pulls at the other's.
-    Across a border the weights jump, though never within one network. Grids, but for the source's
-    own, are held in eight bits a number; vectors and corrections in sixteen.
+    Across a border the weights jump, though never within one network. Grids, the source's own among
+    them, are held in eight bits a number; vectors and corrections in sixteen.
     """
 
     def __init__(self, parts: Sequence[Representation], sizes: Sequence[Sizes]) -> None:
         super().__init__()
         self.parts, self.sizes = nn.ModuleList(parts), tuple(sizes)
-        sources = [module.source for module in self.modules() if isinstance(module, Anchored)]
         for module in self.modules():
-            if isinstance(module, Grid | Corrected) and module not in sources:
+            if isinstance(module, Grid | Corrected):
                 module.compact()
 
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:

@@ -38,7 +38,8 @@ class Centred(Representation):
 
 
 class Anchored(Representation):
-    """Keeps the source's own size as the source's own weights S, held in float16.
+    """Keeps the source's own size as the source's own weights S, held in float16
+    (in `charts` in eight bits, as everything there).
 
     In place of the inner W stands (1 - n) W + n S, where n falls linearly from 1 at the source's
     size to 0 at a `distance` of `reach`: the reconstruction loss of Algorithm 2, exactly, which
