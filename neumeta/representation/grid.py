@@ -62,28 +62,34 @@ class Grid(Representation):
 
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
+        if at.exact and site.rows.leading and site.columns.leading:
+            # What a small size does not have is not even read.
+            return self.at_depth(site.role, at, site.rows.count, site.columns.count)
         return nested(self.at_depth(site.role, at), site, at)
 
-    def at_depth(self, role: str, at: Coordinates) -> Float[Tensor, "S A B kk"]:
-        """A role's grid at each sample's l/L."""
+    def at_depth(
+        self, role: str, at: Coordinates, rows: int | None = None, columns: int | None = None
+    ) -> Float[Tensor, "S A B kk"]:
+        """The first rows and columns of a role's grid, or all, at each sample's l/L."""
         key, like = module_key(role), at.layer
-        nodes = len(self.grid[key])
+        grid = self.grid[key][:, :rows, :columns]
+        unit = self.unit[key][:, :rows] if key in self.unit else None
+        nodes = len(grid)
         if nodes == 1:
-            everywhere: Tensor = self._held(key, slice(None), like)
+            everywhere = _numbers(grid, unit, like)
             return everywhere.expand(len(like), *everywhere.shape[1:])
         place = like[:, 0] * nodes - 0.5
-        if self.stepped:
-            return self._held(key, place.round().clamp(0, nodes - 1).long(), like)
-        return interpolate(self._held(key, slice(None), like), place, 0)
-
-    def _held(self, key: str, nodes: Tensor | slice, like: Tensor) -> Tensor:
-        """These nodes of a grid as numbers of the dtype of `like`."""
-        held = _nodes(self.grid[key], nodes).to(like.dtype)
-        return held * _nodes(self.unit[key], nodes).to(like.dtype) if key in self.unit else held
+        if not self.stepped:
+            return interpolate(_numbers(grid, unit, like), place, 0)
+        index = place.round().clamp(0, nodes - 1).long()
+        unit = None if unit is None else unit.index_select(0, index)
+        return _numbers(grid.index_select(0, index), unit, like)
 
 
-def _nodes(values: Tensor, nodes: Tensor | slice) -> Tensor:
-    return values[nodes] if isinstance(nodes, slice) else values.index_select(0, nodes)
+def _numbers(held: Tensor, unit: Tensor | None, like: Tensor) -> Tensor:
+    """What a grid holds as numbers of the dtype of `like`."""
+    held = held.to(like.dtype)
+    return held if unit is None else held * unit.to(like.dtype)
 
 
 def nested(

@@ -4,6 +4,7 @@ expanded by size. They compose."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -132,17 +133,28 @@ class Corrected(Representation):
     def _correction(
         self, modulation: Tensor, site: Site, span: Span, along: Along, exact: bool
     ) -> Float[Tensor, "S C"]:
+        deeper = site.deeper if self.depths else None
         size = span.count / span.full
-        phi = [(1 - size) ** (k + 1) for k in range(self.orders)]
-        if self.depths:
-            shallower = max(0.0, -site.deeper)
-            phi += [shallower, shallower**2, max(0.0, site.deeper)]
-        by_channel = modulation @ torch.tensor(phi).to(modulation)
+        by_channel = modulation @ _powers(
+            size, deeper, self.orders, modulation.dtype, modulation.device
+        )
         if not exact:
             return torch.stack([interpolate(by_channel, row, 0) for row in along.index])
         if span.leading:
             return by_channel[None, : span.count]
         return by_channel[along.index[0].long()][None]
+
+
+@lru_cache(maxsize=4096)
+def _powers(
+    size: float, deeper: float | None, orders: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, " T"]:
+    """phi(s), and where `deeper` is given that of the depth: made once for all tensors of a size."""
+    phi = [(1 - size) ** (k + 1) for k in range(orders)]
+    if deeper is not None:
+        shallower = max(0.0, -deeper)
+        phi += [shallower, shallower**2, max(0.0, deeper)]
+    return torch.tensor(phi).to(device, dtype)
 
 
 class Expanded(Representation):
