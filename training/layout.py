@@ -12,7 +12,7 @@ network and no training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ def channels_last(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
 
-class SoundConvolutions(TorchFunctionMode):
-    """While it is entered, the CPU gets no strided one-pixel convolution.
+class SoundConvolutions(TorchFunctionMode, ContextDecorator):
+    """While it is entered, or in what it decorates, the CPU gets no strided one-pixel convolution.
 
     Reaches any nn.Module and any exported graph, but not a scripted module, which hides its calls.
     A module under activation checkpointing is refused by torch: it runs again without this mode.
