@@ -89,7 +89,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     net = networks.resnet_cifar(tuple(depth), len(jpeg.classes), tuple(channels))
     size = arguments.size.replace("/", "-")
-    label = "-".join([size, *(str(value) for value in list(named.values())[2:])])
+    run = f"{arguments.epochs}-{arguments.seed}-{arguments.batch}-{named['images']}"
+    label = f"{size}-{run}"
     began = time.monotonic()
     source.train(
         net,

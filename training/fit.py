@@ -30,7 +30,7 @@ from training import frozen, regression
 from training import state as states
 from training.data import Data, Dataset
 from training.divergence import check_step, check_tensors, gradient_norm
-from training.layout import channels_last, sound
+from training.layout import channels_last, soundly
 from training.recipe import Recipe
 from training.regression import Tensors, initialise, reconstruction
 from training.resolution import resolution, shrunk
@@ -147,6 +147,7 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     return (ends[0], ends[1], drawn)
 
 
+@soundly(lambda manifold, *_, **__: manifold.device)
 def fit(
     manifold: Manifold,
     source: Tensors,
@@ -172,34 +173,7 @@ def fit(
     that is not finite, and before the first step if the source has such a weight.
     """
     check_tensors("source", source)
-    with sound(manifold.device):
-        return _fit(
-            manifold,
-            source,
-            data,
-            task,
-            recipe,
-            run,
-            resume=resume,
-            max_minutes=max_minutes,
-            save_every=save_every,
-            views=views or [],
-        )
-
-
-def _fit(
-    manifold: Manifold,
-    source: Tensors,
-    data: Data,
-    task: Task,
-    recipe: Recipe,
-    run: Path,
-    *,
-    resume: bool,
-    max_minutes: float,
-    save_every: int,
-    views: list[dict[str, Tensor]],
-) -> bool:
+    views = views or []
     model, space, device = manifold.representation, manifold.space, manifold.device
     source = {name: value.to(device) for name, value in source.items()}
     targets = regression.targets(manifold, source, data, recipe.seed)

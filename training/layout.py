@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ContextDecorator, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 Amount = int | Sequence[int]
 Convolution = Callable[..., Tensor]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def channels_last(value: Tensor) -> Tensor:
@@ -53,6 +56,20 @@ class SoundConvolutions(TorchFunctionMode, ContextDecorator):
 def sound(device: torch.device) -> AbstractContextManager[Any]:
     """SoundConvolutions on the CPU; on another device nothing, as all of torch's calls pay for it."""
     return SoundConvolutions() if device.type == "cpu" else nullcontext()
+
+
+def soundly(device: Callable[..., torch.device]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates what trains on the `device` of its arguments: it runs in `sound` of that."""
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def within(*args: P.args, **kwargs: P.kwargs) -> R:
+            with sound(device(*args, **kwargs)):
+                return function(*args, **kwargs)
+
+        return within
+
+    return decorated
 
 
 def _each(amount: Amount, count: int) -> list[int]:

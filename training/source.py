@@ -24,7 +24,7 @@ from training import networks, statistics, weights
 from training import state as states
 from training.data import Data
 from training.divergence import check_step, check_tensors, gradient_norm
-from training.layout import channels_last, sound
+from training.layout import channels_last, soundly
 from training.recipe import BadRecipe, Recipe, refused
 from training.resolution import resolution, shrunk
 from training.task import Task
@@ -81,6 +81,11 @@ def epoch_plan(
         yield rows, seed_of(seed, f"{label}/images/{step}")
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@soundly(lambda *_, **__: _device())
 def train(
     net: nn.Module,
     data: Data,
@@ -107,43 +112,8 @@ def train(
     that is not finite, and before the first step if `net` comes with such a weight.
     """
     check_tensors(label, net.state_dict())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with sound(device):
-        return _train(
-            net.to(device),
-            data,
-            task,
-            device,
-            epochs=epochs,
-            lr=lr,
-            batch=batch,
-            weight_decay=weight_decay,
-            seed=seed,
-            state=state,
-            label=label,
-            teacher=teacher,
-            teacher_weight=teacher_weight,
-            resolutions=resolutions,
-        )
-
-
-def _train(
-    net: nn.Module,
-    data: Data,
-    task: Task,
-    device: torch.device,
-    *,
-    epochs: int,
-    lr: float,
-    batch: int,
-    weight_decay: float,
-    seed: int,
-    state: Path | None,
-    label: str,
-    teacher: Run | Views | None,
-    teacher_weight: float,
-    resolutions: Sequence[float],
-) -> nn.Module:
+    device = _device()
+    net.to(device)
     optimiser = torch.optim.SGD(
         net.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
     )
