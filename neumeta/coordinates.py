@@ -58,7 +58,8 @@ class Site:
     `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
     `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`),
     `narrowest` and `widest` which widths its narrowest and widest group may have been asked at
-    (`Space.ends`), `shallowest` how many blocks its shallowest stage has (0 without stages).
+    (`Space.ends`), `shallowest` and `deepest` how many blocks its shallowest and deepest stages have
+    (0 without stages). `occurs` is how many blocks a stage must have for the role to be in it.
     `positive` says that what the weight multiplies is never negative: it stands behind a ReLU.
     """
 
@@ -77,6 +78,8 @@ class Site:
     narrowest: float
     widest: float
     shallowest: int
+    deepest: int
+    occurs: int
     positive: bool
 
     @property

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load
 from torch import Tensor
 
 from neumeta import checkpoint
@@ -208,6 +209,68 @@ def test_corrections_of_a_chart_are_those_rounded_to_sixteen_bits() -> None:
         assert torch.equal(made(site, at), rounded(site, at))
 
 
+def deep(value: float, blocks: tuple[int, int] = (1, 4)) -> Manifold:
+    """A manifold of a network whose depth morphs, all of whose numbers are one."""
+    space = Space("deep", traced("resnet")[1], (0.25, 1.0), blocks)
+    model = build("grid", {"corrected": {}}, roles(space))
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(value if "grid" in name else 0.0)
+    made = replace(lenet("grid"), space=space, representation=model, noise=0.0)
+    return replace(made, kind="grid", options={"corrected": {}})
+
+
+def test_a_chart_of_shallow_sizes_has_the_blocks_that_their_deepest_has_and_no_more() -> None:
+    parts, sizes = [deep(1.0), deep(2.0)], [Sizes(0.25, 1, most_blocks=1), Sizes(0.25)]
+    space = parts[0].space
+    both = charts.joined(parts, sizes, space)
+    for width, depth in ((1.0, 1), (0.4, 1), (1.0, 2), (0.4, 3)):
+        for last in (1, depth):
+            depths = [depth] * (len(space.depth) - 1) + [last]
+            for site in sites(space, space.architecture(width, depths)).values():
+                made = both.representation(site, coordinates(site, 64))
+                value = 1.0 if depth == 1 else 2.0
+                torch.testing.assert_close(made, torch.full_like(made, value), atol=0, rtol=1e-6)
+    wanted = {
+        site.role for site in sites(space, space.architecture(1.0, [1] * len(space.depth))).values()
+    }
+    grid = both.representation.parts[0].inner.grid
+    assert {role.replace("/", ".") for role in grid} == wanted
+    assert wanted < roles(space).keys()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_chart_that_is_taken_out_makes_the_weights_it_made_within(index: int) -> None:
+    bounds = [Sizes(0.25, most=0.5), Sizes(0.25)]
+    both = charts.joined([SMALL, LARGE], bounds, SPACE)
+    before = {name: value.clone() for name, value in both.representation.state_dict().items()}
+    taken = charts.taken(both, index)
+    assert taken.kind == "grid" and taken.options == both.options["charts"][index]["options"]
+    size = SPACE.architecture(0.4 if index == 0 else 0.8)
+    assert all(torch.equal(found, value) for _, value, found in drawn(taken, both, size))
+    parameters = dict(taken.representation.named_parameters())
+    trained = {name: value for name, value in parameters.items() if ".source." not in name}
+    assert all(value.requires_grad and value.dtype == torch.float32 for value in trained.values())
+    # It can be put back: no number is rounded twice.
+    parts = [taken, LARGE] if index == 0 else [SMALL, taken]
+    again = charts.joined(parts, bounds, SPACE).representation.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in before.items())
+
+
+def test_only_a_chart_that_is_there_is_taken_out() -> None:
+    with pytest.raises(ValueError, match="of kind grid, which has no charts"):
+        charts.taken(SMALL, 0)
+    with pytest.raises(ValueError, match="its charts are 0 to 1"):
+        charts.taken(charts.joined([LARGE, SMALL], HALVES, SPACE), 2)
+
+
+def test_a_file_of_charts_names_a_tensor_for_every_chart_and_dtype_alone(tmp_path: Path) -> None:
+    both = charts.joined([LARGE, SMALL], HALVES, SPACE)
+    tensors = load(checkpoint.encode(both))
+    held = {name.removeprefix("inr.") for name in tensors if name.startswith("inr.")}
+    kinds = ("float16", "float32", "int8")
+    assert held == {f"parts.{part}.{kind}" for part in (0, 1) for kind in kinds}
+
+
 def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> None:
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     path = tmp_path / "both.safetensors"
@@ -257,10 +320,11 @@ def test_manifolds_that_do_not_share_what_they_must_are_refused(other: Manifold,
         charts.joined([LARGE, other], HALVES, SPACE)
 
 
-def test_a_grid_with_noise_is_not_cut_to_narrow_sizes() -> None:
+@pytest.mark.parametrize("own", [Sizes(0.25, most=0.5), Sizes(0.25, most_blocks=1)])
+def test_a_grid_with_noise_is_not_cut_to_narrow_or_shallow_sizes(own: Sizes) -> None:
     noisy = [replace(each, noise=0.25) for each in (SMALL, LARGE)]
     with pytest.raises(ValueError, match="without noise"):
-        charts.joined(noisy, [Sizes(0.25, most=0.5), Sizes(0.25)], SPACE)
+        charts.joined(noisy, [own, Sizes(0.25)], SPACE)
 
 
 PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
@@ -275,6 +339,10 @@ PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
         [PART | {"least": 0.5}, PART | {"least": 0.5, "blocks": 1}],
         [PART | {"least": 0.25}, PART | {"least": 0.25, "most": 0.5}],
         [PART | {"least": 0.25, "most": 0.5}],
+        [PART | {"least": 0.25, "most_blocks": 2}],
+        [PART | {"least": 0.25, "most_blocks": 1, "blocks": 2}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25, "most_blocks": float("nan")}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25}, PART | {"least": 0.25, "most_blocks": 2}],
         [PART | {"least": 0.6, "most": 0.5}, PART | {"least": 0.5}],
         [PART | {"least": -1.0}],
         [PART | {"least": 0.25, "most": float("nan")}, PART | {"least": 0.25}],

@@ -174,6 +174,28 @@ def test_growing_images_and_a_teachers_views_train_and_resume_to_the_same_result
         assert torch.equal(value, resumed[name]), name
 
 
+def test_sixteen_bits_move_the_weights_as_thirty_two_do(
+    digits: Dataset, run_folder: Path, tmp_path: Path
+) -> None:
+    """bfloat16 has a significand of eight bits: steps are some percent off, and so is their sum."""
+    states = []
+    for name, changed in {
+        "start": {"lr": 1e-12},
+        "exact": {},
+        "rounded": {"bfloat16": True},
+    }.items():
+        asked = TINY.changed(
+            fit={"optimiser": "sgd", "lr": 0.01, "ema": 0.0, "epochs": 1, **changed}
+        )
+        made, smoothed = prepared(asked, digits, run_folder)
+        fit.fit(made, smoothed, digits, TASK, asked, tmp_path / name)
+        held = made.representation.state_dict().values()
+        states.append(torch.cat([value.flatten() for value in held]))
+    start, exact, rounded = states
+    assert not torch.equal(exact, rounded)
+    assert float((rounded - exact).norm()) < 0.1 * float((exact - start).norm())
+
+
 SCRIPT = """
 import sys, warnings
 from pathlib import Path

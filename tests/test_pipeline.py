@@ -299,6 +299,22 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
     assert [each["least"] for each in both.about["charts"]] == [0.6, 0.25, 0.25]
     assert [each.get("most") for each in both.about["charts"]] == [None, 0.4, None]
     assert both.about["source"]["kind"] == "charts"
+    # And one of them goes on by itself.
+    alone = narrow.replace("run/manifold", "both/manifold").replace("[fit]", "[fit]\nchart = 1")
+    alone = alone.replace("lr = 1e-2", "lr = 1e-12")
+    assert run(text=alone, folder="alone") == (0, [])
+    size = mean.space.architecture(0.3, extrapolate=True)
+    expected = dict(sample(both, size))
+    for name, value in sample(checkpoint.read(place / "alone" / "manifold.safetensors"), size):
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    for old, new, told in (
+        ("chart = 1", "chart = 3", "fit.chart: 3 is not allowed.* its charts are 0 to 2"),
+        ("chart = 1", "", "representation: .* has .*charts"),
+        ("[0.25, 0.4]", "[0.25, 0.5]", "fit.width: .*no channels beyond a width of 0.4"),
+        ("both/manifold", "run/manifold", "fit.chart: 1 .*has no charts"),
+    ):
+        code, (line,) = run(text=alone.replace(old, new), folder="new")
+        assert code == 2 and re.search(told, line), line
     code, (line,) = run(text=CHARTS.replace("other/", "none/"), folder="new")
     assert code == 2 and "charts[2].file[0]: 'none/manifold.safetensors'" in line
     code, (line,) = run(text=CHARTS.replace('"lenet"', '"resnet20"'), folder="new")

@@ -82,6 +82,11 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
         ({"charts": [{"file": "a", "least": 0.25}, {"file": "b", "least": 0.5}]}, "charts",
          "['a', 'b']", "charts[0] already takes all sizes of charts[1]"),
         ({"charts": [{"file": "a", "least": 0.2, "most": 0.5}]}, "charts", "['a']", "the last one"),
+        ({"charts": [{"file": "a", "least": 0.2, "most_blocks": 2}]}, "charts", "['a']",
+         "the last one"),
+        ({"fit": {"chart": 1}}, "fit.chart", "1", "it needs fit.start"),
+        ({"task": "segmentation", "fit": {"bfloat16": True}}, "fit.bfloat16", "True",
+         "unless the task is classification"),
         ({"charts": [{"file": "a", "least": 0.6, "most": 0.5}, {"file": "b", "least": 0.2}]}, "charts",
          "['a', 'b']", "no width is from 0.6 to 0.5"),
         ({"charts": [{"file": "a", "least": 0.9 - k / 100} for k in range(17)] + [

@@ -1,4 +1,5 @@
-"""Manifolds of one network that were trained apart, each for its own sizes, put together into one.
+"""Manifolds of one network that were trained apart, each for its own sizes, put together into one, and
+taken out again.
 
 Knows no recipe and no training.
 """
@@ -17,8 +18,11 @@ from neumeta.notation import pack
 from neumeta.representation import (
     Anchored,
     Charts,
+    Corrected,
+    Grid,
     Representation,
     Sizes,
+    build,
     build_chart,
     check_sizes,
 )
@@ -72,7 +76,7 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
         _check_alike(part, first)
     # Sizes that the first chart does not take are at least so far from the source.
     away = 0.0
-    if math.isinf(sizes[0].most):
+    if not sizes[0].bounded:
         away = min(1 - sizes[0].least, _lost(sizes[0].blocks, first.space))
     held = []
     for part, own in zip(parts, sizes, strict=True):
@@ -82,12 +86,14 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
             # The source is never near: what is kept of it is left out.
             del options["anchored"]
             model = _free(model)
-        if math.isfinite(own.most):
+        if own.bounded:
             if part.noise:
-                raise ValueError("only a grid without noise can be for narrow sizes alone (most)")
+                told = "only a grid without noise can be for narrow or shallow sizes alone"
+                raise ValueError(f"{told} (most, most_blocks)")
             model = _narrowed(model, build_chart(part.kind, options, roles(covered), own))
-        bounds = {"least": own.least, "blocks": own.blocks}
-        bounds |= {"most": own.most} if math.isfinite(own.most) else {}
+        bounds: dict[str, float] = {"least": own.least, "blocks": own.blocks}
+        above = {"most": own.most, "most_blocks": own.most_blocks}
+        bounds |= {name: most for name, most in above.items() if math.isfinite(most)}
         held.append((model, {"kind": part.kind, "options": options, **bounds}))
     charts = Charts([model for model, _ in held], sizes)
     return replace(
@@ -98,6 +104,32 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
         options={"charts": [told for _, told in held]},
         about={"permutation": first.about.get("permutation", {})},
         digest="",
+    )
+
+
+def taken(manifold: Manifold, index: int) -> Manifold:
+    """One chart of a manifold as it was before it was put together, but for the rounding of its
+    numbers; where channels or blocks were cut off there are zeros.
+
+    Raises ValueError if the manifold is not of charts, or has no such one.
+    """
+    parts = manifold.representation
+    if not isinstance(parts, Charts):
+        raise ValueError(f"it is of kind {manifold.kind}, which has no charts")
+    if index >= len(parts.parts):
+        raise ValueError(f"its charts are 0 to {len(parts.parts) - 1}")
+    told = manifold.options["charts"][index]
+    chart = deepcopy(parts.parts[index])
+    for module in chart.modules():
+        if isinstance(module, Grid | Corrected):
+            module.widen()
+    whole = build(told["kind"], told["options"], roles(manifold.space))
+    state = whole.state_dict()
+    for name, value in chart.state_dict().items():
+        state[name][tuple(slice(size) for size in value.shape)] = value
+    whole.load_state_dict(state)
+    return replace(
+        manifold, representation=whole, kind=told["kind"], options=told["options"], digest=""
     )
 
 
@@ -142,7 +174,7 @@ def _free(model: Representation) -> Representation:
 
 
 def _narrowed(model: Representation, small: Representation) -> Representation:
-    """The first channels of the one as the other, which is built for fewer."""
+    """The first channels and blocks of the one as the other, which is built for fewer."""
     values = model.state_dict()
     kept = {
         name: values[name][tuple(slice(size) for size in value.shape)]

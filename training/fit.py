@@ -289,7 +289,10 @@ def fit(
             with whole_growth(model):
                 weights = generated(manifold, architecture, noise, generator, depth_noise)
             laid_out = {name: channels_last(value) for name, value in weights.items()}
-            predicted = task.read(programs[architecture.key].run(laid_out, values, first=first))
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.fit.bfloat16):
+                predicted = task.read(programs[architecture.key].run(laid_out, values, first=first))
+            if recipe.fit.bfloat16:
+                predicted = predicted.float()
             is_full = architecture == space.full
             loss = mixed(task, predicted, labels, teacher, recipe.fit.distill_weight)
             total += loss.detach()

@@ -6,6 +6,7 @@ Knows no training and no run.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,10 +106,13 @@ def begun(
     """The manifold that `fit.start` names, as this recipe goes on with it, and all tensors of its full
     size: the source, smoothed. A manifold that is not `expanded` can be: that is nothing at first.
 
-    Raises BadRecipe if the file is none, or of another network, data set or representation.
+    Raises BadRecipe if the file is none, or of another network, data set or representation, or has no
+    chart `fit.chart`.
     """
     path = files(asked, checkpoints)["fit.start"]
-    before = opened(asked, loaded, covered, "fit.start", path)
+    before = found = opened(asked, loaded, covered, "fit.start", path)
+    if asked.fit.chart is not None:
+        before = _chart(asked, found, path)
     built = asked.representation
     model = build(built.kind, built.built, roles(covered))
     try:
@@ -133,4 +137,26 @@ def begun(
         about={"permutation": before.about.get("permutation", {})},
         digest="",
     )
-    return manifold, statistics.whole(before, before.space.full)
+    return manifold, statistics.whole(found, found.space.full)
+
+
+def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
+    """The chart of a manifold that `fit.chart` names. Raises BadRecipe if there is none, or if it
+    does not hold all channels and blocks that `fit.width` and `fit.blocks` ask for."""
+    index = asked.fit.chart or 0
+    try:
+        chart = charts.taken(found, index)
+    except ValueError as error:
+        raise BadRecipe(asked.file, [refused("fit.chart", index, f"{path}: {error}")]) from None
+    bounds, wanted = found.options["charts"][index], asked.fit
+    held = f"chart {index} of {path} has"
+    problems = []
+    if wanted.width[1] > (most := bounds.get("most", math.inf)):
+        allowed = f"{held} no channels beyond a width of {most:g}"
+        problems.append(refused("fit.width", wanted.width, allowed))
+    if wanted.blocks and wanted.blocks[1] > (most := bounds.get("most_blocks", math.inf)):
+        allowed = f"{held} no stage of more than {most:g} blocks"
+        problems.append(refused("fit.blocks", wanted.blocks, allowed))
+    if problems:
+        raise BadRecipe(asked.file, problems)
+    return chart

@@ -178,11 +178,14 @@ class FitSection(_Section):
     leading part computed once for this many augmented passes (0: run it in every step).
 
     `start` is a manifold's file to go on from, of the same network and representation, in place of a
-    source network: its channel orders stay, and its own full size is the source. `resolutions`: sides
+    source network: its channel orders stay, and its own full size is the source. Of a manifold of
+    charts, `chart` says from which (the first is 0). `resolutions`: sides
     of the training images as shares of the full ones, each for an equal part of the steps, e.g. [0.5,
     0.75, 1.0]: most of what a network learns it learns from small images, at a third of the cost.
     `teacher_views`: the source's outputs computed once for this many augmented passes, of whole images
-    (0: the source runs in every step).
+    (0: the source runs in every step). `bfloat16`: the convolutions and products of the sampled
+    networks in sixteen bits, all else in float32 (torch.autocast); worth it where the processor has
+    instructions for that.
     """
 
     morph: tuple[str, ...] = ("*",)
@@ -215,8 +218,10 @@ class FitSection(_Section):
     augment: bool = True
     feature_views: Annotated[int, Field(ge=0)] = 0
     start: str = ""
+    chart: Annotated[int, Field(ge=0)] | None = None
     resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1.0,)
     teacher_views: Annotated[int, Field(ge=0)] = 0
+    bfloat16: bool = False
 
 
 def _one_or_more(value: object) -> object:
@@ -226,18 +231,20 @@ def _one_or_more(value: object) -> object:
 class ChartSection(_Section):
     """One of several manifolds that were trained apart and are put together: its `file`, or several
     whose mean it is (cycles of one training, or trainings from one start), and the sizes that are
-    drawn from it: all groups have from `least` to `most` of the source's width, all stages so many
-    `blocks` or more."""
+    drawn from it: all groups have from `least` to `most` of the source's width, all stages from
+    `blocks` to `most_blocks` blocks."""
 
     file: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more)]
     least: Width
     blocks: Annotated[int, Field(ge=0)] = 0
     most: Width | None = None
+    most_blocks: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def sizes(self) -> Sizes:
         """The sizes, as the representation has them."""
-        return Sizes(self.least, self.blocks, math.inf if self.most is None else self.most)
+        above = [math.inf if most is None else most for most in (self.most, self.most_blocks)]
+        return Sizes(self.least, self.blocks, *above)
 
 
 class EvaluateSection(_Section):
@@ -396,6 +403,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         yield refused(f"network.{key}", network.model_dump()[key], allowed)
     if recipe.charts:
         yield from _wrong_charts(recipe.charts, fit)
+    if fit.chart is not None and not fit.start:
+        yield refused("fit.chart", fit.chart, "it needs fit.start: a manifold of charts")
     bare = not network.weights and network.train is None and not begun
     if network.network in NETWORKS and bare:
         yield (
@@ -436,6 +445,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if fit.teacher_views and (fit.distill != "source" or fit.feature_views or not fit.augment):
         allowed = "0 unless fit.distill = 'source', fit.augment and no fit.feature_views"
         yield refused("fit.teacher_views", fit.teacher_views, allowed)
+    if fit.bfloat16 and recipe.task != "classification":
+        yield refused("fit.bfloat16", True, "false unless the task is classification")
     if network.train and network.train.resolutions != (1.0,) and recipe.task != "classification":
         allowed = "[1.0] unless the task is classification"
         yield refused("network.train.resolutions", network.train.resolutions, allowed)

@@ -8,7 +8,7 @@ from typing import Any
 
 from neumeta.coordinates import Site
 from neumeta.representation.base import Representation
-from neumeta.representation.charts import Charts, Sizes, check_sizes, narrowed
+from neumeta.representation.charts import Charts, Sizes, bounded, check_sizes
 from neumeta.representation.grid import Grid
 from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
@@ -48,16 +48,21 @@ MOST_CHARTS = 16
 def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> Representation:
     """A new representation; `options` are its own, and by name those of the wrappers around it.
 
-    Of kind 'charts' they are `charts`, a list of {kind, options, least, blocks, most}: what each is
-    built of, and the sizes that it is for; `most` may be left out. Raises ValueError for an
-    unknown kind or option.
+    Of kind 'charts' they are `charts`, a list of {kind, options, least, blocks, most, most_blocks}:
+    what each is built of, and the sizes that it is for; the last two may be left out. Raises
+    ValueError for an unknown kind or option.
     """
     if kind == "charts":
         held = options["charts"]
         if not 1 <= len(held) <= MOST_CHARTS or any(each["kind"] == kind for each in held):
             raise ValueError(f"charts: {len(held)}, one within another or more than {MOST_CHARTS}")
         sizes = [
-            Sizes(float(each["least"]), int(each["blocks"]), float(each.get("most", math.inf)))
+            Sizes(
+                float(each["least"]),
+                int(each["blocks"]),
+                float(each.get("most", math.inf)),
+                float(each.get("most_blocks", math.inf)),
+            )
             for each in held
         ]
         check_sizes(sizes)
@@ -82,8 +87,10 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
 def build_chart(
     kind: str, options: Mapping[str, Any], roles: Mapping[str, Site], sizes: Sizes
 ) -> Representation:
-    """A new representation for these sizes: of narrow ones alone it has only their channels, which only
-    a grid is content with. Raises ValueError for another kind, and as `build`."""
-    if math.isfinite(sizes.most) and kind != "grid":
-        raise ValueError(f"charts: only a grid can be for narrow sizes alone, not {kind}")
-    return build(kind, options, narrowed(roles, sizes.most))
+    """A new representation for these sizes: of bounded ones it has only their channels and blocks,
+    which only a grid is content with. Raises ValueError for another kind, and as `build`."""
+    if sizes.bounded and kind != "grid":
+        raise ValueError(
+            f"charts: only a grid can be for narrow or shallow sizes alone, not {kind}"
+        )
+    return build(kind, options, bounded(roles, sizes))

@@ -21,21 +21,27 @@ from neumeta.representation.wrappers import Corrected
 @dataclass(frozen=True)
 class Sizes:
     """The sizes that a chart is for: every group has the channels of some width from `least` to `most`,
-    each of its own, and every stage so many `blocks` or more."""
+    each of its own, and every stage from `blocks` to `most_blocks` blocks."""
 
     least: float
     blocks: int = 0
     most: float = math.inf
+    most_blocks: float = math.inf
 
     def holds(self, site: Site) -> bool:
         """Whether the network that the tensor belongs to is of such a size."""
         wide = self.least - 1e-9 <= site.narrowest and site.widest <= self.most + 1e-9
-        return wide and site.shallowest >= self.blocks
+        return wide and self.blocks <= site.shallowest and site.deepest <= self.most_blocks
 
     def covers(self, other: Sizes) -> bool:
         """Whether every one of the other sizes is one of these."""
         wide = self.least <= other.least and other.most <= self.most
-        return wide and self.blocks <= other.blocks
+        return wide and self.blocks <= other.blocks and other.most_blocks <= self.most_blocks
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some networks are too wide or too deep for it."""
+        return math.isfinite(self.most) or math.isfinite(self.most_blocks)
 
 
 class Charts(Representation):
@@ -66,22 +72,28 @@ def check_sizes(sizes: Sequence[Sizes]) -> None:
     for later, wanted in enumerate(sizes):
         if not 0 < wanted.least <= wanted.most or math.isinf(wanted.least):
             raise ValueError(f"charts[{later}]: no width is from {wanted.least} to {wanted.most}")
+        if not 0 <= wanted.blocks <= wanted.most_blocks:
+            told = f"{wanted.blocks} to {wanted.most_blocks}"
+            raise ValueError(f"charts[{later}]: no number of blocks is from {told}")
         for earlier, taken in enumerate(sizes[:later]):
             if taken.covers(wanted):
                 raise ValueError(f"charts[{earlier}] already takes all sizes of charts[{later}]")
-    if not sizes or math.isfinite(sizes[-1].most):
-        raise ValueError("charts: the last one must be for all widths above its least")
+    if not sizes or sizes[-1].bounded:
+        raise ValueError("charts: the last one must be for all widths and blocks above its least")
 
 
-def narrowed(roles: Mapping[str, Site], most: float) -> dict[str, Site]:
-    """What networks of a width of at most `most` can have of each role: of every dimension the first
-    channels, which only a grid over absolute indices without noise is content with.
+def bounded(roles: Mapping[str, Site], sizes: Sizes) -> dict[str, Site]:
+    """What networks of these sizes can have: the roles of so few blocks, and of every dimension the
+    first channels, which only a grid over absolute indices without noise is content with.
 
     A dimension of several parts is left whole.
     """
     return {
-        role: replace(site, rows=_narrowed(site.rows, most), columns=_narrowed(site.columns, most))
+        role: replace(
+            site, rows=_narrowed(site.rows, sizes.most), columns=_narrowed(site.columns, sizes.most)
+        )
         for role, site in roles.items()
+        if site.occurs <= sizes.most_blocks
     }
 
 

@@ -60,6 +60,16 @@ class Grid(Representation):
                 self.unit[key] = nn.Parameter(unit, requires_grad=False)
             self.grid[key] = nn.Parameter(held, requires_grad=False)
 
+    @torch.no_grad()
+    def widen(self) -> None:
+        """Undo `compact`, but for its rounding: numbers in float32, to be trained on."""
+        for key, value in self.grid.items():
+            wide = value.float()
+            if key in self.unit:
+                wide = wide * self.unit[key].float()
+            self.grid[key] = nn.Parameter(wide)
+        self.unit = nn.ParameterDict()
+
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         if at.exact and site.rows.leading and site.columns.leading:

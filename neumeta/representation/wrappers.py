@@ -118,6 +118,12 @@ class Corrected(Representation):
             for key, value in held.items():
                 held[key] = nn.Parameter(value.detach().half(), requires_grad=False)
 
+    def widen(self) -> None:
+        """Undo `compact`, but for its rounding: numbers in float32, to be trained on."""
+        for held in (self.rows, self.columns):
+            for key, value in held.items():
+                held[key] = nn.Parameter(value.detach().float())
+
     def forward(self, site: Site, at: Coordinates) -> Float[Tensor, "S O I kk"]:
         """The weights of `site` at these coordinates."""
         made: Tensor = self.inner(site, at)
