@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 from benchmarks.local import hardware
@@ -132,13 +133,27 @@ def report(results: Path, figures: Path) -> None:
             cells += [f"{own['raw']:.2f}", str(own["epochs"])] if own else ["", ""]
             print(f"| {row['channels']} | {row['depth']} | {' | '.join(cells)} |")
     for name, held in manifolds.items():
-        mixed = [row["raw"] for row in of_kind(held, "mixed")]
+        mixed = of_kind(held, "mixed")
         if mixed:
-            worst, mean = min(mixed), sum(mixed) / len(mixed)
-            print(f"\n{name}: {len(mixed)} random sizes, raw: mean {mean:.2f}, worst {worst:.2f}")
+            print(f"\n{name}: {len(mixed)} random sizes, raw: {spread(mixed, held)}")
+            for told, rows in {
+                "with a stage of one block": [row for row in mixed if min(row["depth"]) == 1],
+                "with more in every stage": [row for row in mixed if min(row["depth"]) > 1],
+            }.items():
+                print(f"- {len(rows)} {told}: {spread(rows, held)}")
     draw(manifolds, single, figures)
     summary = {name: {"rows": len(held["rows"])} for name, held in manifolds.items()}
     print(json.dumps({"benchmark": "reach", "hardware": hardware(), "results": summary}))
+
+
+def spread(rows: list[dict[str, Any]], held: dict[str, Any]) -> str:
+    """The mean and the worst of these, and how far the mean is below widths alone at equal cost."""
+    scores = np.array([row["raw"] for row in rows])
+    widths = of_kind(held, "width")[::-1]
+    costs = [np.log([row["macs"] for row in each]) for each in (rows, widths)]
+    equal = np.interp(costs[0], costs[1], [row["raw"] for row in widths])
+    told = f"mean {scores.mean():.2f}, worst {scores.min():.2f}"
+    return f"{told}; widths alone at the same multiply-accumulates {equal.mean():.2f}"
 
 
 def _told(score: float | None) -> str:

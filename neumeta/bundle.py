@@ -35,7 +35,7 @@ def parted(bundles: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[st
         if held.shape != (sum(sizes),) or held.dtype != like[names[0]].dtype:
             told = f"{held.dtype} {tuple(held.shape)}"
             raise ValueError(f"{bundle} is {told}, not {like[names[0]].dtype} {(sum(sizes),)}")
-        for name, part in zip(names, held.split(sizes), strict=True):
+        for name, part in zip(names, torch.split(held, sizes), strict=True):
             found[name] = part.view(like[name].shape)
     return found
 

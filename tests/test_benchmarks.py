@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dtypes, imagenet, size, statistics, streamed, versions
+from benchmarks import dtypes, imagenet, passes, reach, size, statistics, streamed, versions
 from benchmarks.life import body
 from benchmarks.manifolds import random_manifold, served, space
 from benchmarks.published import flops, published
@@ -254,3 +254,32 @@ def test_a_generated_folder_has_its_classes_in_both_halves(tmp_path: Path) -> No
     assert len(loaded) == 24 and len(loaded.classes) == streamed.CLASSES
     x, y = next(loaded.test_batches(8))
     assert x.shape == (8, 3, 64, 64) and sorted(set(y.tolist())) == [0]
+
+
+def test_random_sizes_are_held_against_widths_of_their_own_cost() -> None:
+    """A width of a hundredfold cost has 20 points more: one of the tenfold has 10, on a log scale."""
+    widths = {
+        str(macs): {"kinds": ["width"], "macs": macs, "raw": score}
+        for macs, score in ((100_000, 90.0), (1_000, 70.0))
+    }
+    mixed = [
+        {"kinds": ["mixed"], "macs": macs, "raw": 60.0 + k}
+        for k, macs in enumerate((10_000, 1_000))
+    ]
+    told = reach.spread(mixed, {"rows": widths})
+    assert told == "mean 60.50, worst 60.00; widths alone at the same multiply-accumulates 75.00"
+
+
+def test_a_training_costs_what_its_steps_train_and_a_start_counts_once() -> None:
+    held = space("lenet")
+    assert held.blocks is None
+    asked = recipe.load("tiny").changed(
+        fit={"width": (0.5, 0.5001), "sandwich": False, "widths": (), "resolutions": (0.5, 1.0)}
+    )
+    half = held.cost(held.architecture(0.5))["macs"] / held.cost(held.full)["macs"]
+    assert passes.cost(asked, held) == pytest.approx(half * (0.25 + 1) / 2, rel=1e-6)
+    found = [each.name for each in passes.begun("cifar10-resnet-charts", set())]
+    assert len(found) == len(set(found)) and found.index("cifar10-resnet") < found.index(
+        "cifar10-resnet-cycle"
+    )
+    assert "cifar10-resnet-charts" not in found

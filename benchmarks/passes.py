@@ -1,0 +1,82 @@
+"""What a manifold of charts cost to train, beside the networks that were trained individually.
+
+    python -m benchmarks.passes cifar10-resnet-charts --manifold models/resnet20-cifar10.safetensors
+
+Costs are in passes of one image of full size through the source, forward and back: a smaller network or
+image counts by its multiply-accumulates. Counted are the recipes of all charts and what they went on
+from (`fit.start`), each once, whether its file was made on this machine or not. What a step trains is
+drawn as training draws it; the source's own answers, made once for a few views, are counted for neither
+side. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.local import hardware
+from neumeta import checkpoint
+from neumeta.sample import seed_of
+from neumeta.space import Space
+from training import fit
+from training.recipe import Recipe, load
+
+IMAGES = 50_000
+STEPS = 2_000
+"""How many steps are drawn of each recipe: the mean cost is right to a percent or two."""
+
+
+def begun(name: str, seen: set[str]) -> Iterator[Recipe]:
+    """The built-in recipe, after all that it goes on from; none twice."""
+    if name in seen:
+        return
+    seen.add(name)
+    asked = load(name)
+    files = [asked.fit.start, *(each for chart in asked.charts for each in chart.file)]
+    for each in filter(None, files):
+        yield from begun(Path(each).parent.name, seen)
+    if not asked.charts:
+        yield asked
+
+
+def cost(asked: Recipe, space: Space) -> float:
+    """The mean cost of one step for each of its images, in passes of the source at full size."""
+    covered = replace(space, width=asked.fit.width, blocks=asked.fit.blocks)
+    full, total = space.cost(space.full)["macs"], 0.0
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(seed_of(asked.seed, f"step/{step}"))
+        drawn = fit.choose(asked, covered, generator)
+        total += sum(space.cost(size)["macs"] for size in drawn) / full
+    shares = asked.fit.resolutions
+    return total / STEPS * sum(share**2 for share in shares) / len(shares)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", help="a built-in recipe of charts, or one of a chart")
+    parser.add_argument(
+        "--manifold", type=Path, default=Path("models/resnet20-cifar10.safetensors")
+    )
+    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    arguments = parser.parse_args()
+    space, rows = checkpoint.read(arguments.manifold).space, {}
+    print("| recipe | epochs | cost of a step | source passes |\n|---|---:|---:|---:|")
+    for asked in begun(arguments.recipe, set()):
+        each = cost(asked, space)
+        source = asked.network.train.epochs if asked.network.train else 0
+        rows[asked.name] = round(IMAGES * (asked.fit.epochs * each + source))
+        print(f"| {asked.name} | {asked.fit.epochs:g} | {each:.2f} | {rows[asked.name]:,} |")
+    held = json.loads((arguments.results / "individual.json").read_text())
+    alone = {f"{row['depth']}/{row['channels']}": row["passes"] for row in reversed(held)}
+    print(f"\nall: {sum(rows.values()):,}; {len(alone)} networks alone: {sum(alone.values()):,}")
+    summary = {"manifold": sum(rows.values()), "alone": sum(alone.values()), "recipes": rows}
+    print(json.dumps({"benchmark": "passes", "hardware": hardware(), "result": summary}))
+
+
+if __name__ == "__main__":
+    main()
