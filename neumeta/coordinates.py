@@ -10,7 +10,7 @@ pair. Knows no weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from jaxtyping import Float
@@ -27,17 +27,17 @@ class Span:
     parts: tuple[tuple[int, int, int], ...]
     morphs: bool
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many indices there are."""
         return sum(units * repeat for units, _, repeat in self.parts)
 
-    @property
+    @cached_property
     def full(self) -> int:
         """How many there are in the source."""
         return sum(units * repeat for _, units, repeat in self.parts)
 
-    @property
+    @cached_property
     def leading(self) -> bool:
         """Whether the indices are the source's first ones."""
         return len(self.parts) == 1 and self.count <= self.full

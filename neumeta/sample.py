@@ -53,18 +53,21 @@ def evenly(samples: int, dimensions: int) -> Float[Tensor, "K 6"]:
 
 
 @torch.no_grad()
-def sample_site(manifold: Manifold, site: Site, samples: int, seed: int) -> Tensor:
+def sample_site(
+    manifold: Manifold, site: Site, samples: int, seed: int, device: torch.device | None = None
+) -> Tensor:
     """The mean of `samples` noisy evaluations of one tensor, noise spread by `evenly`.
 
-    One sample is exact: the manifold's value at the integer coordinates.
+    One sample is exact: the manifold's value at the integer coordinates. `device` is the manifold's,
+    for a caller who has looked it up.
     """
     noise = manifold.noise if samples > 1 else 0.0
     if noise == 0.0:
         samples = 1
     at_once = max(1, min(samples, PAIRS_AT_ONCE // (site.rows.count * site.columns.count)))
-    own = seed_of(seed, site.name)
+    own = seed_of(seed, site.name) if noise else 0
     points = evenly(samples, 6 if site.length > 1 else 4)
-    device = manifold.device
+    device = device or manifold.device
     total: Tensor | None = None
     for done in range(0, samples, at_once):
         at = coordinates(
@@ -90,6 +93,7 @@ class _Sampling:
         self, manifold: Manifold, architecture: Architecture, samples: int, seed: int
     ) -> None:
         self.manifold, self.samples, self.seed = manifold, samples, seed
+        self.device = manifold.device
         self.graph = manifold.space.graph_of(architecture)
         self.sizes = manifold.space.sizes(architecture)
         self.sites = sites(manifold.space, architecture)
@@ -109,7 +113,7 @@ class _Sampling:
         site = self.sites.get(name)
         if site is None:
             return self.manifold.frozen[name]
-        return sample_site(self.manifold, site, self.samples, self.seed)
+        return sample_site(self.manifold, site, self.samples, self.seed, self.device)
 
     def _measured(self) -> dict[str, Moments]:
         images = self.manifold.statistics.images
