@@ -25,7 +25,7 @@ from benchmarks.paper import (
     subject,
 )
 from benchmarks.paper.bench import Bench, Setting
-from benchmarks.paper.table import Results, Table, markdown
+from benchmarks.paper.table import Results, Table, markdown, mean_row
 from neumeta.fold import fold
 from neumeta.program import Program
 from training import data, recipe, source
@@ -69,6 +69,24 @@ def test_every_table_is_made_and_a_second_run_measures_nothing(tmp_path: Path) -
     again = run("all", "--quick", "--runs", str(tmp_path))
     assert again.returncode == 0 and len(again.stdout.splitlines()) == 1
     assert (tmp_path / "docs" / "paper.md").read_text() == page
+
+
+def test_a_row_is_made_again_with_seeds_that_it_lacks_and_is_their_mean(tmp_path: Path) -> None:
+    kept = Results(tmp_path / "docs" / "paper")
+    assert run("table3", "--quick", "--runs", str(tmp_path)).returncode == 0
+    first = kept.read("table3")["with residual"]
+    done = run("table3", "--quick", "--runs", str(tmp_path), "--seeds", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = kept.read("table3")["with residual"]
+    assert row["seeds"][0] == first and row["seeds"][1]["training"] != first["training"]
+    means = [each["mean"] for each in row["seeds"]]
+    assert row["mean"] == round(sum(means) / 2, 4) != first["mean"]
+    assert row["spread"]["mean"] == round(abs(means[0] - means[1]) / 2**0.5, 4)
+    page = (tmp_path / "docs" / "paper.md").read_text()
+    assert f"{row['mean']:.2f} ± {row['spread']['mean']:.2f} (91.87)" in page
+    # What has been trained is not trained again, with fewer seeds neither.
+    again = run("table3", "--quick", "--runs", str(tmp_path))
+    assert len(again.stdout.splitlines()) == 1 and kept.read("table3")["with residual"] == row
 
 
 def test_a_time_that_is_up_keeps_what_is_done_and_says_so(tmp_path: Path) -> None:
@@ -230,3 +248,19 @@ def test_half_a_point_between_rows_of_one_seed_decides_nothing() -> None:
     assert "does not hold here: 'other' is 1.00 points ahead" in told(87.0, 88.0)
     assert "Undecided here: 'claimed' is 0.25 points behind 'other'" in told(87.0, 87.25)
     assert "Undecided here: 'claimed' is 0.25 points ahead of 'other'" in told(87.25, 87.0)
+
+
+def test_a_lead_over_several_seeds_decides_if_its_interval_leaves_out_zero() -> None:
+    def told(leads: list[float]) -> str:
+        seeds = [80.0 + 3 * seed for seed in range(len(leads))]  # which both rows share
+        rows = {
+            "claimed": mean_row([{"mean": s + lead} for s, lead in zip(seeds, leads, strict=True)]),
+            "other": mean_row([{"mean": s} for s in seeds]),
+        }
+        return inr._best(rows, "claimed")
+
+    # Student's t of three: 4.30 standard errors, here of 0.1 / sqrt(3).
+    assert "holds here: 'claimed' is best, 0.30 points ahead" in told([0.2, 0.3, 0.4])
+    assert "Undecided here: 'claimed' is 0.20 points ahead" in told([0.1, 0.2, 0.3])
+    assert "less than 3 seeds can tell" in told([0.1, 0.2, 0.3])
+    assert "does not hold here: 'other' is 0.30 points ahead" in told([-0.2, -0.3, -0.4])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.paper.table import Results, Row
+from benchmarks.paper.table import Results, Row, mean_row
 from benchmarks.reach import raw
 from neumeta import checkpoint
 from neumeta.manifold import Manifold
@@ -46,6 +46,7 @@ class Setting:
     models: Path
     runs: Path
     results: Results
+    seeds: int = 1
     deadline: float = float("inf")
 
 
@@ -228,6 +229,14 @@ class Bench:
         row["mean"] = round(float(np.mean([row[column] for column in GAMMAS])), 2)
         path.write_text(json.dumps(row))
         return row
+
+    def repeated(
+        self, asked: recipe.Recipe, measure: Callable[[recipe.Recipe], Row] | None = None
+    ) -> Row:
+        """The mean of this recipe's rows over the seeds, from 0. Frozen activations and the source are
+        those of the first. Raises Late."""
+        seeds = range(asked.seed, asked.seed + self.setting.seeds)
+        return mean_row([(measure or self.train)(asked.changed(seed=seed)) for seed in seeds])
 
     def fit(
         self,

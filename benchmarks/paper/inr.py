@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from benchmarks.paper.bench import GAMMAS, Bench
-from benchmarks.paper.table import Row, Rows, Table, holds
+from benchmarks.paper.table import Row, Rows, Table, by_seed, holds
 from neumeta import checkpoint
 from training import recipe
 
@@ -21,12 +23,6 @@ SCOPE = (
     " The paper's figure stands in brackets; where it gives one number, beside our mean."
 )
 SHIPS = recipe.load("cifar10-resnet20-last-block-mlp")
-BUDGET = (
-    " Every row has the same small budget: 300 steps of regression, half an epoch, and 5 layers unless"
-    f" said, where the recipe that ships has {SHIPS.fit.regression_steps:,} steps, {SHIPS.fit.epochs:g}"
-    f" epochs and {SHIPS.representation.options['layers']} layers; one seed: differences of half a"
-    " point mean little."
-)
 UNORDERED = "no permutation (a random order)"
 NATIVE = (
     " The source comes out of the manifold that ships, in the order of mSHP; its own order is gone, and"
@@ -34,28 +30,61 @@ NATIVE = (
 )
 LEAD = 0.5
 """Points of the mean: a lead of less decides nothing between rows of one seed."""
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""By the number of seeds: how many standard errors around a mean hold 95 % (Student 1908)."""
 NOISES = (0.5, 0.25, 0.0)
 COUNTS = (1, 4, 8, 16, 50, 100)
 
 Changes = Mapping[str, Any]
 
 
+def _budget(bench: Bench) -> str:
+    """What every row of these tables was given."""
+    count = bench.setting.seeds
+    told = (
+        f"{count} seeds: their mean and standard deviation; a lead decides if the 95 % interval of the"
+        " differences seed by seed leaves out zero."
+    )
+    if count == 1:
+        told = "one seed: differences of half a point mean little."
+    return (
+        " Every row has the same small budget: 300 steps of regression, half an epoch, and 5 layers"
+        f" unless said, where the recipe that ships has {SHIPS.fit.regression_steps:,} steps,"
+        f" {SHIPS.fit.epochs:g} epochs and {SHIPS.representation.options['layers']} layers; {told}"
+    )
+
+
 def _trained(bench: Bench, changes: Mapping[str, Changes]) -> Callable[[str], Row]:
-    return lambda name: bench.train(bench.asked.changed(**changes[name]))
+    return lambda name: bench.repeated(bench.asked.changed(**changes[name]))
 
 
 def _options(bench: Bench, **more: Any) -> Changes:
     return {"representation": {"options": {**bench.asked.representation.options, **more}}}
 
 
+def _lead(one: Row, other: Row, column: str = "mean") -> tuple[float, float]:
+    """By how much the one is ahead, in points, and how much that must be to decide anything.
+
+    The same seed begins both alike, so that their differences are taken seed by seed.
+    """
+    pairs = list(zip(by_seed(one), by_seed(other), strict=False))
+    leads = np.array([mine[column] - theirs[column] for mine, theirs in pairs])
+    if len(leads) == 1:
+        return round(float(leads[0]), 2), LEAD
+    error = float(leads.std(ddof=1)) / len(leads) ** 0.5
+    return round(float(leads.mean()), 2), STUDENT[len(leads)] * error
+
+
 def _best(rows: Rows, claimed: str, column: str = "mean") -> str:
     """Whether the row that the paper calls best is, and by how much."""
     others = [name for name in rows if name != claimed]
     best = max(others, key=lambda name: float(rows[name][column]))
-    lead = round(rows[claimed][column] - rows[best][column], 2)
-    if abs(lead) < LEAD:
+    lead, least = _lead(rows[claimed], rows[best], column)
+    if abs(lead) < least:
         told = f"{abs(lead):.2f} points {'ahead of' if lead > 0 else 'behind'}"
-        return f"Undecided here: {claimed!r} is {told} {best!r}, less than one seed can tell."
+        seeds = len(by_seed(rows[claimed]))
+        can = "one seed" if seeds == 1 else f"{seeds} seeds"
+        return f"Undecided here: {claimed!r} is {told} {best!r}, less than {can} can tell."
     if lead > 0:
         return f"The claim holds here: {claimed!r} is best, {lead:.2f} points ahead of {best!r}."
     return f"The claim does not hold here: {best!r} is {-lead:.2f} points ahead of {claimed!r}."
@@ -80,7 +109,7 @@ def table1(bench: Bench) -> Table:
         "table1",
         "permutation strategies",
         SCOPE
-        + BUDGET
+        + _budget(bench)
         + " Only the morphing axis is permuted here, so that the totals differ less."
         + NATIVE,
         (*COLUMNS, "total variation", "error"),
@@ -88,6 +117,7 @@ def table1(bench: Bench) -> Table:
         _trained(bench, changes),
         lambda rows: _best(rows, "mSHP"),
         theirs,
+        repeated=True,
     )
 
 
@@ -107,12 +137,13 @@ def table2(bench: Bench) -> Table:
     return Table(
         "table2",
         "layers, units and frequencies",
-        SCOPE + BUDGET,
+        SCOPE + _budget(bench),
         (*COLUMNS, "error", "parameters, M", "minutes"),
         tuple(changes),
         _trained(bench, changes),
         lambda rows: _best(rows, "8 layers, 512 units, 32 frequencies"),
         theirs,
+        repeated=True,
     )
 
 
@@ -123,12 +154,13 @@ def table3(bench: Bench) -> Table:
     return Table(
         "table3",
         "residual connections in the MLP",
-        SCOPE + BUDGET,
+        SCOPE + _budget(bench),
         (*COLUMNS, "error"),
         tuple(changes),
         _trained(bench, changes),
         lambda rows: _best(rows, "with residual"),
         theirs,
+        repeated=True,
     )
 
 
@@ -139,12 +171,13 @@ def table4(bench: Bench) -> Table:
     return Table(
         "table4",
         "block-based INR",
-        SCOPE + BUDGET,
+        SCOPE + _budget(bench),
         (*COLUMNS, "error", "parameters, M"),
         tuple(changes),
         _trained(bench, changes),
         lambda rows: _best(rows, "one for each tensor"),
         theirs,
+        repeated=True,
     )
 
 
@@ -156,7 +189,7 @@ def table5(bench: Bench) -> Table:
         "table5",
         "decay of the moving average (EMA)",
         SCOPE
-        + BUDGET
+        + _budget(bench)
         + " The learning rate falls to zero along a cosine, the paper's in two steps. The average's own"
         " warm-up, (1 + t) / (10 + t) at step t, ends at 0.956 after these 195 steps: the three decays"
         " are one here, and the table says only what averaging is worth.",
@@ -165,6 +198,7 @@ def table5(bench: Bench) -> Table:
         _trained(bench, changes),
         lambda rows: _best(rows, "0.995"),
         {name: {"mean": figure} for name, figure in figures.items()},
+        repeated=True,
     )
 
 
@@ -175,25 +209,31 @@ def noise(bench: Bench) -> Table:
 
     def measure(name: str) -> Row:
         size, count = names[name]
-        asked = bench.asked.changed(representation={"noise": size})
-        row = bench.train(asked)
-        if count > 1:
-            scores = bench.scores(bench.manifold(asked), samples=count)
-            mean = sum(scores[column] for column in GAMMAS) / len(GAMMAS)
-            row = {**row, **scores, "mean": round(mean, 2)}
-        return row
+
+        def once(asked: recipe.Recipe) -> Row:
+            row = bench.train(asked)
+            if count > 1:
+                scores = bench.scores(bench.manifold(asked), samples=count)
+                mean = sum(scores[column] for column in GAMMAS) / len(GAMMAS)
+                row = {**row, **scores, "mean": round(mean, 2)}
+            return row
+
+        return bench.repeated(bench.asked.changed(representation={"noise": size}), once)
 
     def verdict(rows: Rows) -> str:
         worth = {
-            size: rows[f"a = {size:g}, K = 50"]["mean"] - rows[f"a = {size:g}, K = 1"]["mean"]
+            size: _lead(rows[f"a = {size:g}, K = 50"], rows[f"a = {size:g}, K = 1"])
             for size in NOISES[:-1]
         }
-        told = ", ".join(f"{gain:+.2f} points at a = {size:g}" for size, gain in worth.items())
-        least = rows[f"a = {NOISES[0]:g}, K = 1"]["mean"] - rows["a = 0, K = 1"]["mean"]
-        gains = worth.values()
-        claim = (
-            "holds" if min(gains) >= LEAD else "does not hold" if max(gains) < 0 else "is undecided"
-        )
+        told = ", ".join(f"{gain:+.2f} points at a = {size:g}" for size, (gain, _) in worth.items())
+        least, _ = _lead(rows[f"a = {NOISES[0]:g}, K = 1"], rows["a = 0, K = 1"])
+        decided = all(abs(gain) >= needed for gain, needed in worth.values())
+        gains = [gain for gain, _ in worth.values()]
+        claim = "is undecided"
+        if decided and min(gains) > 0:
+            claim = "holds"
+        elif decided and max(gains) < 0:
+            claim = "does not hold"
         return (
             f"The claim that averaging pays {claim} here: K = 50 is worth {told}; training with"
             f" a = {NOISES[0]:g} instead of none {least:+.2f} (K = 1)."
@@ -203,12 +243,13 @@ def noise(bench: Bench) -> Table:
         "noise",
         "coordinate noise a in training, K samples averaged",
         SCOPE
-        + BUDGET
+        + _budget(bench)
         + " One sample is the noise-free one. The paper has a = 0.5 and K of 50 to 100.",
         COLUMNS,
         tuple(names),
         measure,
         verdict,
+        repeated=True,
     )
 
 
@@ -232,9 +273,8 @@ def main_losses(bench: Bench) -> Table:
     }
 
     def verdict(rows: Rows) -> str:
-        found = {name: rows[name]["mean"] for name in cells}
-        smooth = found["λ1 = 1, λ2 = 1e-4"] - found[f"{UNORDERED}, λ1 = 1"]
-        decay = found["λ1 = 1, λ2 = 1e-4"] - found["λ2 = 0"]
+        smooth, _ = _lead(rows["λ1 = 1, λ2 = 1e-4"], rows[f"{UNORDERED}, λ1 = 1"])
+        decay, _ = _lead(rows["λ1 = 1, λ2 = 1e-4"], rows["λ2 = 0"])
         return (
             _best(rows, "λ1 = 1, λ2 = 1e-4")
             + f" Permutation is worth {smooth:+.2f} points (the paper's: +11.51), λ2 {decay:+.2f}"
@@ -244,12 +284,13 @@ def main_losses(bench: Bench) -> Table:
     return Table(
         "main-losses",
         "permutation, reconstruction and regularisation",
-        SCOPE + BUDGET + NATIVE,
+        SCOPE + _budget(bench) + NATIVE,
         (*COLUMNS, "error"),
         tuple(cells),
         _trained(bench, changes),
         verdict,
         {name: {"mean": theirs} for name, (*_, theirs) in cells.items() if theirs is not None},
+        repeated=True,
     )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from neumeta import atomic
 
 Row = dict[str, Any]
@@ -20,7 +22,8 @@ class Table:
     """One table: `measure` gives each row's figures by column, `theirs` the paper's where it has any.
 
     `head` says what is different here from what the paper did; `verdict` whether its claim holds, from
-    all rows. `figure` draws a file beside the page.
+    all rows. `figure` draws a file beside the page. `repeated` says that its rows are made with several
+    seeds.
     """
 
     name: str
@@ -32,6 +35,33 @@ class Table:
     verdict: Callable[[Rows], str]
     theirs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     figure: Callable[[Rows, Path], Path | None] | None = None
+    repeated: bool = False
+
+
+def by_seed(row: Row) -> list[Row]:
+    """The rows that this one is the mean of, in the order of their seeds; or itself alone."""
+    return list(row.get("seeds", [row]))
+
+
+def mean_row(rows: list[Row]) -> Row:
+    """The mean of rows that differ in their seed, with the standard deviation of every figure but its
+    cost as `spread`, and the rows as `seeds`. A single row stays as it is."""
+    if len(rows) == 1:
+        return rows[0]
+    figures = {
+        name: np.array([row[name] for row in rows])
+        for name, value in rows[0].items()
+        if isinstance(value, float)
+    }
+    return {
+        **{name: round(float(values.mean()), 4) for name, values in figures.items()},
+        "spread": {
+            name: round(float(values.std(ddof=1)), 4)
+            for name, values in figures.items()
+            if name != "minutes"
+        },
+        "seeds": rows,
+    }
 
 
 class Results:
@@ -58,9 +88,10 @@ class Results:
     def trained(self, digest: str) -> Row | None:
         """A row of any table that this training made."""
         for path in sorted(self.folder.glob("*.json")):
-            for row in self.read(path.stem).values():
-                if row.get("training") == digest:
-                    return row
+            for mean in self.read(path.stem).values():
+                for row in by_seed(mean):
+                    if row.get("training") == digest:
+                        return row
         return None
 
 
@@ -80,6 +111,8 @@ def markdown(table: Table, rows: Rows, figure: Path | None) -> str:
             value = rows.get(name, {}).get(column)
             shown = "" if value is None else value if isinstance(value, str) else f"{value:,.2f}"
             shown = f"{value:,}" if isinstance(value, int) else shown
+            spread = rows.get(name, {}).get("spread", {}).get(column, 0.0)
+            shown += f" ± {spread:,.2f}" if round(spread, 2) else ""
             theirs = table.theirs.get(name, {}).get(column)
             cells.append(shown if theirs is None else f"{shown} ({theirs:,.2f})".strip())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
