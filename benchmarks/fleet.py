@@ -24,6 +24,7 @@ import httpx
 
 from benchmarks.local import Service, free_port, hardware
 from neumeta import pull as client
+from neumeta.failure import PullError
 
 KINDS = ({"width": "0.25"}, {"width": "0.5"}, {"width": "0.5", "format": "onnx"})
 CONFIG = """
@@ -78,7 +79,7 @@ def main() -> None:
                     digest = client.pull(
                         address, given.arch, out, parameters=KINDS[kind], client=http
                     )
-                except (client.PullError, OSError) as error:
+                except (PullError, OSError) as error:
                     return kind, f"failed: {error}", 0.0
             seconds = time.monotonic() - began
             whole = hashlib.sha256(out.read_bytes()).hexdigest() == digest

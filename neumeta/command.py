@@ -1,28 +1,31 @@
 """`neumeta-pull`: flags, the size that is chosen, what is told, exit codes.
 
-Knows neither the transfer nor what makes a file whole: those are `pull.py`'s.
+Knows neither the transfer nor what makes a file whole: those are `transfer.py` and `whole.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl
 
 import httpx
 
 from neumeta import afford, atomic, measure, memory, pull
 from neumeta import watch as watching
+from neumeta.asking import Asking, client_for
+from neumeta.failure import PullError
 from neumeta.notation import BadGraph
 from neumeta.plan import DTYPES
+from neumeta.record import beside, read_record, target_of, write_record
+from neumeta.transfer import json_values
+from neumeta.whole import FORMATS, check_file
 
 
 class _Bar:
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--depth", help="blocks per stage, separated by commas")
     parser.add_argument("--dtype", choices=list(DTYPES))
-    parser.add_argument("--format", choices=pull.FORMATS, help="onnx: a model for ONNX Runtime")
+    parser.add_argument("--format", choices=FORMATS, help="onnx: a model for ONNX Runtime")
     parser.add_argument("--samples", help="K, how many noisy samples are averaged")
     parser.add_argument("--seed", help="the seed of their noise")
     parser.add_argument("--extrapolate", action="store_true", help="allow untrained sizes")
@@ -119,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.token_file:
             token = given.token_file.read_text().strip()
         if not (token.isascii() and token.isprintable()):
-            raise pull.PullError("the token is not one line of ASCII", refused=True)
+            raise PullError("the token is not one line of ASCII", refused=True)
         if budgeted:
             choice = choice or _Choice(given, parameters)
             arch, parameters = choice.known  # for where the service is away
@@ -144,8 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _tell("interrupted; the next pull goes on from here")
         return 130
-    except (pull.PullError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
-        away = isinstance(error, (pull.PullError, httpx.TransportError))
+    except (PullError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+        away = isinstance(error, (PullError, httpx.TransportError))
         if given.offline_ok and away and not getattr(error, "refused", False):
             digest = pull.kept_whole(given.url, arch, given.out, parameters)
             if digest:
@@ -156,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         _tell(f"{error}{also}")
         if kept:
             return 1
-        return 2 if isinstance(error, pull.PullError) and error.refused else 3
+        return 2 if isinstance(error, PullError) and error.refused else 3
     print(f"{given.out} {given.out.stat().st_size} bytes sha256 {digest}")
     return 0
 
@@ -182,11 +185,11 @@ class _Choice:
                 if given.max_ram is not None:
                     memory.check()
             except (measure.NoRuntime, memory.NotMeasured) as error:
-                raise pull.PullError(str(error), refused=True) from None
+                raise PullError(str(error), refused=True) from None
             self.device = measure.device(self.runtime, given.threads)
             if self.runtime == "onnx":
                 self.base["format"] = "onnx"
-        self.record = pull.beside(pull.target_of(given.out), "choice")
+        self.record = beside(target_of(given.out), "choice")
         asked = [given.url, given.arch, sorted(self.base.items())]
         self.key = [*asked, given.max_ms, given.max_bytes, given.max_ram, *self.device]
         kept = afford.remembered(self.record, self.key)
@@ -194,14 +197,14 @@ class _Choice:
         self.known = (str(kept.get("arch", given.arch)), dict(kept.get("parameters", self.base)))
 
     def made(self, token: str) -> tuple[str, dict[str, str]]:
-        """The arch and the parameters to pull. Raises pull.PullError."""
+        """The arch and the parameters to pull. Raises PullError."""
         given = self.given
         try:
-            with pull.client_for(given.url, 30.0, token) as http:
-                asking = _Asking(http, given.url)
+            with client_for(given.url, 30.0, token) as http:
+                asking = Asking(http, given.url)
                 whole = asking.get(f"/plan/{given.arch}", self.base)
                 if not whole:
-                    raise pull.PullError(f"{given.arch}: {asking.refusal}", refused=True)
+                    raise PullError(f"{given.arch}: {asking.refusal}", refused=True)
                 if whole["etag"] == self.etag and not self.again:
                     return self.known
                 chosen = self._measured(asking, whole) if self.runtime else self._fitting(asking)
@@ -209,26 +212,26 @@ class _Choice:
             kept = {"etag": self.etag, "arch": chosen[0], "parameters": chosen[1]}
             afford.remember(self.record, self.key, kept)
         except atomic.BadTarget as error:
-            raise pull.PullError(str(error), refused=True) from None
+            raise PullError(str(error), refused=True) from None
         except (KeyError, TypeError, ValueError) as error:
             told = f"{given.url}: what it tells of {given.arch}'s sizes is broken: {error!r}"
-            raise pull.PullError(told[:300]) from None
+            raise PullError(told[:300]) from None
         return chosen
 
-    def _fitting(self, asking: _Asking) -> tuple[str, dict[str, str]]:
+    def _fitting(self, asking: Asking) -> tuple[str, dict[str, str]]:
         """By bytes alone the service chooses."""
         budget = {"budget": {"max_bytes": self.given.max_bytes}}
-        told = asking.post({"arch": self.given.arch, **pull.json_values(self.base), **budget})
+        told = asking.post({"arch": self.given.arch, **json_values(self.base), **budget})
         return told["arch"], dict(parse_qsl(told["location"].partition("?")[2]))
 
-    def _measured(self, asking: _Asking, whole: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    def _measured(self, asking: Asking, whole: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
         given, arch = self.given, self.given.arch
         found, about = afford.sizes(asking.get, arch, self.base, whole)
         most = given.max_bytes or math.inf
         fit = [size for size in found if size.bytes <= most]
         if not fit:
             least = min(size.bytes for size in found)
-            raise pull.PullError(f"--max-bytes {most}: the smallest has {least}", refused=True)
+            raise PullError(f"--max-bytes {most}: the smallest has {least}", refused=True)
 
         try:
             size = afford.choose(
@@ -242,77 +245,10 @@ class _Choice:
                 say=_tell,
             )
         except measure.TooMuch as error:
-            raise pull.PullError(str(error), refused=True) from None
+            raise PullError(str(error), refused=True) from None
         except (BadGraph, ImportError, memory.NotMeasured) as error:
-            raise pull.PullError(f"no candidate can be measured: {error}", refused=True) from None
+            raise PullError(f"no candidate can be measured: {error}", refused=True) from None
         return arch, {**self.base, **dict(size.asked)}
-
-
-class _Asking:
-    """Questions about sizes, asked again where that may help."""
-
-    def __init__(self, http: httpx.Client, url: str, retries: int = 4) -> None:
-        self.http, self.url, self.retries = http, url, retries
-        self.refusal = "what came is no plan"
-
-    def _once(
-        self,
-        method: str,
-        path: str,
-        asked: Mapping[str, str] | None,
-        headers: dict[str, str],
-        content: bytes | None = None,
-    ) -> dict[str, Any]:
-        for attempt in range(self.retries + 1):
-            try:
-                with pull.send(self.http, method, path, headers, asked, content) as answer:
-                    if answer.status_code == 200:
-                        return pull.json_of(answer)
-                    if answer.status_code not in pull.RETRIED:
-                        self.refusal = pull.reason_of(answer)
-                        return {}
-                    why = f"status {answer.status_code}"
-            except httpx.TransportError as error:
-                why = str(error) or type(error).__name__
-            if attempt < self.retries:
-                time.sleep(pull.backoff(attempt))
-        raise pull.PullError(f"{self.url}: {why}")
-
-    def get(self, path: str, asked: Mapping[str, str]) -> dict[str, Any]:
-        """The JSON object there; an empty one where it is refused, and `refusal` says why."""
-        return self._once("GET", quote(path), asked, dict(pull.NO_OLDER))
-
-    def post(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The plan of a body. Raises pull.PullError if it is refused."""
-        body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
-        if not (told := self._once("POST", "/plan", None, headers, body)):
-            raise pull.PullError(self.refusal, refused=True)
-        return told
-
-    def header(self, arch: str, base: Mapping[str, str]) -> dict[str, Any]:
-        """What a safetensors file of this manifold says of itself, from its first bytes alone."""
-        asked = {name: value for name, value in base.items() if name not in ("format", "dtype")}
-        count = int.from_bytes(self._part(arch, asked, 0, 8), "little")
-        try:
-            told = json.loads(self._part(arch, asked, 8, 8 + min(count, pull.LONGEST_TOLD)))
-            return dict(json.loads(told["__metadata__"]["neumeta"]))
-        except (ValueError, KeyError, TypeError):
-            raise pull.PullError(f"{self.url}: what arrived has a broken header") from None
-
-    def _part(self, arch: str, asked: Mapping[str, str], start: int, stop: int) -> bytes:
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
-        there, part = f"/weights/{quote(arch, safe='')}", b""
-        with pull.send(self.http, "GET", there, headers, asked) as answer:
-            if answer.status_code not in (200, 206):
-                raise pull.PullError(
-                    pull.reason_of(answer), refused=400 <= answer.status_code < 500
-                )
-            skipped = start if answer.status_code == 200 else 0  # it knows no ranges
-            for chunk in answer.iter_raw():
-                part += chunk
-                if len(part) >= skipped + stop - start:
-                    break
-        return part[skipped : skipped + stop - start]
 
 
 class _Terminated(BaseException):
@@ -326,7 +262,7 @@ def _watched(pulled: Callable[[], str], out: Path, seconds: float, command: str)
     beside it: a device that lost its power in between runs it later.
     """
     known = False
-    marked = pull.beside(pull.target_of(out), "seen")
+    marked = beside(target_of(out), "seen")
 
     def ask() -> str:
         nonlocal known
@@ -338,10 +274,10 @@ def _watched(pulled: Callable[[], str], out: Path, seconds: float, command: str)
         print(f"{out} {out.stat().st_size} bytes sha256 {digest}", flush=True)
         if command:
             watching.run(command, NEUMETA_FILE=str(out), NEUMETA_SHA256=digest)
-            pull.write_record(marked, {"seen": digest})
+            write_record(marked, {"seen": digest})
 
     def failed(error: Exception, wait: float) -> None:
-        if isinstance(error, pull.PullError) and error.refused and not known:
+        if isinstance(error, PullError) and error.refused and not known:
             raise error
         _tell(f"{error or type(error).__name__}{_standing(out)[1]}; asking again in {wait:.3g} s")
 
@@ -349,8 +285,8 @@ def _watched(pulled: Callable[[], str], out: Path, seconds: float, command: str)
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, terminated)
-    expected = (pull.PullError, watching.CommandFailed, OSError, httpx.HTTPError, httpx.InvalidURL)
-    seen = str(pull.read_record(marked).get("seen", "")) if command else ""
+    expected = (PullError, watching.CommandFailed, OSError, httpx.HTTPError, httpx.InvalidURL)
+    seen = str(read_record(marked).get("seen", "")) if command else ""
     try:
         watching.watch(ask, seconds, changed, failed, seen=seen, expected=expected)
     except _Terminated:
@@ -369,8 +305,8 @@ def _standing(out: Path) -> tuple[bool, str]:
     try:
         if not out.is_file():
             return False, ""
-        pull.check_file(out)
-    except (pull.PullError, OSError):
+        check_file(out)
+    except (PullError, OSError):
         return False, f"; {out} is there as it was, and is no whole network"
     return True, f"; {out} is still the last good file"
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from neumeta import afford, measure, memory, onnx, wire
-from neumeta import pull as client
 from neumeta.command import main as neumeta_pull
 from neumeta.measure import LONGER, SECONDS, Latency, Size, TooMuch, choose, fitted, latency
+from neumeta.whole import check_file
 from tests.conftest import lenet
 from training.trace import trace
 
@@ -160,7 +160,7 @@ def test_a_candidate_is_a_whole_file_that_its_runtime_runs(
     kind = "onnx" if runtime == "onnx" else "safetensors"
     path = tmp_path / "candidate"
     path.write_bytes(measure.candidate(about, wanted, dtype, kind))
-    client.check_file(path, "lenet", dtype, kind)
+    check_file(path, "lenet", dtype, kind)
     if runtime == "torch" and dtype != "float32":
         return
     run = measure.runner(runtime, path, (1, 28, 28), 1)

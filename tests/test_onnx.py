@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from neumeta import __version__, checkpoint, network, protobuf, wire
 from neumeta import onnx as written
+from neumeta.failure import PullError
 from neumeta.graph import BATCH, Graph, Node, constant
 from neumeta.operations import OPERATIONS
 from neumeta.program import Program
-from neumeta.pull import PullError, check_file
 from neumeta.sample import sample
 from neumeta.shapes import check
 from neumeta.space import Architecture, Space
+from neumeta.whole import check_file
 from tests.conftest import lenet
 from tests.support import modules
 from training.trace import TraceError, trace

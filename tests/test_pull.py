@@ -23,7 +23,10 @@ from filelock import FileLock
 from neumeta import network, wire
 from neumeta import pull as client
 from neumeta.command import main as neumeta_pull
+from neumeta.failure import PullError
 from neumeta.sample import sample
+from neumeta.transfer import MOVES, json_values
+from neumeta.whole import check_file
 from tests.conftest import lenet
 
 ETAG = '"tag"'
@@ -102,7 +105,7 @@ def pull(
                 client=http,
                 sleep=waits.append,
             )
-        except (client.PullError, OSError) as error:
+        except (PullError, OSError) as error:
             return Pulled(requests, waits, error)
     return Pulled(requests, waits, None)
 
@@ -323,7 +326,7 @@ def test_what_is_no_such_file_is_never_put_in_place(tmp_path: Path, name: str, k
     if kept:
         out.write_bytes(b"the last good file")
     pulled = pull(out, answer(BAD[name]), retries=1)
-    assert isinstance(pulled.error, client.PullError) and "arrived" in str(pulled.error)
+    assert isinstance(pulled.error, PullError) and "arrived" in str(pulled.error)
     assert files(tmp_path) == ([out.name] if kept else [])
     assert not kept or out.read_bytes() == b"the last good file"
 
@@ -333,7 +336,7 @@ def test_the_dtype_that_was_asked_for_is_accepted(tmp_path: Path, dtype: str) ->
     out = tmp_path / "net.safetensors"
     body = body_of(dtype)
     assert pull(out, answer(body), dtype=dtype).error is None and out.read_bytes() == body
-    client.check_file(out)
+    check_file(out)
     if dtype == "int8":
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
         start, end = header.pop("conv1.weight_scale")["data_offsets"]
@@ -341,8 +344,8 @@ def test_the_dtype_that_was_asked_for_is_accepted(tmp_path: Path, dtype: str) ->
         at = 8 + int.from_bytes(body[:8], "little")
         data = body[at : at + start] + body[at + end :]
         out.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
-        with pytest.raises(client.PullError, match="conv1.weight_scale is missing"):
-            client.check_file(out)
+        with pytest.raises(PullError, match="conv1.weight_scale is missing"):
+            check_file(out)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +365,7 @@ def test_what_may_pass_is_tried_again_and_then_told(
     tmp_path: Path, handler: Handler, why: str
 ) -> None:
     pulled = pull(tmp_path / "net.safetensors", handler, retries=3)
-    assert isinstance(pulled.error, client.PullError) and why in str(pulled.error)
+    assert isinstance(pulled.error, PullError) and why in str(pulled.error)
     assert len(pulled.requests) == 4 and len(pulled.waits) == 3
     assert not pulled.error.refused and files(tmp_path) == []
 
@@ -370,13 +373,13 @@ def test_what_may_pass_is_tried_again_and_then_told(
 @pytest.mark.parametrize("code", [400, 401, 404, 422])
 def test_a_refusal_is_told_and_not_repeated(tmp_path: Path, code: int) -> None:
     pulled = pull(tmp_path / "net.safetensors", status(code))
-    assert isinstance(pulled.error, client.PullError) and pulled.error.refused
+    assert isinstance(pulled.error, PullError) and pulled.error.refused
     assert "why it is so" in str(pulled.error) and len(pulled.requests) == 1
 
 
 def test_a_wait_beyond_reason_is_not_waited(tmp_path: Path) -> None:
     pulled = pull(tmp_path / "net.safetensors", status(429, retry_after="9" * 400))
-    assert isinstance(pulled.error, client.PullError) and pulled.waits == []
+    assert isinstance(pulled.error, PullError) and pulled.waits == []
 
 
 def test_no_space_is_said_before_anything_is_written(
@@ -405,17 +408,17 @@ def test_a_named_depth_is_a_file_of_its_manifold(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     path.write_bytes(rewritten(about(arch="resnet20", names=["resnet32"])))
     for name in ("resnet20", "resnet32", ""):
-        client.check_file(path, name)
-    with pytest.raises(client.PullError, match="it is 'resnet20'"):
-        client.check_file(path, "resnet44")
+        check_file(path, name)
+    with pytest.raises(PullError, match="it is 'resnet20'"):
+        check_file(path, "resnet44")
 
 
 def test_widths_by_group_are_an_object_where_a_body_is_sent() -> None:
     asked = {"width": "a:0.5,b.c:1", "depth": "3", "seed": "1"}
     told = {"width": {"a": 0.5, "b.c": 1.0}, "depth": [3], "seed": 1}
-    assert client.json_values(asked) == told
-    assert client.json_values({"width": "0.5,1"}) == {"width": [0.5, 1]}
-    assert client.json_values({"format": "onnx"}) == {"format": "onnx"}
+    assert json_values(asked) == told
+    assert json_values({"width": "0.5,1"}) == {"width": [0.5, 1]}
+    assert json_values({"format": "onnx"}) == {"format": "onnx"}
 
 
 def test_the_client_imports_no_torch() -> None:
@@ -443,7 +446,7 @@ def test_an_arch_stays_one_segment_of_the_path(tmp_path: Path) -> None:
     transport = httpx.MockTransport(handle)
     with (
         httpx.Client(base_url="http://service/prefix", transport=transport) as http,
-        pytest.raises(client.PullError),
+        pytest.raises(PullError),
     ):
         client.pull("http://service", "../models?x=#", tmp_path / "net", client=http)
     asked = b"..%2Fmodels%3Fx%3D%23"
@@ -496,7 +499,7 @@ def test_an_offline_start_needs_a_whole_file(
     assert client.kept_whole(url, "lenet", out, {"width": "0.25"}) == ""
 
     def away(*args: object, **options: object) -> str:
-        raise client.PullError("connection refused")
+        raise PullError("connection refused")
 
     monkeypatch.setattr(client, "pull", away)
     asked = ["--arch", "lenet", "--url", url, "--out", str(out)]
@@ -606,9 +609,9 @@ def test_a_reload_in_between_is_followed_and_one_after_another_ends_at_the_canon
 ) -> None:
     moved_once = pull(tmp_path / "a", gone(OTHER_E), here(etag=OTHER_E), plan=planned(), retries=0)
     assert moved_once.error is None and OTHER_E in str(moved_once.requests[1].url)
-    endless = pull(tmp_path / "b", *[gone(OTHER_E)] * client.MOVES, here(), plan=planned())
+    endless = pull(tmp_path / "b", *[gone(OTHER_E)] * MOVES, here(), plan=planned())
     assert endless.error is None and "etag" not in str(endless.requests[-1].url)
-    assert len(endless.requests) == client.MOVES + 1 and endless.waits == []
+    assert len(endless.requests) == MOVES + 1 and endless.waits == []
     # A cache's own 404 names no address.
     page = status(404, content_type="text/html")
     lost = pull(tmp_path / "c", page, here(), plan=planned())
@@ -679,7 +682,7 @@ def test_what_a_plan_refuses_is_told_at_once_and_what_may_pass_is_tried_again(
 ) -> None:
     for code in (401, 422):
         refused = pull(tmp_path / "net", answer(), plan=status(code))
-        assert isinstance(refused.error, client.PullError) and refused.error.refused
+        assert isinstance(refused.error, PullError) and refused.error.refused
         assert "why it is so" in str(refused.error) and refused.requests == []
     busy = iter([status(503, retry_after="3"), fails, planned()])
     later = pull(tmp_path / "net", here(), plan=lambda request: next(busy)(request))

@@ -10,6 +10,7 @@ import pytest
 
 from neumeta import pull as client
 from neumeta.command import main as neumeta_pull
+from neumeta.failure import PullError
 from neumeta.watch import LONGEST, CommandFailed, pause, run, watch
 
 
@@ -95,7 +96,7 @@ def test_the_first_refusal_ends_a_watch_and_a_later_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*given: object, **options: object) -> str:
-        raise client.PullError("status 422: width", refused=True)
+        raise PullError("status 422: width", refused=True)
 
     asked = ["--arch", "lenet", "--out", str(tmp_path / "x"), "--watch", "1"]
     monkeypatch.setattr(client, "pull", refused)

@@ -11,6 +11,7 @@ import pytest
 from neumeta import measure, memory
 from neumeta import pull as client
 from neumeta.command import main as neumeta_pull
+from neumeta.whole import check_file
 
 
 def test_what_was_measured_here_is_pulled_and_measured_again_when_something_changed(
@@ -40,12 +41,12 @@ def test_what_was_measured_here_is_pulled_and_measured_again_when_something_chan
     assert "allowed" in pulled("--max-ms", "10000")
     half = len(whole()) // 2
     assert "2 threads" in pulled("--max-ms", "10000", "--threads", "2", "--max-bytes", str(half))
-    client.check_file(out, "lenet", "float32", "onnx")
+    check_file(out, "lenet", "float32", "onnx")
     assert half / 2 < out.stat().st_size <= half
     assert "(torch, 1 thread" in pulled("--max-ms", "10000", "--runtime", "torch")
     assert out.read_bytes() == whole()
     assert pulled("--max-bytes", str(half)) == ""
-    client.check_file(out, "lenet", "float32", "safetensors")
+    check_file(out, "lenet", "float32", "safetensors")
     assert half / 2 < out.stat().st_size <= half
     # So may memory be, which a process of its own tells.
     small = whole(width="0.25", format="onnx")
@@ -58,7 +59,7 @@ def test_what_was_measured_here_is_pulled_and_measured_again_when_something_chan
     monkeypatch.setattr(memory, "peak", lambda runtime, path, *rest: 9 * path.stat().st_size)
     most = 9 * half
     assert "ms of 10000 allowed, " in pulled("--max-ram", str(most), "--max-ms", "10000")
-    client.check_file(out, "lenet", "float32", "onnx")
+    check_file(out, "lenet", "float32", "onnx")
     assert half / 2 < out.stat().st_size <= half
     # What cannot be is said in a line, and the file stays.
     before = out.read_bytes()

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks.local import Service
 from neumeta import pull as client
+from neumeta.failure import PullError
 
 PATH = {"width": "0.5"}
 Fault = Callable[[bytes, socket.socket], bytes | None]
@@ -127,7 +128,7 @@ def test_a_fault_that_stays_leaves_the_last_good_file(
 ) -> None:
     out = tmp_path / "net.safetensors"
     out.write_bytes(b"the last good file")
-    with contextlib.suppress(client.PullError):
+    with contextlib.suppress(PullError):
         pull(Proxy(url, fault, broken=10**6), out)
         # What only cuts may be overcome piece by piece; then the file is the right one.
         assert out.read_bytes() == httpx.get(f"{url}/weights/lenet", params=PATH).content
@@ -174,6 +175,6 @@ def test_what_no_digest_vouches_for_is_refused(url: str, tmp_path: Path) -> None
                 connection.sendall(silent(answer, connection))
 
     out = tmp_path / "net.safetensors"
-    with pytest.raises(client.PullError, match="digest"):
+    with pytest.raises(PullError, match="digest"):
         pull(Mute(url, silent, broken=0), out)
     assert not out.exists()

@@ -19,6 +19,8 @@ from benchmarks.local import SAMPLED, Answer, RedisServer, Service, fetch, repli
 from neumeta import checkpoint, network
 from neumeta import pull as client
 from neumeta.command import main as neumeta_pull
+from neumeta.failure import PullError
+from neumeta.whole import check_file
 from tests.conftest import lenet
 from tests.test_pull import files
 
@@ -58,7 +60,7 @@ def test_a_model_is_kept_as_the_last_good_file_and_a_bad_format_is_one_line(
     good = out.read_bytes()
     assert neumeta_pull(["--arch", "vgg", *asked]) == 1
     assert "last good file" in capsys.readouterr().err and out.read_bytes() == good
-    with pytest.raises(client.PullError, match="format: 'torch' is not one of"):
+    with pytest.raises(PullError, match="format: 'torch' is not one of"):
         client.pull(url, "lenet", out, parameters={"format": "torch"})
     assert out.read_bytes() == good
     # Another format of the same network is another file.
@@ -75,7 +77,7 @@ def test_curl_resumes_a_model_where_it_was_cut(url: str, tmp_path: Path) -> None
         out.write_bytes(whole[:kept])
         subprocess.run(["curl", "-sSf", "-C", "-", "-o", str(out), url + WHOLE], check=True)
         assert out.read_bytes() == whole
-    client.check_file(out, "lenet", "int8", "onnx")
+    check_file(out, "lenet", "int8", "onnx")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from benchmarks.local import Service, free_port
-from neumeta import checkpoint
+from neumeta import checkpoint, transfer
 from neumeta import pull as client
 from service import cli
 from service.app import BRIEFLY
@@ -247,11 +247,11 @@ def test_a_fleet_behind_nginx_costs_a_request_a_file_and_stale_copies_are_found_
             assert out.read_bytes() == now.content != old
 
             # A plan may be ten seconds old, as the service says itself, and no more.
-            assert client.NO_OLDER == {"Cache-Control": BRIEFLY}
+            assert transfer.NO_OLDER == {"Cache-Control": BRIEFLY}
             time.sleep(max(0.0, kept + 2 - time.monotonic()))  # ages are whole seconds
             plan = httpx.get(f"{service.url}{PATH.replace('weights', 'plan')}", proxy=proxy).json()
             assert httpx.get(f"{service.url}{plan['address']}", proxy=proxy).content == old
-            monkeypatch.setattr(client, "NO_OLDER", {"Cache-Control": "max-age=1"})
+            monkeypatch.setattr(transfer, "NO_OLDER", {"Cache-Control": "max-age=1"})
             assert by_squid() == now.content
 
 

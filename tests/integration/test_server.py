@@ -24,6 +24,7 @@ from benchmarks.local import Service
 from neumeta import checkpoint, network
 from neumeta import pull as client
 from neumeta.command import main as neumeta_pull
+from neumeta.failure import PullError
 from service import cli
 from service.app import create_app
 from service.connection import Connection
@@ -195,7 +196,7 @@ def test_a_faulty_server_never_leaves_a_bad_file(url: str, tmp_path: Path, mode:
     address = f"http://127.0.0.1:{server.server_port}"
     try:
         if mode == "flips":
-            with pytest.raises(client.PullError, match="digest"):
+            with pytest.raises(PullError, match="digest"):
                 client.pull(address, "lenet", out, sleep=lambda _: None)
             assert files(tmp_path) == []
         else:
