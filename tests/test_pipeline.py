@@ -242,6 +242,10 @@ def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: 
     new, taken = (dict(sample(each, size)) for each in (begun, again(expanded)))
     assert all(torch.equal(taken[name], value) for name, value in new.items())
     assert not torch.equal(new["conv2.weight"], old["conv2.weight"])
+    more = again(expanded.replace("expanded = {}", "expanded = { orders = 2 }"))
+    same = dict(sample(more, size))
+    assert all(torch.equal(same[name], value) for name, value in new.items())
+    assert not any(value.any() for value in more.representation.terms[1].parameters())
     with pytest.raises(recipe.BadRecipe, match="representation: .*'expanded'"):
         again(AGAIN)
 

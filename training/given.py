@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from neumeta import checkpoint
 from neumeta.manifold import Manifold, roles
@@ -104,7 +104,8 @@ def begun(
     asked: Recipe, loaded: Data, covered: Space, checkpoints: Path
 ) -> tuple[Manifold, dict[str, Tensor]]:
     """The manifold that `fit.start` names, as this recipe goes on with it, and all tensors of its full
-    size: the source, smoothed. A manifold that is not `expanded` can be: that is nothing at first.
+    size: the source, smoothed. A manifold that is not `expanded` can be, or by more terms: they are
+    nothing at first.
 
     Raises BadRecipe if the file is none, or of another network, data set or representation, or has no
     chart `fit.chart`.
@@ -116,10 +117,13 @@ def begun(
     built = asked.representation
     model = build(built.kind, built.built, roles(covered))
     try:
-        inner: nn.Module = model
-        if isinstance(model, Expanded) and "expanded" not in before.options:
-            inner = model.inner
-        inner.load_state_dict(before.representation.state_dict())
+        held = before.representation.state_dict()
+        if isinstance(model, Expanded):
+            if "expanded" not in before.options:
+                held = {f"inner.{name}": value for name, value in held.items()}
+            own = {n: v for n, v in model.state_dict().items() if not n.startswith("inner.")}
+            held = {**own, **held}
+        model.load_state_dict(held)
     except RuntimeError:
         now = {"kind": before.kind, **before.options}
         told = refused("representation", {"kind": built.kind, **built.built}, f"{path} has {now}")
