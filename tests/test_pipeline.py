@@ -312,13 +312,28 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
     for name, value in sample(checkpoint.read(place / "alone" / "manifold.safetensors"), size):
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
     for old, new, told in (
-        ("chart = 1", "chart = 3", "fit.chart: 3 is not allowed.* its charts are 0 to 2"),
+        ("chart = 1", "chart = 3", "fit.chart: 3 is not allowed; its charts are 0 to 2"),
         ("chart = 1", "", "representation: .* has .*charts"),
         ("[0.25, 0.4]", "[0.25, 0.5]", "fit.width: .*no channels beyond a width of 0.4"),
         ("both/manifold", "run/manifold", "fit.chart: 1 .*has no charts"),
     ):
         code, (line,) = run(text=alone.replace(old, new), folder="new")
         assert code == 2 and re.search(told, line), line
+    # Or is put together with others again, as it was.
+    taken = re.sub(r"file = .*manifold.safetensors.*", "@", CHARTS).split("@")
+    again = "".join(
+        text + f'file = "both/manifold.safetensors"\nchart = {k}' * (k < 3)
+        for k, text in enumerate(taken)
+    )
+    assert run(text=again, folder="again") == (0, [])
+    once, twice = (checkpoint.read(place / f / "manifold.safetensors") for f in ("both", "again"))
+    for width in (1.0, 0.5, 0.3):
+        expected = dict(sample(once, once.space.architecture(width)))
+        for name, value in sample(twice, twice.space.architecture(width)):
+            torch.testing.assert_close(value, expected[name], atol=1e-7, rtol=1e-5)
+    assert twice.about["charts"] == once.about["charts"]
+    code, (line,) = run(text=again.replace("chart = 2", "chart = 3"), folder="new")
+    assert code == 2 and "charts[2].chart: 3 is not allowed; its charts are 0 to 2" in line
     code, (line,) = run(text=CHARTS.replace("other/", "none/"), folder="new")
     assert code == 2 and "charts[2].file[0]: 'none/manifold.safetensors'" in line
     code, (line,) = run(text=CHARTS.replace('"lenet"', '"resnet20"'), folder="new")

@@ -124,6 +124,9 @@ def taken(manifold: Manifold, index: int) -> Manifold:
         if isinstance(module, Grid | Corrected):
             module.widen()
     whole = build(told["kind"], told["options"], roles(manifold.space))
+    for module in whole.modules():
+        if isinstance(module, Anchored):
+            module.source.float()  # sixteen bits would round the source once more
     state = whole.state_dict()
     for name, value in chart.state_dict().items():
         state[name][tuple(slice(size) for size in value.shape)] = value

@@ -78,10 +78,14 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
 
     Raises BadRecipe if one does not fit this recipe or another.
     """
-    found = iter(files(asked, checkpoints).items())
-    cycles = [
-        [opened(asked, loaded, covered, *next(found)) for _ in chart.file] for chart in asked.charts
-    ]
+    places = files(asked, checkpoints)
+    cycles = []
+    for k, chart in enumerate(asked.charts):
+        keys = [key for key in places if key.startswith(f"charts[{k}].file")]
+        found = [opened(asked, loaded, covered, key, places[key]) for key in keys]
+        if chart.chart is not None:
+            found = [_taken(asked, f"charts[{k}].chart", chart.chart, each) for each in found]
+        cycles.append(found)
     try:
         parts = [charts.mean(each) for each in cycles]
         made = charts.joined(parts, [chart.sizes for chart in asked.charts], covered)
@@ -90,8 +94,8 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
         raise BadRecipe(asked.file, [f"charts: {problem}"]) from None
     told = [
         {
-            **chart.model_dump(exclude={"file"}, exclude_defaults=True),
-            "sha256": ", ".join(part.digest for part in each),
+            **chart.model_dump(exclude={"file", "chart"}, exclude_defaults=True),
+            "sha256": ", ".join(part.about.get("sha256", part.digest) for part in each),
             "recipe": each[-1].about.get("recipe", {}),
         }
         for chart, each in zip(asked.charts, cycles, strict=True)
@@ -148,10 +152,7 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     """The chart of a manifold that `fit.chart` names. Raises BadRecipe if there is none, or if it
     does not hold all channels and blocks that `fit.width` and `fit.blocks` ask for."""
     index = asked.fit.chart or 0
-    try:
-        chart = charts.taken(found, index)
-    except ValueError as error:
-        raise BadRecipe(asked.file, [refused("fit.chart", index, f"{path}: {error}")]) from None
+    chart = _taken(asked, "fit.chart", index, found)
     bounds, wanted = found.options["charts"][index], asked.fit
     held = f"chart {index} of {path} has"
     problems = []
@@ -164,3 +165,15 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     if problems:
         raise BadRecipe(asked.file, problems)
     return chart
+
+
+def _taken(asked: Recipe, key: str, index: int, found: Manifold) -> Manifold:
+    """A chart of a manifold, with what the manifold tells of it. Raises BadRecipe if there is none."""
+    try:
+        chart = charts.taken(found, index)
+    except ValueError as error:
+        raise BadRecipe(asked.file, [refused(key, index, str(error))]) from None
+    told = found.about["charts"][index]
+    return replace(
+        chart, about={**chart.about, **{name: told[name] for name in ("sha256", "recipe")}}
+    )
