@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,16 +31,19 @@ STEPS = 2_000
 """How many steps are drawn of each recipe: the mean cost is right to a percent or two."""
 
 
-def begun(name: str, seen: set[str]) -> Iterator[Recipe]:
-    """The built-in recipe, after all that it goes on from; none twice."""
+def begun(name: str, seen: set[str], only: int | None = None) -> Iterator[Recipe]:
+    """The built-in recipe, or if it is one of charts those of all charts or of `only` one, each after
+    all that it goes on from; none twice. A file's recipe is the one that its folder is named after."""
     if name in seen:
         return
-    seen.add(name)
     asked = load(name)
-    files = [asked.fit.start, *(each for chart in asked.charts for each in chart.file)]
-    for each in filter(None, files):
-        yield from begun(Path(each).parent.name, seen)
+    for k, chart in enumerate(asked.charts):
+        for each in chart.file if only in (None, k) else ():
+            yield from begun(Path(each).parent.name, seen, chart.chart)
+    if asked.fit.start:
+        yield from begun(Path(asked.fit.start).parent.name, seen, asked.fit.chart)
     if not asked.charts:
+        seen.add(name)
         yield asked
 
 
@@ -52,8 +55,12 @@ def cost(asked: Recipe, space: Space) -> float:
         generator = torch.Generator().manual_seed(seed_of(asked.seed, f"step/{step}"))
         drawn = fit.choose(asked, covered, generator)
         total += sum(space.cost(size)["macs"] for size in drawn) / full
-    shares = asked.fit.resolutions
-    return total / STEPS * sum(share**2 for share in shares) / len(shares)
+    return total / STEPS * area(asked.fit.resolutions)
+
+
+def area(resolutions: Sequence[float]) -> float:
+    """The mean number of pixels of images that grow so, in images of full size."""
+    return sum(share**2 for share in resolutions) / len(resolutions)
 
 
 def main() -> None:
@@ -68,7 +75,8 @@ def main() -> None:
     print("| recipe | epochs | cost of a step | source passes |\n|---|---:|---:|---:|")
     for asked in begun(arguments.recipe, set()):
         each = cost(asked, space)
-        source = asked.network.train.epochs if asked.network.train else 0
+        own = asked.network.train
+        source = own.epochs * area(own.resolutions) if own else 0.0
         rows[asked.name] = round(IMAGES * (asked.fit.epochs * each + source))
         print(f"| {asked.name} | {asked.fit.epochs:g} | {each:.2f} | {rows[asked.name]:,} |")
     held = json.loads((arguments.results / "individual.json").read_text())

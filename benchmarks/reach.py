@@ -135,24 +135,26 @@ def report(results: Path, figures: Path) -> None:
     for name, held in manifolds.items():
         mixed = of_kind(held, "mixed")
         if mixed:
-            print(f"\n{name}: {len(mixed)} random sizes, raw: {spread(mixed, held)}")
+            print(f"\n{name}: {len(mixed)} random sizes, raw: {beside_widths(mixed, held)}")
             for told, rows in {
-                "with a stage of one block": [row for row in mixed if min(row["depth"]) == 1],
-                "with more in every stage": [row for row in mixed if min(row["depth"]) > 1],
+                "with a stage of one block": [row for row in mixed if 1 in row["depth"]],
+                "with more in every stage": [row for row in mixed if 1 not in row["depth"]],
             }.items():
-                print(f"- {len(rows)} {told}: {spread(rows, held)}")
+                if 0 < len(rows) < len(mixed):
+                    print(f"- {len(rows)} {told}: {beside_widths(rows, held)}")
     draw(manifolds, single, figures)
     summary = {name: {"rows": len(held["rows"])} for name, held in manifolds.items()}
     print(json.dumps({"benchmark": "reach", "hardware": hardware(), "results": summary}))
 
 
-def spread(rows: list[dict[str, Any]], held: dict[str, Any]) -> str:
-    """The mean and the worst of these, and how far the mean is below widths alone at equal cost."""
+def beside_widths(rows: list[dict[str, Any]], held: dict[str, Any]) -> str:
+    """The mean and the worst of these, and what widths alone have at the same cost."""
     scores = np.array([row["raw"] for row in rows])
-    widths = of_kind(held, "width")[::-1]
+    told = f"mean {scores.mean():.2f}, worst {scores.min():.2f}"
+    if not (widths := of_kind(held, "width")[::-1]):
+        return told
     costs = [np.log([row["macs"] for row in each]) for each in (rows, widths)]
     equal = np.interp(costs[0], costs[1], [row["raw"] for row in widths])
-    told = f"mean {scores.mean():.2f}, worst {scores.min():.2f}"
     return f"{told}; widths alone at the same multiply-accumulates {equal.mean():.2f}"
 
 

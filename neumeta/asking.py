@@ -1,6 +1,6 @@
 """Questions to one service: a client that its environment allows, redirects, and answers as JSON.
 
-Knows no file and no weights.
+Knows no file here and no weights.
 """
 
 from __future__ import annotations

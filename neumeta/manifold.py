@@ -59,8 +59,9 @@ class Manifold:
 
     @property
     def device(self) -> torch.device:
-        """Where the representation computes."""
-        return next(self.representation.parameters()).device
+        """Where the representation computes; the CPU, if it has no numbers."""
+        first = next(self.representation.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
 
 def roles(space: Space) -> dict[str, Site]:

@@ -1,6 +1,6 @@
 """`neumeta-pull`: one verified file on a device, or the file that was there before.
 
-Needs httpx, filelock, the graph and the wire format; knows neither torch nor the service's code.
+Knows when to try again; neither how an answer comes nor what makes a file whole, and no torch.
 """
 
 from __future__ import annotations

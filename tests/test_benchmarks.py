@@ -266,7 +266,7 @@ def test_random_sizes_are_held_against_widths_of_their_own_cost() -> None:
         {"kinds": ["mixed"], "macs": macs, "raw": 60.0 + k}
         for k, macs in enumerate((10_000, 1_000))
     ]
-    told = reach.spread(mixed, {"rows": widths})
+    told = reach.beside_widths(mixed, {"rows": widths})
     assert told == "mean 60.50, worst 60.00; widths alone at the same multiply-accumulates 75.00"
 
 

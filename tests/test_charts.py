@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +14,19 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from neumeta import checkpoint
 from neumeta.coordinates import coordinates
-from neumeta.manifold import Manifold, roles
+from neumeta.graph import extent
+from neumeta.manifold import Contract, Manifold, roles
 from neumeta.representation import Anchored, Corrected, Sizes, build
 from neumeta.sample import sample
 from neumeta.sites import sites
 from neumeta.space import Architecture, Space
+from neumeta.statistics import Statistics
 from tests.conftest import lenet
 from tests.support.modules import traced
 from training import charts
@@ -263,12 +268,83 @@ def test_only_a_chart_that_is_there_is_taken_out() -> None:
         charts.taken(charts.joined([LARGE, SMALL], HALVES, SPACE), 2)
 
 
-def test_a_file_of_charts_names_a_tensor_for_every_chart_and_dtype_alone(tmp_path: Path) -> None:
+def test_a_file_of_charts_names_a_tensor_for_every_chart_and_dtype_alone() -> None:
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     tensors = load(checkpoint.encode(both))
     held = {name.removeprefix("inr.") for name in tensors if name.startswith("inr.")}
     kinds = ("float16", "float32", "int8")
     assert held == {f"parts.{part}.{kind}" for part in (0, 1) for kind in kinds}
+
+
+def bounded() -> Manifold:
+    """Two charts, one of them for one block and narrow sizes alone."""
+    parts, sizes = [deep(1.0), deep(2.0)], [Sizes(0.25, 1, most=0.5, most_blocks=1), Sizes(0.25)]
+    channels, *side = (extent(dim, {}) for dim in parts[0].space.graph.input[1:])
+    images = torch.zeros(2, channels, *side, dtype=torch.uint8)
+    contract = Contract((0.5,) * channels, (0.5,) * channels)
+    made = charts.joined(parts, sizes, parts[0].space)
+    return replace(made, statistics=Statistics(images), contract=contract)
+
+
+def test_a_bounded_chart_comes_back_from_a_file_and_can_be_taken_out(tmp_path: Path) -> None:
+    both, path = bounded(), tmp_path / "both.safetensors"
+    checkpoint.write(both, path)
+    again = checkpoint.read(path)
+    assert again.options == both.options
+    assert again.representation.sizes[0] == Sizes(0.25, 1, most=0.5, most_blocks=1)
+    ones = [1] * len(both.space.depth)
+    taken = charts.taken(again, 0)
+    for depth, width, value in ((ones, 0.5, 1.0), (ones, 0.6, 2.0), (None, 0.5, 2.0)):
+        for site in sites(both.space, both.space.architecture(width, depth)).values():
+            at = coordinates(site, 64)
+            wanted = torch.full((1, site.rows.count, site.columns.count, 1), value)
+            assert torch.allclose(again.representation(site, at), wanted, rtol=1e-6)
+            if value == 1.0:
+                assert torch.equal(taken.representation(site, at), again.representation(site, at))
+    # What was cut off is there again, with nothing in it.
+    state = taken.representation.state_dict()
+    assert {name: value.shape for name, value in state.items()} == {
+        name: value.shape for name, value in deep(1.0).representation.state_dict().items()
+    }
+    left = {site.role.replace(".", "/") for site in roles(both.space).values() if site.occurs > 1}
+    assert left and not any(state[f"inner.grid.{key}"].any() for key in left)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda held: held.pop("inr.parts.1.int8"), "parts.1.int8 is missing"),
+        (
+            lambda held: held.update({"inr.parts.2.int8": held["inr.parts.1.int8"] + 0}),
+            "is not wanted",
+        ),
+        (lambda held: held.update({"inr.x": held["inr.parts.1.int8"] + 0}), "x is not wanted"),
+        (
+            lambda held: held.update({"inr.parts.0.int8": held["inr.parts.0.int8"][1:]}),
+            "not torch.int8",
+        ),
+        (
+            lambda held: held.update({"inr.parts.0.int8": held["inr.parts.0.int8"].float()}),
+            "float32",
+        ),
+        (lambda held: held.update({"inr.parts.0.int8": held["inr.parts.0.int8"][None]}), "(1, "),
+    ],
+)
+def test_numbers_that_are_not_those_of_the_charts_are_refused(
+    tmp_path: Path, damage: Callable[[dict[str, Tensor]], Any], told: str
+) -> None:
+    path = tmp_path / "both.safetensors"
+    checkpoint.write(bounded(), path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["neumeta"])
+    tensors = load(path.read_bytes())
+    damage(tensors)
+    header["tensors"] = {name: checkpoint._sha(tensor) for name, tensor in tensors.items()}
+    header["seal"] = checkpoint._seal(header)
+    save_file(tensors, path, {"neumeta": json.dumps(header, sort_keys=True)})
+    with pytest.raises(checkpoint.BadCheckpoint, match="does not fit deep") as refused:
+        checkpoint.read(path)
+    assert told in str(refused.value)
 
 
 def test_charts_come_back_from_a_file_with_the_same_bytes(tmp_path: Path) -> None:

@@ -316,6 +316,7 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
         ("chart = 1", "", "representation: .* has .*charts"),
         ("[0.25, 0.4]", "[0.25, 0.5]", "fit.width: .*no channels beyond a width of 0.4"),
         ("both/manifold", "run/manifold", "fit.chart: 1 .*has no charts"),
+        ("[fit]", "[fit]\nsandwich = true", "fit.sandwich: True is not allowed; false: chart 1"),
     ):
         code, (line,) = run(text=alone.replace(old, new), folder="new")
         assert code == 2 and re.search(told, line), line
@@ -334,6 +335,13 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
     assert twice.about["charts"] == once.about["charts"]
     code, (line,) = run(text=again.replace("chart = 2", "chart = 3"), folder="new")
     assert code == 2 and "charts[2].chart: 3 is not allowed; its charts are 0 to 2" in line
+    for old, new, told in (
+        ("most = 0.4", "most = 0.5", "charts[1].most: 0.5 is not allowed; 0.4 or less"),
+        ("most = 0.4", "most = 1.0", "charts[1].most: 1.0 is not allowed; 0.4 or less"),
+        ("chart = 1", "", "charts[1].chart: None is not allowed; it must say which chart"),
+    ):
+        code, (line,) = run(text=again.replace(old, new), folder="new")
+        assert code == 2 and told in line and not (place / "new").exists()
     code, (line,) = run(text=CHARTS.replace("other/", "none/"), folder="new")
     assert code == 2 and "charts[2].file[0]: 'none/manifold.safetensors'" in line
     code, (line,) = run(text=CHARTS.replace('"lenet"', '"resnet20"'), folder="new")

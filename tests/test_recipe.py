@@ -84,6 +84,7 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
         ({"charts": [{"file": "a", "least": 0.2, "most": 0.5}]}, "charts", "['a']", "the last one"),
         ({"charts": [{"file": "a", "least": 0.2, "most_blocks": 2}]}, "charts", "['a']",
          "the last one"),
+        ({"charts": ["a"]}, "charts[0]", "'a'", "it must be a section [charts[0]]"),
         ({"fit": {"chart": 1}}, "fit.chart", "1", "it needs fit.start"),
         ({"task": "segmentation", "fit": {"bfloat16": True}}, "fit.bfloat16", "True",
          "unless the task is classification"),
@@ -130,6 +131,11 @@ def test_a_wrong_value_is_refused_with_file_key_value_and_what_is_allowed(
     [
         ({"fit": {"learning_rate": 3}}, "fit.learning_rate: no such key; [fit] has morph, width"),
         ({"lr": 3}, "lr: no such key; the top level has name, title"),
+        (
+            {"charts": [{"file": "a", "least": 0.2, "chrt": 1}]},
+            "charts[0].chrt: no such key; [charts[0]] has file, chart, least, blocks",
+        ),
+        ({"charts": [{"file": "a"}]}, "charts[0].least: is missing; [charts[0]] has file, chart"),
         (
             {"network": {"train": {"lr": 0.1}}},
             "network.train.epochs: is missing; [network.train] has epochs, lr, batch",

@@ -90,7 +90,7 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
             if part.noise:
                 told = "only a grid without noise can be for narrow or shallow sizes alone"
                 raise ValueError(f"{told} (most, most_blocks)")
-            model = _narrowed(model, build_chart(part.kind, options, roles(covered), own))
+            model = _cut(model, build_chart(part.kind, options, roles(covered), own))
         bounds: dict[str, float] = {"least": own.least, "blocks": own.blocks}
         above = {"most": own.most, "most_blocks": own.most_blocks}
         bounds |= {name: most for name, most in above.items() if math.isfinite(most)}
@@ -126,7 +126,8 @@ def taken(manifold: Manifold, index: int) -> Manifold:
     whole = build(told["kind"], told["options"], roles(manifold.space))
     for module in whole.modules():
         if isinstance(module, Anchored):
-            module.source.float()  # sixteen bits would round the source once more
+            # Sixteen bits would round the source once more, for a chart that is put back.
+            module.source.float()
     state = whole.state_dict()
     for name, value in chart.state_dict().items():
         state[name][tuple(slice(size) for size in value.shape)] = value
@@ -176,7 +177,7 @@ def _free(model: Representation) -> Representation:
     return model
 
 
-def _narrowed(model: Representation, small: Representation) -> Representation:
+def _cut(model: Representation, small: Representation) -> Representation:
     """The first channels and blocks of the one as the other, which is built for fewer."""
     values = model.state_dict()
     kept = {

@@ -6,7 +6,6 @@ Knows no training and no run.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from torch import Tensor
 from neumeta import checkpoint
 from neumeta.manifold import Manifold, roles
 from neumeta.notation import pack
-from neumeta.representation import Expanded, build
+from neumeta.representation import Charts, Expanded, Sizes, build
 from neumeta.space import Space
 from training import charts, statistics
 from training.data import Data
-from training.recipe import BadRecipe, Recipe, refused
+from training.recipe import BadRecipe, ChartSection, Recipe, refused
 
 
 def files(asked: Recipe, checkpoints: Path) -> dict[str, Path]:
@@ -83,9 +82,7 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
     for k, chart in enumerate(asked.charts):
         keys = [key for key in places if key.startswith(f"charts[{k}].file")]
         found = [opened(asked, loaded, covered, key, places[key]) for key in keys]
-        if chart.chart is not None:
-            found = [_taken(asked, f"charts[{k}].chart", chart.chart, each) for each in found]
-        cycles.append(found)
+        cycles.append([_part(asked, k, chart, each) for each in found])
     try:
         parts = [charts.mean(each) for each in cycles]
         made = charts.joined(parts, [chart.sizes for chart in asked.charts], covered)
@@ -150,30 +147,57 @@ def begun(
 
 def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     """The chart of a manifold that `fit.chart` names. Raises BadRecipe if there is none, or if it
-    does not hold all channels and blocks that `fit.width` and `fit.blocks` ask for."""
-    index = asked.fit.chart or 0
-    chart = _taken(asked, "fit.chart", index, found)
-    bounds, wanted = found.options["charts"][index], asked.fit
+    does not hold all channels and blocks that this recipe trains."""
+    index, wanted = asked.fit.chart or 0, asked.fit
+    chart, sizes = _taken(asked, "fit.chart", index, found)
     held = f"chart {index} of {path} has"
     problems = []
-    if wanted.width[1] > (most := bounds.get("most", math.inf)):
-        allowed = f"{held} no channels beyond a width of {most:g}"
+    if wanted.width[1] > sizes.most:
+        allowed = f"{held} no channels beyond a width of {sizes.most:g}"
         problems.append(refused("fit.width", wanted.width, allowed))
-    if wanted.blocks and wanted.blocks[1] > (most := bounds.get("most_blocks", math.inf)):
-        allowed = f"{held} no stage of more than {most:g} blocks"
+    deepest = wanted.blocks[1] if wanted.blocks else max(found.space.depth, default=0)
+    if deepest > sizes.most_blocks:
+        allowed = f"{held} no stage of more than {sizes.most_blocks:g} blocks"
         problems.append(refused("fit.blocks", wanted.blocks, allowed))
+    if sizes.bounded and wanted.sandwich and wanted.full_weight:
+        allowed = f"false: {held} not the full size, which it trains"
+        problems.append(refused("fit.sandwich", wanted.sandwich, allowed))
     if problems:
         raise BadRecipe(asked.file, problems)
     return chart
 
 
-def _taken(asked: Recipe, key: str, index: int, found: Manifold) -> Manifold:
-    """A chart of a manifold, with what the manifold tells of it. Raises BadRecipe if there is none."""
+def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold) -> Manifold:
+    """The manifold that `charts[k]` names, or the chart of it. Raises BadRecipe if there is none, or if
+    it holds fewer channels or blocks than it shall be for."""
+    key = f"charts[{k}]"
+    if wanted.chart is None:
+        if found.kind == "charts":
+            told = refused(f"{key}.chart", None, "it must say which chart of that file it is")
+            raise BadRecipe(asked.file, [told])
+        return found
+    chart, sizes = _taken(asked, f"{key}.chart", wanted.chart, found)
+    problems = [
+        refused(f"{key}.{name}", getattr(wanted, name), f"{have:g} or less, as it was")
+        for name, have in (("most", sizes.most), ("most_blocks", sizes.most_blocks))
+        if getattr(wanted.sizes, name) > have
+    ]
+    if problems:
+        raise BadRecipe(asked.file, problems)
+    return chart
+
+
+def _taken(asked: Recipe, key: str, index: int, found: Manifold) -> tuple[Manifold, Sizes]:
+    """A chart of a manifold, with what the manifold tells of it, and the sizes it is for. Raises
+    BadRecipe if there is none."""
     try:
         chart = charts.taken(found, index)
     except ValueError as error:
         raise BadRecipe(asked.file, [refused(key, index, str(error))]) from None
-    told = found.about["charts"][index]
-    return replace(
-        chart, about={**chart.about, **{name: told[name] for name in ("sha256", "recipe")}}
-    )
+    assert isinstance(found.representation, Charts)
+    try:
+        told = dict(found.about["charts"][index])
+    except (LookupError, TypeError, ValueError):  # whoever wrote the file has told nothing
+        told = {}
+    own = {name: told[name] for name in ("sha256", "recipe") if name in told}
+    return replace(chart, about={**chart.about, **own}), found.representation.sizes[index]

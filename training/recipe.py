@@ -183,9 +183,9 @@ class FitSection(_Section):
     of the training images as shares of the full ones, each for an equal part of the steps, e.g. [0.5,
     0.75, 1.0]: most of what a network learns it learns from small images, at a third of the cost.
     `teacher_views`: the source's outputs computed once for this many augmented passes, of whole images
-    (0: the source runs in every step). `bfloat16`: the convolutions and products of the sampled
-    networks in sixteen bits, all else in float32 (torch.autocast); worth it where the processor has
-    instructions for that.
+    (0: the source runs in every step). `bfloat16`: the sampled networks run in sixteen bits
+    (torch.autocast), weights, losses and the optimiser stay in float32; worth it where the processor
+    has instructions for that.
     """
 
     morph: tuple[str, ...] = ("*",)
@@ -383,8 +383,9 @@ def _keys(section: str) -> str:
     """What a section may hold, in words."""
     held: Any = Recipe
     for part in filter(None, section.split(".")):
-        hint = held.model_fields[part].annotation
-        held = next(each for each in (hint, *typing.get_args(hint)) if inspect.isclass(each))
+        hint = held.model_fields[part.partition("[")[0]].annotation
+        hints = (hint, *typing.get_args(hint))
+        held = next(each for each in hints if inspect.isclass(each) and issubclass(each, _Section))
     where = f"[{section}]" if section else "the top level"
     return f"{where} has {', '.join(held.model_fields)}"
 

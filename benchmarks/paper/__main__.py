@@ -4,7 +4,8 @@
     python -m benchmarks.paper all --quick        every table on digits, in tiny budgets
     python -m benchmarks.paper --list
 
-A row that is in docs/paper/NAME.json is not measured again; a row under way goes on where it stopped.
+A row that is in docs/paper/NAME.json, with as many seeds as asked for, is not measured again; a row
+under way goes on where it stopped.
 docs/paper.md is written from those files. Exit codes: 0 done, 3 stopped by --max-minutes.
 """
 

@@ -199,8 +199,10 @@ class Bench:
         }
 
     def digest(self, asked: recipe.Recipe) -> str:
-        """What a training is known by: everything of its recipe but its titles and its table."""
-        told = {k: v for k, v in asked.as_dict().items() if k not in ("title", "evaluate", "name")}
+        """What a training is known by: all of its recipe that is not as by default, but its titles and
+        its table."""
+        told = asked.model_dump(mode="json", exclude_defaults=True)
+        told = {k: v for k, v in told.items() if k not in ("title", "evaluate", "name", "file")}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def train(self, asked: recipe.Recipe) -> Row:
@@ -233,8 +235,8 @@ class Bench:
     def repeated(
         self, asked: recipe.Recipe, measure: Callable[[recipe.Recipe], Row] | None = None
     ) -> Row:
-        """The mean of this recipe's rows over the seeds, from 0. Frozen activations and the source are
-        those of the first. Raises Late."""
+        """The mean of this recipe's rows over the seeds from its own on. Frozen activations and the
+        source are those of the first. Raises Late."""
         seeds = range(asked.seed, asked.seed + self.setting.seeds)
         return mean_row([(measure or self.train)(asked.changed(seed=seed)) for seed in seeds])
 

@@ -38,15 +38,17 @@ COUNTS = (1, 4, 8, 16, 50, 100)
 Changes = Mapping[str, Any]
 
 
-def _budget(bench: Bench) -> str:
-    """What every row of these tables was given."""
-    count = bench.setting.seeds
-    told = (
-        f"{count} seeds: their mean and standard deviation; a lead decides if the 95 % interval of the"
-        " differences seed by seed leaves out zero."
-    )
-    if count == 1:
-        told = "one seed: differences of half a point mean little."
+def _budget(bench: Bench, table: str) -> str:
+    """What every row of this table was given."""
+    rows = bench.setting.results.read(table).values()
+    counts = [len(by_seed(row)) for row in rows] or [bench.setting.seeds]
+    told = "one seed: differences of half a point mean little."
+    if max(counts) > 1:
+        count = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else counts[0]
+        told = (
+            f"{count} seeds: their mean and standard deviation; a lead decides if the 95 % interval of"
+            " the differences seed by seed leaves out zero."
+        )
     return (
         " Every row has the same small budget: 300 steps of regression, half an epoch, and 5 layers"
         f" unless said, where the recipe that ships has {SHIPS.fit.regression_steps:,} steps,"
@@ -63,9 +65,9 @@ def _options(bench: Bench, **more: Any) -> Changes:
 
 
 def _lead(one: Row, other: Row, column: str = "mean") -> tuple[float, float]:
-    """By how much the one is ahead, in points, and how much that must be to decide anything.
+    """By how much the one is ahead, in points, and more than how much that must be to decide anything.
 
-    The same seed begins both alike, so that their differences are taken seed by seed.
+    The same seed begins both alike: differences are taken seed by seed, over those that both have.
     """
     pairs = list(zip(by_seed(one), by_seed(other), strict=False))
     leads = np.array([mine[column] - theirs[column] for mine, theirs in pairs])
@@ -80,9 +82,9 @@ def _best(rows: Rows, claimed: str, column: str = "mean") -> str:
     others = [name for name in rows if name != claimed]
     best = max(others, key=lambda name: float(rows[name][column]))
     lead, least = _lead(rows[claimed], rows[best], column)
-    if abs(lead) < least:
+    if abs(lead) <= least:
         told = f"{abs(lead):.2f} points {'ahead of' if lead > 0 else 'behind'}"
-        seeds = len(by_seed(rows[claimed]))
+        seeds = min(len(by_seed(rows[name])) for name in (claimed, best))
         can = "one seed" if seeds == 1 else f"{seeds} seeds"
         return f"Undecided here: {claimed!r} is {told} {best!r}, less than {can} can tell."
     if lead > 0:
@@ -109,7 +111,7 @@ def table1(bench: Bench) -> Table:
         "table1",
         "permutation strategies",
         SCOPE
-        + _budget(bench)
+        + _budget(bench, "table1")
         + " Only the morphing axis is permuted here, so that the totals differ less."
         + NATIVE,
         (*COLUMNS, "total variation", "error"),
@@ -137,7 +139,7 @@ def table2(bench: Bench) -> Table:
     return Table(
         "table2",
         "layers, units and frequencies",
-        SCOPE + _budget(bench),
+        SCOPE + _budget(bench, "table2"),
         (*COLUMNS, "error", "parameters, M", "minutes"),
         tuple(changes),
         _trained(bench, changes),
@@ -154,7 +156,7 @@ def table3(bench: Bench) -> Table:
     return Table(
         "table3",
         "residual connections in the MLP",
-        SCOPE + _budget(bench),
+        SCOPE + _budget(bench, "table3"),
         (*COLUMNS, "error"),
         tuple(changes),
         _trained(bench, changes),
@@ -171,7 +173,7 @@ def table4(bench: Bench) -> Table:
     return Table(
         "table4",
         "block-based INR",
-        SCOPE + _budget(bench),
+        SCOPE + _budget(bench, "table4"),
         (*COLUMNS, "error", "parameters, M"),
         tuple(changes),
         _trained(bench, changes),
@@ -189,7 +191,7 @@ def table5(bench: Bench) -> Table:
         "table5",
         "decay of the moving average (EMA)",
         SCOPE
-        + _budget(bench)
+        + _budget(bench, "table5")
         + " The learning rate falls to zero along a cosine, the paper's in two steps. The average's own"
         " warm-up, (1 + t) / (10 + t) at step t, ends at 0.956 after these 195 steps: the three decays"
         " are one here, and the table says only what averaging is worth.",
@@ -216,6 +218,7 @@ def noise(bench: Bench) -> Table:
                 scores = bench.scores(bench.manifold(asked), samples=count)
                 mean = sum(scores[column] for column in GAMMAS) / len(GAMMAS)
                 row = {**row, **scores, "mean": round(mean, 2)}
+                row.pop("training", None)  # the row of that training is the one without averaging
             return row
 
         return bench.repeated(bench.asked.changed(representation={"noise": size}), once)
@@ -227,7 +230,7 @@ def noise(bench: Bench) -> Table:
         }
         told = ", ".join(f"{gain:+.2f} points at a = {size:g}" for size, (gain, _) in worth.items())
         least, _ = _lead(rows[f"a = {NOISES[0]:g}, K = 1"], rows["a = 0, K = 1"])
-        decided = all(abs(gain) >= needed for gain, needed in worth.values())
+        decided = all(abs(gain) > needed for gain, needed in worth.values())
         gains = [gain for gain, _ in worth.values()]
         claim = "is undecided"
         if decided and min(gains) > 0:
@@ -243,7 +246,7 @@ def noise(bench: Bench) -> Table:
         "noise",
         "coordinate noise a in training, K samples averaged",
         SCOPE
-        + _budget(bench)
+        + _budget(bench, "noise")
         + " One sample is the noise-free one. The paper has a = 0.5 and K of 50 to 100.",
         COLUMNS,
         tuple(names),
@@ -284,7 +287,7 @@ def main_losses(bench: Bench) -> Table:
     return Table(
         "main-losses",
         "permutation, reconstruction and regularisation",
-        SCOPE + _budget(bench) + NATIVE,
+        SCOPE + _budget(bench, "main-losses") + NATIVE,
         (*COLUMNS, "error"),
         tuple(cells),
         _trained(bench, changes),

@@ -68,7 +68,7 @@ class Charts(Representation):
 
 def check_sizes(sizes: Sequence[Sizes]) -> None:
     """Raises ValueError if there are no charts, one that is for no size or that earlier ones leave none
-    to, or if the last one is not for whatever is wide."""
+    to, or if the last one is not for whatever is wide and deep."""
     for later, wanted in enumerate(sizes):
         if not 0 < wanted.least <= wanted.most or math.isinf(wanted.least):
             raise ValueError(f"charts[{later}]: no width is from {wanted.least} to {wanted.most}")
