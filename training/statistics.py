@@ -24,9 +24,9 @@ from training.data import Data
 from training.divergence import check_tensors
 
 IMAGES = 1000
-"""How many images statistics are exact for, of up to PIXELS in all."""
+"""How many images kept statistics are measured on, of up to PIXELS in all."""
 CANDIDATES = 4000
-"""Of how many images the carried ones are chosen, so that their moments are those of all."""
+"""Of how many images these and the carried ones are chosen, so that their moments are those of all."""
 PIXELS = 1000 * 64 * 64
 MOST_KEPT = 128
 """More sizes than that at scalar widths: those of widths on a ladder of STEP alone are kept."""
@@ -230,8 +230,8 @@ def calibrate(
     seed: int = 0,
     source: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fill `manifold.statistics`: the images it carries, and the exact statistics of the usual sizes.
-    The source's own size, if it is kept as it is, keeps the statistics among the `source`'s tensors.
+    """Fill `manifold.statistics`: the images it carries, and the statistics of the usual sizes. Both are
+    of images that are chosen for having the moments of many more. The source's own size, if it is kept as it is, keeps the statistics among the `source`'s tensors.
 
     `images` is 'training', 'noise' or the path of the user's own, whose statistics then are the kept
     ones too. Nothing to do for a graph without batch norm. Raises Diverged if a statistic is not
@@ -245,15 +245,15 @@ def calibrate(
     many = max(calibration, min(CANDIDATES, fits))
     owner = data if images in ("training", "noise") else own_images(images, data)
     x = training_images(owner, many, seed_of(seed, "statistics"))
+    if len(x) < 2:
+        raise ValueError(f"data.calibration_images: {images} has {len(x)} images, not two or more")
+    features = torch.cat([moments(manifold, each, x) for each in _few(manifold)], 1)
     if images == "noise":
         carried = noise_images(data.shape, calibration, seed_of(seed, "noise"))
         carried = _as_pixels(carried, data)
-    elif len(x) < 2:
-        raise ValueError(f"data.calibration_images: {images} has {len(x)} images, not two or more")
     else:
-        features = [moments(manifold, each, x) for each in _few(manifold)]
-        carried = x[chosen(torch.cat(features, 1), calibration)]
-    x = x[: max(calibration, min(IMAGES, fits))]
+        carried = x[chosen(features, calibration)]
+    x = x[chosen(features, max(calibration, min(IMAGES, fits)))]
     kept = of_source(manifold, source) if source else {}
     wanted = [each for each in usual(manifold) if each.key not in kept]
     for each in tqdm(wanted, desc="statistics", mininterval=5):
