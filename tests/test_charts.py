@@ -258,7 +258,30 @@ def test_a_chart_that_is_taken_out_makes_the_weights_it_made_within(index: int) 
     # It can be put back: no number is rounded twice.
     parts = [taken, LARGE] if index == 0 else [SMALL, taken]
     again = charts.joined(parts, bounds, SPACE).representation.state_dict()
-    assert all(torch.equal(again[name], value) for name, value in before.items())
+    cut = "parts.0.inner.source"  # and now it has all of the other's
+    assert all(torch.equal(again[name], value) for name, value in before.items() if cut not in name)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "index"), [(HALVES, 1), ([Sizes(0.25, most=0.5), Sizes(0.25)], 0)]
+)
+@pytest.mark.parametrize("options", [{}, {"corrected": {}}, {"corrected": {}, "expanded": {}}])
+def test_a_chart_that_is_taken_out_keeps_the_source_that_others_keep(
+    bounds: list[Sizes], index: int, options: dict[str, Any]
+) -> None:
+    parts = [
+        LARGE,
+        replace(lenet("grid", 2, anchored={"reach": 0.1}, **options), noise=0.0, samples=1),
+    ]
+    both = charts.joined(parts[:: 1 if index else -1], bounds, SPACE)
+    taken = charts.taken(both, index)
+    assert "anchored" in taken.options
+    expected, kept = dict(sample(both, SPACE.full)), dict(sample(taken, SPACE.full))
+    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+    # And is one that a file holds.
+    assert build("grid", taken.options, roles(SPACE)).load_state_dict(
+        taken.representation.state_dict()
+    )
 
 
 def test_only_a_chart_that_is_there_is_taken_out() -> None:

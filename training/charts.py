@@ -7,18 +7,20 @@ Knows no recipe and no training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
 import torch
 
+from neumeta.coordinates import Site
 from neumeta.manifold import Manifold, roles
 from neumeta.notation import pack
 from neumeta.representation import (
     Anchored,
     Charts,
     Corrected,
+    Expanded,
     Grid,
     Representation,
     Sizes,
@@ -109,7 +111,8 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
 
 def taken(manifold: Manifold, index: int) -> Manifold:
     """One chart of a manifold as it was before it was put together, but for the rounding of its
-    numbers; where channels or blocks were cut off there are zeros.
+    numbers; where channels or blocks were cut off there are zeros. The source that the manifold keeps
+    is kept by the chart too.
 
     Raises ValueError if the manifold is not of charts, or has no such one.
     """
@@ -120,10 +123,19 @@ def taken(manifold: Manifold, index: int) -> Manifold:
         raise ValueError(f"its charts are 0 to {len(parts.parts) - 1}")
     told = manifold.options["charts"][index]
     chart = deepcopy(parts.parts[index])
+    assert isinstance(chart, Representation)
+    options = dict(told["options"])
+    wide = [part for part, own in zip(parts.parts, parts.sizes, strict=True) if not own.bounded]
+    kept = [each for part in wide for each in part.modules() if isinstance(each, Anchored)]
+    if kept and parts.sizes[index].bounded:
+        chart = _free(chart)  # its source was cut, too
+    if kept and not any(isinstance(each, Anchored) for each in chart.modules()):
+        chart = _anchored(chart, roles(manifold.space), kept[0])
+        options.setdefault("anchored", {"reach": kept[0].reach})
     for module in chart.modules():
         if isinstance(module, Grid | Corrected):
             module.widen()
-    whole = build(told["kind"], told["options"], roles(manifold.space))
+    whole = build(told["kind"], options, roles(manifold.space))
     for module in whole.modules():
         if isinstance(module, Anchored):
             # Sixteen bits would round the source once more, for a chart that is put back.
@@ -132,9 +144,7 @@ def taken(manifold: Manifold, index: int) -> Manifold:
     for name, value in chart.state_dict().items():
         state[name][tuple(slice(size) for size in value.shape)] = value
     whole.load_state_dict(state)
-    return replace(
-        manifold, representation=whole, kind=told["kind"], options=told["options"], digest=""
-    )
+    return replace(manifold, representation=whole, kind=told["kind"], options=options, digest="")
 
 
 def _sources(manifold: Manifold) -> list[torch.Tensor]:
@@ -174,6 +184,18 @@ def _free(model: Representation) -> Representation:
         inner = getattr(module, "inner", None)
         if isinstance(inner, Anchored):
             module.inner = inner.inner
+    return model
+
+
+def _anchored(model: Representation, roles: Mapping[str, Site], kept: Anchored) -> Representation:
+    """The representation with the source of another one as its anchor, where `build` puts it."""
+    around = [each for each in model.modules() if isinstance(each, Corrected | Expanded)]
+    inner: Representation = around[-1].inner if around else model
+    anchored = Anchored(inner, roles, reach=kept.reach)
+    anchored.source = deepcopy(kept.source)
+    if not around:
+        return anchored
+    around[-1].inner = anchored
     return model
 
 

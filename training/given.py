@@ -142,7 +142,11 @@ def begun(
         about={"permutation": before.about.get("permutation", {})},
         digest="",
     )
-    return manifold, statistics.whole(found, found.space.full)
+    try:
+        return manifold, statistics.whole(found, found.space.full)
+    except KeyError:
+        allowed = f"{path} keeps no batch statistics of its source"
+        raise BadRecipe(asked.file, [refused("fit.start", asked.fit.start, allowed)]) from None
 
 
 def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
