@@ -32,7 +32,6 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "both": {"anchored": {"reach": 0.5}, "corrected": {}},
     "centred": {"centred": {}},
     "expanded": {"expanded": {"orders": 2}},
-    "shallow": {"expanded": {"orders": 1, "depths": True}},
 }
 PLAIN = Space("plain", traced("plain")[1], (0.25, 1.0), (1, 4))
 DENSE = Space("concatenated", traced("concatenated")[1], (0.25, 1.0))
@@ -260,35 +259,6 @@ def test_one_linear_term_in_a_node_for_each_block_is_what_expands_unless_told_ot
     assert not torch.equal(made_by(second), made_by(third))
 
 
-@torch.no_grad()
-def test_a_stage_that_is_shallower_has_a_term_of_its_own_for_what_one_block_has() -> None:
-    options = {"nodes": 0, "stepped": True, "expanded": {"orders": 0, "depths": True}}
-    fresh, model = (build("grid", options, roles(PLAIN)) for _ in range(2))
-    randomised(fresh.inner)
-    randomised(model)
-    alone = {site.role for site in sites(PLAIN, PLAIN.architecture(1.0, [1, 1])).values()}
-    assert model.shallow is not None and len(model.terms) == 0
-    assert {key.replace("/", ".") for key in model.shallow.grid} == alone
-    changed = 0
-    for depth in ([2, 3], [4, 3], [1, 2], [1, 1]):
-        for site in sites(PLAIN, PLAIN.architecture([0.5, 0.8], depth)).values():
-            at = coordinates(site, 64)
-            inner, found = model.inner(site, at)[0], model(site, at)[0]
-            assert torch.equal(fresh(site, at), fresh.inner(site, at))  # it begins as nothing
-            key, rows, columns = site.role.replace(".", "/"), site.rows.count, site.columns.count
-            if site.deeper >= 0 or key not in model.shallow.grid:
-                assert torch.equal(found, inner)
-                continue
-            (own,) = model.shallow.grid[key][:, :rows, :columns]
-            # Of two blocks in the source, or of three; what stands around a stage goes with one.
-            shallower = {(2, 1): 2 / 3, (3, 2): 2 / 5, (3, 1): 1.0}
-            stage = 0 if site.name.startswith(("stem", "stage1", "down")) else 1
-            expected = inner + shallower[PLAIN.depth[stage], depth[stage]] * own
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-            changed += 1
-    assert changed > 10
-
-
 def test_wrappers_stand_around_each_other_and_unknown_options_are_refused() -> None:
     model = made("integral", "both", PLAIN)
     assert isinstance(model, Corrected) and isinstance(model.inner, Anchored)
@@ -299,7 +269,7 @@ def test_wrappers_stand_around_each_other_and_unknown_options_are_refused() -> N
         ("spline", {}, "'spline' is not one of"),
         ("grid", {"density": 1.0}, "grid: .*density"),
         ("grid", {"corrected": {"order": 3}}, "grid: .*order"),
-        ("grid", {"expanded": {"deep": True}}, "grid: .*deep"),
+        ("grid", {"expanded": {"depths": True}}, "grid: .*depths"),
         ("mlp", {"layers": 1, "hidden": 8, "anchored": {}}, "mlp: .*reach"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -168,9 +168,7 @@ class Expanded(Representation):
 
     s is the mean of both axes' sizes as fractions of the full ones; every W_k is a grid, zero at first.
     What `Corrected` does for a channel this does for every weight: large and small networks, which
-    share most of theirs, need not agree on them. With `depths` there is one term more for all that a
-    stage of one block has, in proportion to how much shallower the stage is than the source's: a block
-    that stands alone need not be the first of several.
+    share most of theirs, need not agree on them.
     """
 
     def __init__(
@@ -181,13 +179,10 @@ class Expanded(Representation):
         orders: int = 1,
         nodes: int = 0,
         stepped: bool = True,
-        depths: bool = False,
     ) -> None:
         super().__init__()
         self.inner = inner
         self.terms = nn.ModuleList(Grid(roles, nodes=nodes, stepped=stepped) for _ in range(orders))
-        alone = {role: site for role, site in roles.items() if site.occurs <= 1}
-        self.shallow = Grid(alone) if depths else None
 
     def fill(self, site: Site, value: Tensor) -> bool:
         """Let the inner representation start from the source's tensor if it can."""
@@ -198,8 +193,8 @@ class Expanded(Representation):
         made: Tensor = self.inner(site, at)
         rows, columns = site.rows, site.columns
         less = 1 - (rows.count / rows.full + columns.count / columns.full) / 2
-        for order, term in enumerate(self.terms if less else (), 1):
+        if less == 0:
+            return made
+        for order, term in enumerate(self.terms, 1):
             made = made + less**order * term(site, at)
-        if self.shallow is not None and site.occurs <= 1 and site.deeper < 0:
-            made = made - site.deeper * self.shallow(site, at)
         return made
