@@ -24,7 +24,7 @@ from neumeta import checkpoint
 from neumeta.sample import seed_of
 from neumeta.space import Space
 from training import fit
-from training.recipe import Recipe, load
+from training.recipe import BUILT_IN, Recipe, load
 
 IMAGES = 50_000
 STEPS = 2_000
@@ -36,6 +36,8 @@ def begun(name: str, seen: set[str], only: int | None = None) -> Iterator[Recipe
     all that it goes on from; none twice. A file's recipe is the one that its folder is named after."""
     if name in seen:
         return
+    if not (BUILT_IN / f"{name}.toml").exists():
+        raise SystemExit(f"{name or 'a file in no folder'}: no built-in recipe is named so")
     asked = load(name)
     for k, chart in enumerate(asked.charts):
         for each in chart.file if only in (None, k) else ():

@@ -233,7 +233,9 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
     try:
         made = build(kind, options, roles(space))
         held = group("inr")
-        made.load_state_dict(parted(held, made.state_dict()) if kind == "charts" else held)
+        # Before they were bundled, charts had every tensor by its own name.
+        bundles = kind == "charts" and not any(name.count(".") > 2 for name in held)
+        made.load_state_dict(parted(held, made.state_dict()) if bundles else held)
     except (ValueError, RuntimeError) as error:
         raise BadCheckpoint(f"{path}: does not fit {space.name}: {error}") from None
     frozen, kept, images = group("frozen"), group("kept"), group("calibration").get("images")

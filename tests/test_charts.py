@@ -333,6 +333,18 @@ def test_a_bounded_chart_comes_back_from_a_file_and_can_be_taken_out(tmp_path: P
     assert left and not any(state[f"inner.grid.{key}"].any() for key in left)
 
 
+def test_charts_that_were_written_before_they_were_bundled_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, path = bounded(), tmp_path / "both.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "bundled", dict)
+        checkpoint.write(both, path)
+    assert len(load(path.read_bytes())) > 20
+    state = checkpoint.read(path).representation.state_dict()
+    assert all(torch.equal(state[n], v) for n, v in both.representation.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [

@@ -22,6 +22,12 @@ TORCHLESS = (
     "plan",
     "protobuf",
     "onnx",
+    "onnx_nodes",
+    "failure",
+    "asking",
+    "record",
+    "transfer",
+    "whole",
 )
 
 

@@ -263,5 +263,5 @@ def test_a_lead_over_several_seeds_decides_if_its_interval_leaves_out_zero() -> 
     assert "holds here: 'claimed' is best, 0.30 points ahead" in told([0.2, 0.3, 0.4])
     assert "Undecided here: 'claimed' is 0.20 points ahead" in told([0.1, 0.2, 0.3])
     assert "less than 3 seeds can tell" in told([0.1, 0.2, 0.3])
-    assert "Undecided here: 'claimed' is 0.00 points behind 'other'" in told([0.0, 0.0, 0.0])
+    assert "Undecided here: 'claimed' is level with 'other'" in told([0.0, 0.0, 0.0])
     assert "does not hold here: 'other' is 0.30 points ahead" in told([-0.2, -0.3, -0.4])

@@ -313,7 +313,7 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
     for old, new, told in (
         ("chart = 1", "chart = 3", "fit.chart: 3 is not allowed; its charts are 0 to 2"),
-        ("chart = 1", "", "representation: .* has .*charts"),
+        ("chart = 1", "", "fit.chart: None is not allowed; it must say which chart of "),
         ("[0.25, 0.4]", "[0.25, 0.5]", "fit.width: .*no channels beyond a width of 0.4"),
         ("both/manifold", "run/manifold", "fit.chart: 1 .*has no charts"),
         ("[fit]", "[fit]\nsandwich = true", "fit.sandwich: True is not allowed; false: chart 1"),

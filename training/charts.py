@@ -7,13 +7,12 @@ Knows no recipe and no training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
 import torch
 
-from neumeta.coordinates import Site
 from neumeta.manifold import Manifold, roles
 from neumeta.notation import pack
 from neumeta.representation import (
@@ -125,13 +124,19 @@ def taken(manifold: Manifold, index: int) -> Manifold:
     chart = deepcopy(parts.parts[index])
     assert isinstance(chart, Representation)
     options = dict(told["options"])
-    wide = [part for part, own in zip(parts.parts, parts.sizes, strict=True) if not own.bounded]
-    kept = [each for part in wide for each in part.modules() if isinstance(each, Anchored)]
-    if kept and parts.sizes[index].bounded:
-        chart = _free(chart)  # its source was cut, too
-    if kept and not any(isinstance(each, Anchored) for each in chart.modules()):
-        chart = _anchored(chart, roles(manifold.space), kept[0])
-        options.setdefault("anchored", {"reach": kept[0].reach})
+    # The parts that keep the whole source, and how.
+    kept = [
+        (part, other["options"]["anchored"])
+        for part, own, other in zip(
+            parts.parts, parts.sizes, manifold.options["charts"], strict=True
+        )
+        if not own.bounded and "anchored" in other["options"]
+    ]
+    if kept and (parts.sizes[index].bounded or "anchored" not in options):
+        part, options["anchored"] = kept[0]
+        anchor = next(each for each in part.modules() if isinstance(each, Anchored))
+        site_of = roles(manifold.space)
+        chart = _anchored(_free(chart), Anchored(chart, site_of, **options["anchored"]), anchor)
     for module in chart.modules():
         if isinstance(module, Grid | Corrected):
             module.widen()
@@ -187,15 +192,14 @@ def _free(model: Representation) -> Representation:
     return model
 
 
-def _anchored(model: Representation, roles: Mapping[str, Site], kept: Anchored) -> Representation:
-    """The representation with the source of another one as its anchor, where `build` puts it."""
+def _anchored(model: Representation, anchor: Anchored, kept: Anchored) -> Representation:
+    """The representation with this anchor, where `build` puts one, to the source that another keeps."""
     around = [each for each in model.modules() if isinstance(each, Corrected | Expanded)]
-    inner: Representation = around[-1].inner if around else model
-    anchored = Anchored(inner, roles, reach=kept.reach)
-    anchored.source = deepcopy(kept.source)
+    anchor.source = deepcopy(kept.source)
+    anchor.inner = around[-1].inner if around else model
     if not around:
-        return anchored
-    around[-1].inner = anchored
+        return anchor
+    around[-1].inner = anchor
     return model
 
 

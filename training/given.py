@@ -115,6 +115,9 @@ def begun(
     before = found = opened(asked, loaded, covered, "fit.start", path)
     if asked.fit.chart is not None:
         before = _chart(asked, found, path)
+    elif found.kind == "charts":
+        told = refused("fit.chart", None, f"it must say which chart of {path} it is")
+        raise BadRecipe(asked.file, [told])
     built = asked.representation
     model = build(built.kind, built.built, roles(covered))
     try:
@@ -203,5 +206,9 @@ def _taken(asked: Recipe, key: str, index: int, found: Manifold) -> tuple[Manifo
         told = dict(found.about["charts"][index])
     except (LookupError, TypeError, ValueError):  # whoever wrote the file has told nothing
         told = {}
-    own = {name: told[name] for name in ("sha256", "recipe") if name in told}
-    return replace(chart, about={**chart.about, **own}), found.representation.sizes[index]
+    about = {
+        "permutation": found.about.get("permutation", {}),
+        "sha256": told.get("sha256", found.digest),
+        "recipe": told.get("recipe", {}),
+    }
+    return replace(chart, about=about), found.representation.sizes[index]

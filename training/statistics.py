@@ -230,9 +230,9 @@ def calibrate(
     seed: int = 0,
     source: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fill `manifold.statistics`: the images it carries, and the statistics of the usual sizes, both of
-    images that were chosen for having the moments of many more. The source's own size, if it is kept
-    as it is, keeps the statistics among the `source`'s tensors.
+    """Fill `manifold.statistics`: the images it carries (of training images those that together have
+    the moments of many more) and the statistics of the usual sizes, on images that are chosen so too.
+    The source's own size, if it is kept as it is, keeps the statistics among the `source`'s tensors.
 
     `images` is 'training', 'noise' or the path of the user's own, whose statistics then are the kept
     ones too. Nothing to do for a graph without batch norm. Raises Diverged if a statistic is not

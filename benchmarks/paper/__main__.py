@@ -49,8 +49,9 @@ ROOT = Path(__file__).parents[2]
 HEAD = """# The paper's tables, ours beside theirs
 
 Written by `python -m benchmarks.paper NAME` (`all`, `--list`) from the rows in `docs/paper/`. The
-figure in brackets is the paper's. Hardware: AMD EPYC, one core, torch 2.13 (CPU). How the residual MLP
-came to work, with the figures of each step: [LOG.md](LOG.md).
+figure in brackets is the paper's. Hardware: AMD EPYC, one core, torch 2.13 (CPU). Where rows have three
+seeds, the first is of an earlier machine and its images. How the residual MLP came to work, with the
+figures of each step: [LOG.md](LOG.md).
 """
 
 

@@ -200,7 +200,7 @@ class Bench:
 
     def digest(self, asked: recipe.Recipe) -> str:
         """What a training is known by: all of its recipe that is not as by default, but its titles and
-        its table."""
+        its table. Neither a default that changes nor other images make it another one."""
         told = asked.model_dump(mode="json", exclude_defaults=True)
         told = {k: v for k, v in told.items() if k not in ("title", "evaluate", "name", "file")}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
@@ -235,8 +235,8 @@ class Bench:
     def repeated(
         self, asked: recipe.Recipe, measure: Callable[[recipe.Recipe], Row] | None = None
     ) -> Row:
-        """The mean of this recipe's rows over the seeds from its own on. Frozen activations and the
-        source are those of the first. Raises Late."""
+        """The mean of this recipe's rows over the seeds from its own on. Those trained here
+        share frozen activations and the source. Raises Late."""
         seeds = range(asked.seed, asked.seed + self.setting.seeds)
         return mean_row([(measure or self.train)(asked.changed(seed=seed)) for seed in seeds])
 

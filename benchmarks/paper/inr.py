@@ -79,12 +79,16 @@ def _lead(one: Row, other: Row, column: str = "mean") -> tuple[float, float]:
 
 def _best(rows: Rows, claimed: str, column: str = "mean") -> str:
     """Whether the row that the paper calls best is, and by how much."""
-    others = [name for name in rows if name != claimed]
-    best = max(others, key=lambda name: float(rows[name][column]))
+    seeds = min(len(by_seed(row)) for row in rows.values())
+
+    def mean(name: str) -> float:
+        return float(np.mean([row[column] for row in by_seed(rows[name])[:seeds]]))
+
+    best = max((name for name in rows if name != claimed), key=mean)
     lead, least = _lead(rows[claimed], rows[best], column)
     if abs(lead) <= least:
         told = f"{abs(lead):.2f} points {'ahead of' if lead > 0 else 'behind'}"
-        seeds = min(len(by_seed(rows[name])) for name in (claimed, best))
+        told = told if lead else "level with"
         can = "one seed" if seeds == 1 else f"{seeds} seeds"
         return f"Undecided here: {claimed!r} is {told} {best!r}, less than {can} can tell."
     if lead > 0:

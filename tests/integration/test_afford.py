@@ -8,8 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from neumeta import measure, memory
-from neumeta import pull as client
+from neumeta import asking, measure, memory
 from neumeta.command import main as neumeta_pull
 from neumeta.whole import check_file
 
@@ -80,7 +79,7 @@ def test_what_was_measured_here_is_pulled_and_measured_again_when_something_chan
     for body in ("[]", '{"etag": 7}', "<html>"):
         page = lambda *given, body=body: json.loads(body) if body[0] == "{" else {}  # noqa: E731
         with monkeypatch.context() as patch:
-            patch.setattr(client, "json_of", page)
+            patch.setattr(asking, "json_of", page)
             told = pulled("--max-ms", "9", code=1)
         assert ("is broken" in told or "no plan" in told) and len(told.splitlines()) == 1
     assert out.read_bytes() == before

@@ -45,7 +45,9 @@ def test_the_command_pulls_a_model_that_computes_what_the_weights_do(
     assert capsys.readouterr().out.endswith(f"{model.stat().st_size} bytes sha256 {sha256}\n")
     images = torch.rand(3, 1, 28, 28)
     wanted = network.load(weights)(images)
-    assert torch.allclose(outputs(model, images), wanted, rtol=1e-5, atol=1e-5)
+    # Untrained, it sums numbers of a million: small outputs are what is left of large ones.
+    bound = 1e-6 * float(wanted.abs().max())
+    assert torch.allclose(outputs(model, images), wanted, rtol=1e-5, atol=bound)
     # Again, it is only asked whether it is current.
     assert neumeta_pull([*asked, "--out", str(model), "--format", "onnx"]) == 0
     assert sha256 in capsys.readouterr().out
