@@ -109,35 +109,25 @@ def _attribute(name: str, value: int | float | str | Ints) -> bytes:
 Writer = Callable[[Model, Step], str]
 
 
-def _conv(m: Model, s: Step) -> str:
-    a = s.attributes
-    return m.op(
-        "Conv",
-        s.read[0],
-        s.held["weight"],
-        *s.bias,
-        kernel_shape=s.holds["weight"][2:],
-        strides=a["stride"],
-        pads=a["padding"] * 2,
-        dilations=a["dilation"],
-        group=a["groups"],
-    )
+def _convolution(kind: str, *more: str) -> Writer:
+    """One with a window; `more` are attributes that it alone has."""
 
+    def write(m: Model, s: Step) -> str:
+        a = s.attributes
+        return m.op(
+            kind,
+            s.read[0],
+            s.held["weight"],
+            *s.bias,
+            kernel_shape=s.holds["weight"][2:],
+            strides=a["stride"],
+            pads=a["padding"] * 2,
+            **{name: a[name] for name in more},
+            dilations=a["dilation"],
+            group=a["groups"],
+        )
 
-def _conv_transpose(m: Model, s: Step) -> str:
-    a = s.attributes
-    return m.op(
-        "ConvTranspose",
-        s.read[0],
-        s.held["weight"],
-        *s.bias,
-        kernel_shape=s.holds["weight"][2:],
-        strides=a["stride"],
-        pads=a["padding"] * 2,
-        output_padding=a["output_padding"],
-        dilations=a["dilation"],
-        group=a["groups"],
-    )
+    return write
 
 
 def _linear(m: Model, s: Step) -> str:
@@ -378,8 +368,8 @@ def _slice(m: Model, s: Step) -> str:
 _ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
 
 WRITERS: dict[str, Writer] = {
-    "conv": _conv,
-    "conv_transpose": _conv_transpose,
+    "conv": _convolution("Conv"),
+    "conv_transpose": _convolution("ConvTranspose", "output_padding"),
     "linear": _linear,
     "affine": lambda m, s: _scaled(m, s, s.read[0]),
     "group_norm": _group_norm,

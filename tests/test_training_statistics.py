@@ -23,7 +23,7 @@ def test_chosen_rows_have_a_mean_nearer_to_all_than_random_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 30, generator=generator)
     features -= features.mean(0)
-    found = statistics.chosen(features, 20)
+    found = statistics.chosen(statistics.products(features), 20)
     assert len(set(found.tolist())) == 20
     mine = float(features[found].mean(0).norm())
     others = [
@@ -31,7 +31,7 @@ def test_chosen_rows_have_a_mean_nearer_to_all_than_random_ones() -> None:
         for _ in range(50)
     ]
     assert mine < 0.6 * min(others)
-    assert len(statistics.chosen(features[:5], 20)) == 5
+    assert len(statistics.chosen(statistics.products(features[:5]), 20)) == 5
 
 
 def test_pixels_are_kept_as_bytes_and_other_numbers_as_they_are() -> None:

@@ -135,8 +135,7 @@ def taken(manifold: Manifold, index: int) -> Manifold:
     if kept and (parts.sizes[index].bounded or "anchored" not in options):
         part, options["anchored"] = kept[0]
         anchor = next(each for each in part.modules() if isinstance(each, Anchored))
-        site_of = roles(manifold.space)
-        chart = _anchored(_free(chart), Anchored(chart, site_of, **options["anchored"]), anchor)
+        chart = _anchored(_free(chart), deepcopy(anchor))
     for module in chart.modules():
         if isinstance(module, Grid | Corrected):
             module.widen()
@@ -192,10 +191,9 @@ def _free(model: Representation) -> Representation:
     return model
 
 
-def _anchored(model: Representation, anchor: Anchored, kept: Anchored) -> Representation:
-    """The representation with this anchor, where `build` puts one, to the source that another keeps."""
+def _anchored(model: Representation, anchor: Anchored) -> Representation:
+    """The representation within this anchor, where `build` puts one."""
     around = [each for each in model.modules() if isinstance(each, Corrected | Expanded)]
-    anchor.source = deepcopy(kept.source)
     anchor.inner = around[-1].inner if around else model
     if not around:
         return anchor

@@ -80,9 +80,13 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
     places = files(asked, checkpoints)
     cycles = []
     for k, chart in enumerate(asked.charts):
-        keys = [key for key in places if key.startswith(f"charts[{k}].file")]
-        found = [opened(asked, loaded, covered, key, places[key]) for key in keys]
-        cycles.append([_part(asked, k, chart, each) for each in found])
+        own = {key: path for key, path in places.items() if key.startswith(f"charts[{k}].file")}
+        cycles.append(
+            [
+                _part(asked, k, chart, opened(asked, loaded, covered, key, path), path)
+                for key, path in own.items()
+            ]
+        )
     try:
         parts = [charts.mean(each) for each in cycles]
         made = charts.joined(parts, [chart.sizes for chart in asked.charts], covered)
@@ -113,11 +117,8 @@ def begun(
     """
     path = files(asked, checkpoints)["fit.start"]
     before = found = opened(asked, loaded, covered, "fit.start", path)
-    if asked.fit.chart is not None:
+    if asked.fit.chart is not None or found.kind == "charts":
         before = _chart(asked, found, path)
-    elif found.kind == "charts":
-        told = refused("fit.chart", None, f"it must say which chart of {path} it is")
-        raise BadRecipe(asked.file, [told])
     built = asked.representation
     model = build(built.kind, built.built, roles(covered))
     try:
@@ -155,9 +156,9 @@ def begun(
 def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     """The chart of a manifold that `fit.chart` names. Raises BadRecipe if there is none, or if it
     does not hold all channels and blocks that this recipe trains."""
-    index, wanted = asked.fit.chart or 0, asked.fit
-    chart, sizes = _taken(asked, "fit.chart", index, found)
-    held = f"chart {index} of {path} has"
+    wanted = asked.fit
+    chart, sizes = _taken(asked, "fit.chart", wanted.chart, found, path)
+    held = f"chart {wanted.chart} of {path} has"
     problems = []
     if wanted.width[1] > sizes.most:
         allowed = f"{held} no channels beyond a width of {sizes.most:g}"
@@ -174,16 +175,13 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     return chart
 
 
-def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold) -> Manifold:
+def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold, path: Path) -> Manifold:
     """The manifold that `charts[k]` names, or the chart of it. Raises BadRecipe if there is none, or if
     it holds fewer channels or blocks than it shall be for."""
     key = f"charts[{k}]"
-    if wanted.chart is None:
-        if found.kind == "charts":
-            told = refused(f"{key}.chart", None, "it must say which chart of that file it is")
-            raise BadRecipe(asked.file, [told])
+    if wanted.chart is None and found.kind != "charts":
         return found
-    chart, sizes = _taken(asked, f"{key}.chart", wanted.chart, found)
+    chart, sizes = _taken(asked, f"{key}.chart", wanted.chart, found, path)
     problems = [
         refused(f"{key}.{name}", getattr(wanted, name), f"{have:g} or less, as it was")
         for name, have in (("most", sizes.most), ("most_blocks", sizes.most_blocks))
@@ -194,9 +192,14 @@ def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold) -> Manif
     return chart
 
 
-def _taken(asked: Recipe, key: str, index: int, found: Manifold) -> tuple[Manifold, Sizes]:
+def _taken(
+    asked: Recipe, key: str, index: int | None, found: Manifold, path: Path
+) -> tuple[Manifold, Sizes]:
     """A chart of a manifold, with what the manifold tells of it, and the sizes it is for. Raises
-    BadRecipe if there is none."""
+    BadRecipe if there is none, or if none is named."""
+    if index is None:
+        problem = refused(key, None, f"it must say which chart of {path} it is")
+        raise BadRecipe(asked.file, [problem])
     try:
         chart = charts.taken(found, index)
     except ValueError as error:

@@ -129,14 +129,19 @@ def moments(
     return torch.cat(parts, 1)
 
 
-def chosen(features: Float[Tensor, "N features"], count: int) -> Int64[Tensor, " count"]:
-    """The `count` rows whose mean is nearest to 0: greedily, then by exchanging one for another."""
+def products(features: Float[Tensor, "N features"]) -> Float[Tensor, "N N"]:
+    """The product of every two rows, in float64."""
     features = features.double()
-    gram = features @ features.T
+    return features @ features.T
+
+
+def chosen(gram: Float[Tensor, "N N"], count: int) -> Int64[Tensor, " count"]:
+    """The `count` rows whose mean is nearest to 0, from the `products` of rows: greedily, then by
+    exchanging one for another."""
     norms = gram.diagonal()
-    held = torch.zeros(len(features), dtype=torch.bool)
-    total = torch.zeros(len(features), dtype=torch.float64)  # each row's product with the sum
-    for _ in range(min(count, len(features))):
+    held = torch.zeros(len(gram), dtype=torch.bool)
+    total = torch.zeros_like(norms)  # each row's product with the sum
+    for _ in range(min(count, len(gram))):
         best = int((2 * total + norms).masked_fill(held, torch.inf).argmin())
         held[best] = True
         total += gram[best]
@@ -248,13 +253,13 @@ def calibrate(
     x = training_images(owner, many, seed_of(seed, "statistics"))
     if len(x) < 2:
         raise ValueError(f"data.calibration_images: {images} has {len(x)} images, not two or more")
-    features = torch.cat([moments(manifold, each, x) for each in _few(manifold)], 1)
+    gram = products(torch.cat([moments(manifold, each, x) for each in _few(manifold)], 1))
     if images == "noise":
         carried = noise_images(data.shape, calibration, seed_of(seed, "noise"))
         carried = _as_pixels(carried, data)
     else:
-        carried = x[chosen(features, calibration)]
-    x = x[chosen(features, max(calibration, min(IMAGES, fits)))]
+        carried = x[chosen(gram, calibration)]
+    x = x[chosen(gram, max(calibration, min(IMAGES, fits)))]
     kept = of_source(manifold, source) if source else {}
     wanted = [each for each in usual(manifold) if each.key not in kept]
     for each in tqdm(wanted, desc="statistics", mininterval=5):
