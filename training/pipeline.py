@@ -332,6 +332,7 @@ def trained_source(
                 lr=asked.network.train.lr,
                 batch=asked.network.train.batch,
                 resolutions=asked.network.train.resolutions,
+                bfloat16=asked.network.train.bfloat16,
                 seed=asked.seed,
                 state=run / "source.pt",
             )

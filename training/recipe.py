@@ -61,12 +61,13 @@ class _Section(BaseModel):
 
 class Training(_Section):
     """How the source network is trained: epochs of the training set, the peak of the learning rate,
-    images per step, and `resolutions` as in [fit]."""
+    images per step, `resolutions` and `bfloat16` as in [fit]."""
 
     epochs: Annotated[int, Field(ge=0)]
     lr: Rate = 0.05
     batch: Count = 128
     resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1.0,)
+    bfloat16: bool = False
 
 
 class NetworkSection(_Section):
@@ -447,8 +448,10 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if fit.teacher_views and (fit.distill != "source" or fit.feature_views or not fit.augment):
         allowed = "0 unless fit.distill = 'source', fit.augment and no fit.feature_views"
         yield refused("fit.teacher_views", fit.teacher_views, allowed)
-    if fit.bfloat16 and recipe.task != "classification":
-        yield refused("fit.bfloat16", True, "false unless the task is classification")
+    for section, held in {"fit": fit, "network.train": network.train}.items():
+        if held and held.bfloat16 and recipe.task != "classification":
+            allowed = "false unless the task is classification"
+            yield refused(f"{section}.bfloat16", True, allowed)
     if network.train and network.train.resolutions != (1.0,) and recipe.task != "classification":
         allowed = "[1.0] unless the task is classification"
         yield refused("network.train.resolutions", network.train.resolutions, allowed)

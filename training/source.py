@@ -101,12 +101,14 @@ def train(
     teacher: Run | Views | None = None,
     teacher_weight: float = 0.8,
     resolutions: Sequence[float] = (1.0,),
+    bfloat16: bool = False,
 ) -> nn.Module:
     """Train `net` in place: SGD with Nesterov momentum, one cycle, augmented; resumes from `state`.
 
     `state` is written after each epoch; a run started again with it goes on after the last whole
     epoch to the same result as an uninterrupted one. `teacher` distils (see `mixed`); what it is given
-    are whole images, whatever their `resolutions` for the network (see `resolution`).
+    are whole images, whatever their `resolutions` for the network (see `resolution`). `bfloat16`: the
+    network runs in sixteen bits (torch.autocast); its weights and the optimiser stay in float32.
 
     Raises Diverged, with the last good state left on disk, at the first loss, gradient or weight
     that is not finite, and before the first step if `net` comes with such a weight.
@@ -151,7 +153,11 @@ def train(
                     soft = task.read(teacher(x))
             targets = task.targets(x, y, data)
             x = shrunk(x, resolution(resolutions, step, epochs * per_epoch))
-            loss = mixed(task, task.read(net(x)), targets, soft, teacher_weight)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                outputs = task.read(net(x))
+            if bfloat16:
+                outputs = outputs.float()
+            loss = mixed(task, outputs, targets, soft, teacher_weight)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             where = f"{label}, step {step + 1} of {epochs * per_epoch}"
