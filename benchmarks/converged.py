@@ -1,6 +1,7 @@
 """Networks trained individually until they have converged: what one manifold has to be as good as.
 
     python -m benchmarks.converged --size 3.3.3/8.16.32 --pixels runs/pixels/cifar10-pixels.npz
+    python -m benchmarks.converged --manifold models/vgg-cifar10.safetensors --size /16.32.64 ...
 
 One network of one size from scratch, taught by the manifold's own source, with its optimiser,
 augmentation and growing images, on JPEG copies or (`--pixels`) on what the manifold was trained on.
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.local import hardware
 from benchmarks.reach import raw
 from neumeta import atomic, checkpoint
 from neumeta.program import Program
-from training import data, networks, source, statistics
+from training import data, modules, networks, recipe, source, statistics
 from training.task import TASKS
 from training.teacher import Views
 
@@ -35,12 +37,21 @@ LR = 0.1
 """At a batch of 128; it grows with the batch (Goyal et al., 2017)."""
 
 
+def made(name: str, depth: list[int], channels: list[int], classes: int) -> nn.Module:
+    """A network of this size, untrained, of the manifold of this name."""
+    if name == "vgg":
+        arguments = {"classes": classes, "widths": channels}
+        return modules.resolve(f"{recipe.BUILT_IN}/vgg.py:build", arguments)
+    return networks.resnet_cifar(tuple(depth), classes, tuple(channels))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--manifold", type=Path, default=Path("models/resnet20-cifar10.safetensors")
     )
     parser.add_argument("--size", required=True, help="blocks/channels by stage: 3.3.3/8.16.32")
+    parser.add_argument("--bfloat16", action="store_true", help="as in a recipe's [fit]")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=128)
@@ -53,7 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.results / "individual.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    depth, channels = ([int(n) for n in part.split(".")] for part in arguments.size.split("/"))
+    depth, channels = ([int(n) for n in part.split(".") if n] for part in arguments.size.split("/"))
     named = {
         "channels": channels,
         "depth": depth,
@@ -87,7 +98,7 @@ def main() -> None:
     answers = arguments.run / f"teacher-{named['images']}-{arguments.seed}.pt"
     views = Views(images, teacher, VIEWS, arguments.seed, answers)
     torch.manual_seed(arguments.seed)
-    net = networks.resnet_cifar(tuple(depth), len(jpeg.classes), tuple(channels))
+    net = made(space.name, depth, channels, len(jpeg.classes))
     size = arguments.size.replace("/", "-")
     run = f"{arguments.epochs}-{arguments.seed}-{arguments.batch}-{named['images']}"
     label = f"{size}-{run}"
@@ -105,9 +116,10 @@ def main() -> None:
         teacher=views,
         teacher_weight=TEACHER_WEIGHT,
         resolutions=RESOLUTIONS,
+        bfloat16=arguments.bfloat16,
     )
-    cost = space.cost(space.architecture([c / f for c, f in zip(channels, (16, 32, 64), strict=True)],
-                                         depth, extrapolate=True))  # fmt: skip
+    widths = [own / whole for own, whole in zip(channels, space.full.channels, strict=True)]
+    cost = space.cost(space.architecture(widths, depth or None, extrapolate=True))
     share = sum(r**2 for r in RESOLUTIONS) / len(RESOLUTIONS)
     relative = cost["macs"] / space.cost(space.full)["macs"]
     root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from neumeta import atomic, sites
 from neumeta.bundle import bundled, parted
+from neumeta.deflated import deflated, inflated
 from neumeta.graph import extent
 from neumeta.manifold import Contract, Manifold, roles
 from neumeta.notation import BadGraph, pack, unpack
@@ -28,7 +29,20 @@ from neumeta.shapes import check
 from neumeta.space import MOST_BLOCKS, Architecture, Space
 from neumeta.statistics import Statistics
 
-FORMAT = 2
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.uint8,
+        torch.int8,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    )
+}
+"""What a deflated tensor may hold."""
+FORMAT = 3
+"""Since 3 a tensor may be deflated; files of format 2, in which none is, are read too."""
 
 
 class BadCheckpoint(ValueError):
@@ -63,6 +77,19 @@ def _tensors(manifold: Manifold) -> dict[str, Tensor]:
     }
 
 
+def _inflated(path: Path, header: dict[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they were before `encode` deflated some."""
+    tensors = dict(stored)
+    for name, (dtype, shape) in header.get("deflated", {}).items():
+        if name not in stored:
+            raise BadCheckpoint(f"{path}: tensor {name} is missing")
+        try:
+            tensors[name] = inflated(stored[name], DTYPES[dtype], shape)
+        except ValueError as error:
+            raise BadCheckpoint(f"{path}: tensor {name}: {error}") from None
+    return tensors
+
+
 def _finite(name: str, tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -85,6 +112,8 @@ def encode(manifold: Manifold, where: str = "the manifold") -> bytes:
     not finite."""
     tensors = _tensors(manifold)
     _finite(where, tensors)
+    packed = {name: deflated(tensor) for name, tensor in tensors.items()}
+    smaller = {name: tensor for name, tensor in packed.items() if tensor is not None}
     space = manifold.space
     header: dict[str, Any] = {
         "format": FORMAT,
@@ -101,11 +130,15 @@ def encode(manifold: Manifold, where: str = "the manifold") -> bytes:
         "contract": asdict(manifold.contract),
         "about": manifold.about,
         "tensors": {name: _sha(tensor) for name, tensor in tensors.items()},
+        "deflated": {
+            n: [str(tensors[n].dtype).removeprefix("torch."), list(tensors[n].shape)]
+            for n in smaller
+        },
     }
     _finite_numbers(where, header)
     header["seal"] = _seal(json.loads(json.dumps(header)))
     told = json.dumps(header, sort_keys=True, separators=(",", ":"))
-    return save(tensors, {"neumeta": told})
+    return save(tensors | smaller, {"neumeta": told})
 
 
 def write(manifold: Manifold, path: Path) -> str:
@@ -141,7 +174,7 @@ def read(path: Path) -> Manifold:
     raw = path.read_bytes()
     sha = hashlib.sha256(raw).hexdigest()
     try:
-        tensors = load(raw)
+        stored = load(raw)
         length = int.from_bytes(raw[:8], "little")
         metadata = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
     except SafetensorError as error:
@@ -155,12 +188,13 @@ def read(path: Path) -> Manifold:
         sealed = False
     if not sealed:
         raise BadCheckpoint(f"{path}: the header's own digest does not match: it is damaged")
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (2, FORMAT):
         raise BadCheckpoint(
-            f"{path}: format {header.get('format')}; this version reads {FORMAT}"
+            f"{path}: format {header.get('format')}; this version reads 2 and {FORMAT}"
             " (benchmarks/convert.py converts files of version 0.1)"
         )
     try:
+        tensors = _inflated(path, header, stored)
         _verify(path, header, tensors)
         manifold = _build(path, header, tensors)
     except BadCheckpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from copy import deepcopy
@@ -14,8 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from neumeta import checkpoint
@@ -29,6 +27,7 @@ from neumeta.space import Architecture, Space
 from neumeta.statistics import Statistics
 from tests.conftest import lenet
 from tests.support.modules import traced
+from tests.support.sealed import opened, seal
 from training import charts
 
 
@@ -370,13 +369,9 @@ def test_numbers_that_are_not_those_of_the_charts_are_refused(
 ) -> None:
     path = tmp_path / "both.safetensors"
     checkpoint.write(bounded(), path)
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["neumeta"])
-    tensors = load(path.read_bytes())
+    header, tensors = opened(path)
     damage(tensors)
-    header["tensors"] = {name: checkpoint._sha(tensor) for name, tensor in tensors.items()}
-    header["seal"] = checkpoint._seal(header)
-    save_file(tensors, path, {"neumeta": json.dumps(header, sort_keys=True)})
+    seal(path, header, tensors)
     with pytest.raises(checkpoint.BadCheckpoint, match="does not fit deep") as refused:
         checkpoint.read(path)
     assert told in str(refused.value)

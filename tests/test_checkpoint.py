@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from neumeta import checkpoint
 from neumeta.manifold import Contract, Manifold, roles
@@ -22,6 +21,7 @@ from neumeta.space import Space
 from neumeta.statistics import Statistics
 from tests.conftest import lenet
 from tests.support.modules import traced
+from tests.support.sealed import opened, seal, stored
 
 MODELS = Path(__file__).parent.parent / "models"
 
@@ -105,7 +105,7 @@ TAMPERED: dict[str, tuple[Any, str]] = {
         lambda h, _: h.update(graph=pack(traced("squeezed")[1])),
         "does not fit|malformed|stages",
     ),
-    "another format": (lambda h, _: h.update(format=1), "format 1; this version reads 2"),
+    "another format": (lambda h, _: h.update(format=1), "format 1; this version reads 2 and 3"),
     "a width of three": (lambda h, _: h.update(width=[0.5, 3]), "width"),
     "a width of nothing": (lambda h, _: h.update(width=[0, 1]), "width"),
     "a million blocks": (lambda h, _: h.update(blocks=[1, 10**6], most=10**6), "blocks"),
@@ -157,14 +157,81 @@ TAMPERED: dict[str, tuple[Any, str]] = {
 def test_a_file_that_was_sealed_again_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     checkpoint.write(resnet(), path)
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["neumeta"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header, tensors = opened(path)
     change, match = TAMPERED[kind]
     change(header, tensors)
-    header["tensors"] = {name: checkpoint._sha(tensor) for name, tensor in tensors.items()}
-    header["seal"] = checkpoint._seal(header)
-    save_file(tensors, path, {"neumeta": json.dumps(header, sort_keys=True)})
+    seal(path, header, tensors)
+    with pytest.raises(checkpoint.BadCheckpoint, match=match) as refused:
+        checkpoint.read(path)
+    assert str(refused.value).startswith(f"{path}: ")
+
+
+def test_a_file_of_the_format_before_is_read(tmp_path: Path) -> None:
+    manifold, path = resnet(), tmp_path / "m.safetensors"
+    checkpoint.write(manifold, path)
+    header, tensors = opened(path)
+    header["format"] = 2
+    del header["deflated"]
+    seal(path, header, tensors)
+    assert checkpoint.encode(checkpoint.read(path)) == checkpoint.encode(manifold)
+
+
+IMAGES = "calibration.images"
+
+
+def zeros(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """A gigabyte where the header tells of a few numbers."""
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(1 << 10)) + packer.flush()
+    tensors[IMAGES] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def bit(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors[IMAGES][len(tensors[IMAGES]) // 2] ^= 16
+
+
+DEFLATED: dict[str, tuple[Any, str]] = {
+    "a bit": (bit, "tensor calibration.images: deflated bytes are|does not match its digest"),
+    "its end": (
+        lambda _, t: t.update({IMAGES: t[IMAGES][:-3]}),
+        "tensor calibration.images: deflated bytes are not those of torch.uint8",
+    ),
+    "more than its shape": (zeros, "deflated bytes are not those of torch.uint8 .4, 3, 8, 8."),
+    "something behind it": (
+        lambda _, t: t.update({IMAGES: torch.cat([t[IMAGES], t[IMAGES]])}),
+        "deflated bytes are not those of",
+    ),
+    "another dtype": (
+        lambda h, _: h["deflated"].update({IMAGES: ["complex64", [4, 3, 8, 8]]}),
+        "malformed",
+    ),
+    "an endless shape": (
+        lambda h, _: h["deflated"].update({IMAGES: ["uint8", [1 << 62, 1 << 62]]}),
+        "malformed|deflated bytes",
+    ),
+    "less than nothing": (
+        lambda h, _: h["deflated"].update({IMAGES: ["uint8", [-4, 192]]}),
+        "malformed",
+    ),
+    "no tensor": (
+        lambda _, t: t.pop(IMAGES),
+        "tensor calibration.images is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(DEFLATED))
+def test_a_deflated_tensor_that_was_tampered_with_is_refused_by_name(
+    kind: str, tmp_path: Path
+) -> None:
+    manifold, path = resnet(), tmp_path / "m.safetensors"
+    manifold.statistics = Statistics(manifold.statistics.images // 128, manifold.statistics.kept)
+    checkpoint.write(manifold, path)
+    header, tensors = stored(path)
+    assert IMAGES in header["deflated"]
+    change, match = DEFLATED[kind]
+    change(header, tensors)
+    seal(path, header, tensors)
     with pytest.raises(checkpoint.BadCheckpoint, match=match) as refused:
         checkpoint.read(path)
     assert str(refused.value).startswith(f"{path}: ")

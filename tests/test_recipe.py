@@ -88,6 +88,8 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
         ({"fit": {"chart": 1}}, "fit.chart", "1", "it needs fit.start"),
         ({"task": "segmentation", "fit": {"bfloat16": True}}, "fit.bfloat16", "True",
          "unless the task is classification"),
+        ({"task": "segmentation", "network": {"train": {"epochs": 1, "bfloat16": True}}},
+         "network.train.bfloat16", "True", "unless the task is classification"),
         ({"charts": [{"file": "a", "least": 0.6, "most": 0.5}, {"file": "b", "least": 0.2}]}, "charts",
          "['a', 'b']", "no width is from 0.6 to 0.5"),
         ({"charts": [{"file": "a", "least": 0.9 - k / 100} for k in range(17)] + [
@@ -99,6 +101,8 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
          "beside charts"),
         ({"data": {"calibration": 1}}, "data.calibration", "1", "equal to 2"),
         ({"fit": {"full_weight": 0}}, "fit.full_weight", "0.0", "representation.anchored"),
+        ({"fit": {"full_weight": 0, "sandwich": True}, "representation": {"anchored": {}}},
+         "fit.full_weight", "0.0", "no fit.sandwich unless"),
         ({"network": {"network": "vgg"}}, "network.network", "'vgg'", "resnet20"),
         ({"network": {"train": {"epochs": -1}}}, "network.train.epochs", "-1", "equal to 0"),
         ({"data": {"name": ""}}, "data", "['', '']", "a name or a path"),

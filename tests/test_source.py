@@ -103,6 +103,21 @@ def test_training_resumes_to_the_same_network(tmp_path: Path, taught: bool) -> N
         assert torch.equal(a, b)
 
 
+def test_sixteen_bits_train_a_network_as_thirty_two_do() -> None:
+    """bfloat16 has a significand of eight bits: steps are some percent off, and so is their sum."""
+    digits, found = data.load("digits"), []
+    for lr, bfloat16 in ((1e-12, False), (0.02, False), (0.02, True)):
+        torch.manual_seed(0)
+        net = source.train(
+            networks.lenet(), digits, TASKS["classification"], epochs=1, lr=lr, bfloat16=bfloat16
+        )
+        assert all(value.dtype == torch.float32 for value in net.parameters())
+        found.append(torch.cat([value.detach().flatten() for value in net.parameters()]))
+    start, exact, rounded = found
+    assert not torch.equal(exact, rounded)
+    assert float((rounded - exact).norm()) < 0.1 * float((exact - start).norm())
+
+
 def test_a_network_learns_from_small_images_and_its_teacher_sees_whole_ones() -> None:
     digits, seen = data.load("digits"), []
 

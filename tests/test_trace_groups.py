@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neumeta.notation import pack, unpack
 from neumeta.program import Program
-from training import networks
+from training import modules, networks, recipe
 from training.trace import trace
 
 
@@ -202,3 +202,14 @@ def test_a_container_has_one_stage() -> None:
     net = Net(down=conv(3, 6), body=Numbered(["a0", "a1", "b0", "b1", "b2"]), head=conv(6, 2))
     stages = trace(net, torch.zeros(1, 3, 8, 8))[0].stages
     assert [(stage.name, stage.prefix) for stage in stages] == [("body", "a")]
+
+
+def test_the_second_source_is_traced_as_a_users_own_network_is() -> None:
+    build = f"{recipe.BUILT_IN}/vgg.py:build"
+    graph, _ = trace(modules.resolve(build), torch.zeros(1, 3, 32, 32))
+    assert graph.groups == ("stage1", "stage2", "stage3") and not graph.stages
+    assert len(graph.axes) == 6
+    half = modules.resolve(build, {"widths": [16, 32, 64]})
+    sizes = {axis: size // 2 for axis, size in graph.full.items()}
+    shapes = {name: tuple(value.shape) for name, value in half.named_parameters()}
+    assert shapes == {name: graph.shape(name, sizes) for name in shapes}

@@ -516,12 +516,13 @@ def _representation_conflicts(recipe: Recipe) -> Iterator[str]:
                 else:
                     yield _told(each, where)
     both = fit.blocks is not None and recipe.wide
-    if fit.full_weight == 0 and not (both and held.anchored) and not recipe.charts:
+    trained = fit.sandwich and not both
+    if fit.full_weight == 0 and (trained or not held.anchored) and not recipe.charts:
         yield refused(
             "fit.full_weight",
             fit.full_weight,
             "0 leaves the source's own size untrained: it needs [representation.anchored], which keeps"
-            " that size as it is, and width and blocks that morph",
+            " that size as it is, and no fit.sandwich unless width and blocks both morph",
         )
 
 

@@ -3,6 +3,8 @@
 Nothing in the package knows it: the recipe names it as a user would name their own.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
@@ -16,13 +18,15 @@ def stage(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class VGG(nn.Module):
-    """Three stages with a maximum pool between them, and one linear layer."""
+    """Three stages of so many channels with a maximum pool between them, and one linear layer."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.stage1, self.stage2, self.stage3 = stage(3, 32), stage(32, 64), stage(64, 128)
+        first, second, third = widths
+        self.stage1, self.stage2 = stage(3, first), stage(first, second)
+        self.stage3 = stage(second, third)
         self.pool = nn.MaxPool2d(2)
-        self.classifier = nn.Linear(128, classes)
+        self.classifier = nn.Linear(third, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, classes)."""
@@ -31,6 +35,6 @@ class VGG(nn.Module):
         return self.classifier(self.stage3(x).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def build(classes: int = 10) -> VGG:
+def build(classes: int = 10, widths: Sequence[int] = (32, 64, 128)) -> VGG:
     """The network, untrained."""
-    return VGG(classes)
+    return VGG(classes, widths)
