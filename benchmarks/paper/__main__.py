@@ -34,6 +34,7 @@ TABLES: dict[str, variation.Make] = {
     "table4": inr.table4,
     "table5": inr.table5,
     "noise": inr.noise,
+    "samples": inr.samples,
     "main-losses": inr.main_losses,
     "section2": variation.section2,
     "figure2": variation.figure2,

@@ -168,11 +168,13 @@ class Bench:
         manifold: Manifold,
         *,
         samples: int = 1,
+        images: slice = slice(None),
         made: Callable[[Architecture], Mapping[str, Tensor]] | None = None,
     ) -> Row:
         """The score at every γ: on raw test images, and with ` (JPEG)` behind it on the others.
 
-        `made` gives the tensors of a size, where they are not sampled from the manifold.
+        `images` are those that are scored. `made` gives the tensors of a size, where they are not
+        sampled from the manifold.
         """
         found: Row = {}
         tests = self.tested(manifold)
@@ -183,8 +185,9 @@ class Bench:
             own = dict(sample(manifold, architecture, samples=samples)) if made is None else {}
             weights = {**manifold.frozen, **(made(architecture) if made else own)}
             for name, (values, labels) in tests.items():
-                outputs = program.run(weights, values, first=self.first)
-                score = TASK.score(TASK.tally(TASK.read(outputs), labels))
+                own_values = {key: value[images] for key, value in values.items()}
+                outputs = program.run(weights, own_values, first=self.first)
+                score = TASK.score(TASK.tally(TASK.read(outputs), labels[images]))
                 found[f"{column} (JPEG)" if name else column] = round(score, 2)
         return found
 
