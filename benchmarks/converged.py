@@ -1,11 +1,13 @@
 """Networks trained individually until they have converged: what one manifold has to be as good as.
 
     python -m benchmarks.converged --size 3.3.3/8.16.32 --pixels runs/pixels/cifar10-pixels.npz
-    python -m benchmarks.converged --manifold models/vgg-cifar10.safetensors --size /16.32.64 ...
+    python -m benchmarks.converged --manifold runs/vgg.safetensors --size /16.32.64 \\
+        --build training/recipes/vgg.py:build --results docs/results/vgg --pixels ...
 
 One network of one size from scratch, taught by the manifold's own source, with its optimiser,
 augmentation and growing images, on JPEG copies or (`--pixels`) on what the manifold was trained on.
-The row (size, seed, epochs, scores on raw and on JPEG test images, passes, seconds) goes to
+`--build` makes the network, called with `classes` and `widths`; without it, it is a CIFAR ResNet.
+The row (size, seed, epochs, precision, scores on raw and on JPEG test images, passes, seconds) goes to
 RESULTS/individual.json, so that no run is made twice; training resumes from RUN. Last line: one JSON
 object.
 """
@@ -27,7 +29,7 @@ from benchmarks.local import hardware
 from benchmarks.reach import raw
 from neumeta import atomic, checkpoint
 from neumeta.program import Program
-from training import data, modules, networks, recipe, source, statistics
+from training import data, modules, networks, source, statistics
 from training.task import TASKS
 from training.teacher import Views
 
@@ -37,11 +39,10 @@ LR = 0.1
 """At a batch of 128; it grows with the batch (Goyal et al., 2017)."""
 
 
-def made(name: str, depth: list[int], channels: list[int], classes: int) -> nn.Module:
-    """A network of this size, untrained, of the manifold of this name."""
-    if name == "vgg":
-        arguments = {"classes": classes, "widths": channels}
-        return modules.resolve(f"{recipe.BUILT_IN}/vgg.py:build", arguments)
+def made(build: str, depth: list[int], channels: list[int], classes: int) -> nn.Module:
+    """A network of this size, untrained."""
+    if build:
+        return modules.resolve(build, {"classes": classes, "widths": channels})
     return networks.resnet_cifar(tuple(depth), classes, tuple(channels))
 
 
@@ -51,6 +52,7 @@ def main() -> None:
         "--manifold", type=Path, default=Path("models/resnet20-cifar10.safetensors")
     )
     parser.add_argument("--size", required=True, help="blocks/channels by stage: 3.3.3/8.16.32")
+    parser.add_argument("--build", default="", help="'file.py:function' or 'module:function'")
     parser.add_argument("--bfloat16", action="store_true", help="as in a recipe's [fit]")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -72,12 +74,15 @@ def main() -> None:
         "epochs": arguments.epochs,
         "batch": arguments.batch,
         "images": "pixels" if arguments.pixels else "jpeg",
+        "bfloat16": arguments.bfloat16,
     }
-    if any(named.items() <= row.items() for row in rows):
+    if any(named.items() <= ({"bfloat16": False} | row).items() for row in rows):
         print(json.dumps({"benchmark": "converged", "kept": named}))
         return
     manifold = checkpoint.read(arguments.manifold)
     space, task = manifold.space, TASKS[manifold.contract.task]
+    if not arguments.build and space.name != "resnet20":
+        parser.error(f"--build: what makes a network of {space.name} of any width")
     jpeg = data.load("cifar10", arguments.data)
     images = jpeg
     if arguments.pixels:
@@ -95,12 +100,14 @@ def main() -> None:
         held: torch.Tensor = task.read(program.run(weights, x.to(device)))
         return held
 
-    answers = arguments.run / f"teacher-{named['images']}-{arguments.seed}.pt"
+    own = f"{named['images']}-{manifold.digest[:16]}"
+    answers = arguments.run / f"teacher-{own}-{arguments.seed}.pt"
     views = Views(images, teacher, VIEWS, arguments.seed, answers)
     torch.manual_seed(arguments.seed)
-    net = made(space.name, depth, channels, len(jpeg.classes))
+    net = made(arguments.build, depth, channels, len(jpeg.classes))
     size = arguments.size.replace("/", "-")
-    run = f"{arguments.epochs}-{arguments.seed}-{arguments.batch}-{named['images']}"
+    bits = 16 if arguments.bfloat16 else 32
+    run = f"{arguments.epochs}-{arguments.seed}-{arguments.batch}-{bits}-{own}"
     label = f"{size}-{run}"
     began = time.monotonic()
     source.train(
@@ -118,7 +125,7 @@ def main() -> None:
         resolutions=RESOLUTIONS,
         bfloat16=arguments.bfloat16,
     )
-    widths = [own / whole for own, whole in zip(channels, space.full.channels, strict=True)]
+    widths = [here / whole for here, whole in zip(channels, space.full.channels, strict=True)]
     cost = space.cost(space.architecture(widths, depth or None, extrapolate=True))
     share = sum(r**2 for r in RESOLUTIONS) / len(RESOLUTIONS)
     relative = cost["macs"] / space.cost(space.full)["macs"]

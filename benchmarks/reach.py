@@ -7,7 +7,8 @@ sizes (a width and a depth for each stage, seed 0; on raw pixels alone). Every n
 and run as a device runs it; sizes whose statistics are not kept are calibrated on the images inside
 the file. Rows are kept in RESULTS/NAME.json, and one that is there is not measured again. `--report`
 measures nothing: it prints the tables of all that is there, beside networks that were trained
-individually (`benchmarks.converged`), and draws the figure. Last line: one JSON object.
+individually (`benchmarks.converged`), and draws the figure. Results of another source network need a
+folder of their own (`--results`). Last line: one JSON object.
 """
 
 from __future__ import annotations

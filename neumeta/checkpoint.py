@@ -29,18 +29,6 @@ from neumeta.shapes import check
 from neumeta.space import MOST_BLOCKS, Architecture, Space
 from neumeta.statistics import Statistics
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.uint8,
-        torch.int8,
-        torch.int64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-    )
-}
-"""What a deflated tensor may hold."""
 FORMAT = 3
 """Since 3 a tensor may be deflated; files of format 2, in which none is, are read too."""
 
@@ -84,7 +72,7 @@ def _inflated(path: Path, header: dict[str, Any], stored: dict[str, Tensor]) -> 
         if name not in stored:
             raise BadCheckpoint(f"{path}: tensor {name} is missing")
         try:
-            tensors[name] = inflated(stored[name], DTYPES[dtype], shape)
+            tensors[name] = inflated(stored[name], dtype, shape)
         except ValueError as error:
             raise BadCheckpoint(f"{path}: tensor {name}: {error}") from None
     return tensors

@@ -110,6 +110,16 @@ def test_a_run_is_bound_to_what_its_results_depend_on(
     assert (place / "run" / "recipe.json").read_text() == before
 
 
+def test_a_run_that_was_begun_before_a_key_was_made_has_its_default(run: Run, place: Path) -> None:
+    path = place / "run" / "recipe.json"
+    told = json.loads(path.read_text())
+    del told["recipe"]["fit"]["bfloat16"], told["depends"]["fit"]["fit.bfloat16"]
+    path.write_text(json.dumps(told))
+    code, (line,) = run("--resume", text=SMALL.replace("lr = 1e-2", "lr = 1e-2\nbfloat16 = true"))
+    assert code == 2 and "fit.bfloat16 = false, and now it is true" in line
+    assert run("--resume") == (0, [])
+
+
 def test_other_images_may_not_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = data.load("digits")
     images = digits.train_images.clone()

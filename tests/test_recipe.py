@@ -28,6 +28,13 @@ def test_built_in_recipes_are_right_and_survive_a_checkpoint(name: str) -> None:
     assert asked.name == name and recipe.parse(asked.as_dict(), asked.file) == asked
 
 
+def test_the_full_size_may_stay_untrained_where_only_widths_morph(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD + "full_weight = 0\n[representation]\nanchored = { reach = 0.1 }\n")
+    asked = recipe.load(str(path))
+    assert asked.fit.full_weight == 0 and asked.fit.blocks is None and not asked.fit.sandwich
+
+
 def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(GOOD)
@@ -101,7 +108,7 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
          "beside charts"),
         ({"data": {"calibration": 1}}, "data.calibration", "1", "equal to 2"),
         ({"fit": {"full_weight": 0}}, "fit.full_weight", "0.0", "representation.anchored"),
-        ({"fit": {"full_weight": 0, "sandwich": True}, "representation": {"anchored": {}}},
+        ({"fit": {"full_weight": 0, "sandwich": True}, "representation": {"anchored": {"reach": 0.1}}},
          "fit.full_weight", "0.0", "no fit.sandwich unless"),
         ({"network": {"network": "vgg"}}, "network.network", "'vgg'", "resnet20"),
         ({"network": {"train": {"epochs": -1}}}, "network.train.epochs", "-1", "equal to 0"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from training import (
     statistics,
 )
 from training.divergence import check_tensors
-from training.recipe import BadRecipe, Recipe, refused
+from training.recipe import BadRecipe, Recipe, parse, refused
 from training.resolution import shrunk
 from training.task import TASKS
 from training.trace import trace
@@ -276,7 +276,7 @@ def begin(
     if not resume and (path.exists() or left):
         raise ValueError(f"{run} holds an earlier run: add --resume, or choose another --folder")
     if left:
-        before = _bound(path)
+        before = _bound(path, now)
         _same_weights(before["source"], now["source"])
         for stage in ("source", "fit") if {*FITTED} & {*left} else ("source",):
             held = before.get(stage, {})
@@ -298,12 +298,18 @@ def _same_weights(before: dict[str, Any], now: dict[str, Any]) -> None:
     before.setdefault(key, now[key])
 
 
-def _bound(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier run wrote down. Raises ValueError if that cannot be known."""
+def _bound(path: Path, now: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What an earlier run wrote down. Of keys that there were not yet it had what they have by default.
+
+    Raises ValueError if that cannot be known.
+    """
     try:
-        held = json.loads(path.read_text())["depends"]
-        if all(isinstance(held[stage], dict) for stage in ("source", "fit")):
-            return held  # type: ignore[no-any-return]
+        told = json.loads(path.read_text())
+        begun = dict(_flat(parse(told["recipe"], str(path)).as_dict()))
+        return {
+            stage: {key: begun[key] for key in keys if key in begun} | dict(told["depends"][stage])
+            for stage, keys in now.items()
+        }
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     raise ValueError(

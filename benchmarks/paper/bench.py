@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +54,8 @@ class Bench:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.first, self._tested = 0, dict[str, tuple[dict[str, Tensor], Tensor]]()
+        self.first = 0
+        self._tested: dict[str, dict[str, tuple[dict[str, Tensor], Tensor]]] = {}
         self._sources = dict[str, tuple[data.Data, pipeline.Traced]]()
 
     @cached_property
@@ -144,10 +144,15 @@ class Bench:
         jpeg = data.load("cifar10", root)
         return {"": raw(jpeg, root), "jpeg": jpeg}
 
-    def tested(self, manifold: Manifold, smoothed: Mapping[str, Tensor] | None = None) -> Any:
-        """What the frozen part gives for the test images, and their labels, by name."""
-        if not self._tested:
-            held = smoothed or self.prepared(self.asked)[1]
+    def tested(self, manifold: Manifold) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
+        """What the manifold's frozen part gives for the test images, and their labels, by name. What
+        ships has a frozen part of its own: its source was rounded less."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(manifold.frozen.items()):
+            sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        key = sha.hexdigest()
+        if key not in self._tested:
+            self._tested[key] = {}
             program = Program(manifold.space.graph, manifold.space.graph.full)
             self.first = frozen.steps(manifold.space)
             for name, images in self.tests.items():
@@ -155,12 +160,12 @@ class Bench:
                 labels = []
                 with torch.no_grad():
                     for x, y in images.test_batches():
-                        for key, value in program.leading(held, x, self.first).items():
+                        for key, value in program.leading(manifold.frozen, x, self.first).items():
                             parts.setdefault(key, []).append(value)
                         labels.append(y)
                 whole = {key: torch.cat(each) for key, each in parts.items()}
-                self._tested[name] = (whole, torch.cat(labels))
-        return self._tested
+                self._tested[key][name] = (whole, torch.cat(labels))
+        return self._tested[key]
 
     @torch.no_grad()
     def scores(
