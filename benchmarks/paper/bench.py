@@ -150,9 +150,9 @@ class Bench:
         sha = hashlib.sha256()
         for name, tensor in sorted(manifold.frozen.items()):
             sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
-        key = sha.hexdigest()
-        if key not in self._tested:
-            self._tested[key] = {}
+        frozen_digest = sha.hexdigest()
+        if frozen_digest not in self._tested:
+            self._tested[frozen_digest] = {}
             program = Program(manifold.space.graph, manifold.space.graph.full)
             self.first = frozen.steps(manifold.space)
             for name, images in self.tests.items():
@@ -164,8 +164,8 @@ class Bench:
                             parts.setdefault(key, []).append(value)
                         labels.append(y)
                 whole = {key: torch.cat(each) for key, each in parts.items()}
-                self._tested[key][name] = (whole, torch.cat(labels))
-        return self._tested[key]
+                self._tested[frozen_digest][name] = (whole, torch.cat(labels))
+        return self._tested[frozen_digest]
 
     @torch.no_grad()
     def scores(
