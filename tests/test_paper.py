@@ -71,12 +71,14 @@ def test_every_table_is_made_and_a_second_run_measures_nothing(tmp_path: Path) -
     assert (tmp_path / "docs" / "paper.md").read_text() == page
 
 
-def test_a_row_is_made_again_with_seeds_that_it_lacks_and_is_their_mean(tmp_path: Path) -> None:
+def test_a_row_is_made_again_with_seeds_that_it_lacks_and_is_their_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kept = Results(tmp_path / "docs" / "paper")
-    assert run("table3", "--quick", "--runs", str(tmp_path)).returncode == 0
+    asked = ["table3", "--quick", "--runs", str(tmp_path)]
+    assert paper.main(asked) == 0
     first = kept.read("table3")["with residual"]
-    done = run("table3", "--quick", "--runs", str(tmp_path), "--seeds", "2")
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert paper.main([*asked, "--seeds", "2"]) == 0
     row = kept.read("table3")["with residual"]
     assert row["seeds"][0] == first and row["seeds"][1]["training"] != first["training"]
     means = [each["mean"] for each in row["seeds"]]
@@ -85,14 +87,20 @@ def test_a_row_is_made_again_with_seeds_that_it_lacks_and_is_their_mean(tmp_path
     page = (tmp_path / "docs" / "paper.md").read_text()
     assert f"{row['mean']:.2f} ± {row['spread']['mean']:.2f} (91.87)" in page
     # What has been trained is not trained again, with fewer seeds neither.
-    again = run("table3", "--quick", "--runs", str(tmp_path))
-    assert len(again.stdout.splitlines()) == 1 and kept.read("table3")["with residual"] == row
+    capsys.readouterr()
+    assert paper.main(asked) == 0
+    assert (
+        len(capsys.readouterr().out.splitlines()) == 1
+        and kept.read("table3")["with residual"] == row
+    )
 
 
-def test_a_time_that_is_up_keeps_what_is_done_and_says_so(tmp_path: Path) -> None:
-    done = run("section2", "table3", "--quick", "--runs", str(tmp_path), "--max-minutes", "1e-9")
-    assert done.returncode == 3, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1])["code"] == 3
+def test_a_time_that_is_up_keeps_what_is_done_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["section2", "table3", "--quick", "--runs", str(tmp_path), "--max-minutes", "1e-9"]
+    assert paper.main(asked) == 3
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["code"] == 3
     page = (tmp_path / "docs" / "paper.md").read_text()
     assert "## section2" in page and "## table3" not in page
 

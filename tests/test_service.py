@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from anyio.from_thread import start_blocking_portal
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -352,15 +353,18 @@ json_values = st.recursive(
 FIELDS = ["arch", "width", "depth", "dtype", "samples", "seed", "extrapolate", "budget"]
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.sampled_from(FIELDS), json_values), st.booleans())
-def test_no_body_hurts(manifold_file: Path, body: dict[str, Any], named: bool) -> None:
-    if named:
-        body = {**body, "arch": "lenet"}
+def test_no_body_hurts(manifold_file: Path) -> None:
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(served(manifold_file)) as (client, _),
+    ):
 
-    async def check() -> None:
-        async with served(manifold_file) as (client, _):
-            answer = await client.post("/plan", content=json.dumps(body).encode())
+        @hypothesis_settings(max_examples=200, deadline=None)
+        @given(st.dictionaries(st.sampled_from(FIELDS), json_values), st.booleans())
+        def answered(body: dict[str, Any], named: bool) -> None:
+            body = {**body, "arch": "lenet"} if named else body
+            content = json.dumps(body).encode()
+            answer = portal.call(lambda: client.post("/plan", content=content))
             assert answer.status_code == 200 or 400 <= answer.status_code < 500
 
-    run(check())
+        answered()

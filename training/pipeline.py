@@ -305,11 +305,13 @@ def _bound(path: Path, now: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
     """
     try:
         told = json.loads(path.read_text())
-        begun = dict(_flat(parse(told["recipe"], str(path)).as_dict()))
-        return {
-            stage: {key: begun[key] for key in keys if key in begun} | dict(told["depends"][stage])
-            for stage, keys in now.items()
-        }
+        held = {stage: told["depends"][stage] for stage in now}
+        if all(isinstance(keys, dict) for keys in held.values()):
+            if any(now[stage].keys() - held[stage].keys() for stage in now):
+                begun = dict(_flat(parse(told["recipe"], str(path)).as_dict()))
+                for stage, keys in now.items():
+                    held[stage] = {k: begun[k] for k in keys if k in begun} | held[stage]
+            return held
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     raise ValueError(

@@ -54,7 +54,6 @@ class Bench:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.first = 0
         self._tested: dict[str, dict[str, tuple[dict[str, Tensor], Tensor]]] = {}
         self._sources = dict[str, tuple[data.Data, pipeline.Traced]]()
 
@@ -129,9 +128,9 @@ class Bench:
     def views(self) -> list[dict[str, Tensor]]:
         """What the frozen part gives for the training images: the same whatever the order."""
         manifold, smoothed = self.prepared(self.asked)
-        self.first = frozen.steps(manifold.space)
+        first = frozen.steps(manifold.space)
         return frozen.features(
-            manifold.space, smoothed, self.first, self.loaded, self.asked, torch.device("cpu")
+            manifold.space, smoothed, first, self.loaded, self.asked, torch.device("cpu")
         )
 
     @cached_property
@@ -147,20 +146,19 @@ class Bench:
     def tested(self, manifold: Manifold) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
         """What the manifold's frozen part gives for the test images, and their labels, by name. What
         ships has a frozen part of its own: its source was rounded less."""
-        sha = hashlib.sha256()
+        first, sha = frozen.steps(manifold.space), hashlib.sha256()
         for name, tensor in sorted(manifold.frozen.items()):
-            sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
+            sha.update(f"{first}{name}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
         frozen_digest = sha.hexdigest()
         if frozen_digest not in self._tested:
             self._tested[frozen_digest] = {}
             program = Program(manifold.space.graph, manifold.space.graph.full)
-            self.first = frozen.steps(manifold.space)
             for name, images in self.tests.items():
                 parts: dict[str, list[Tensor]] = {}
                 labels = []
                 with torch.no_grad():
                     for x, y in images.test_batches():
-                        for key, value in program.leading(manifold.frozen, x, self.first).items():
+                        for key, value in program.leading(manifold.frozen, x, first).items():
                             parts.setdefault(key, []).append(value)
                         labels.append(y)
                 whole = {key: torch.cat(each) for key, each in parts.items()}
@@ -191,7 +189,7 @@ class Bench:
             weights = {**manifold.frozen, **(made(architecture) if made else own)}
             for name, (values, labels) in tests.items():
                 own_values = {key: value[images] for key, value in values.items()}
-                outputs = program.run(weights, own_values, first=self.first)
+                outputs = program.run(weights, own_values, first=frozen.steps(manifold.space))
                 score = TASK.score(TASK.tally(TASK.read(outputs), labels[images]))
                 found[f"{column} (JPEG)" if name else column] = round(score, 2)
         return found
