@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.local import hardware
+from benchmarks.passes import area
 from benchmarks.reach import raw
 from neumeta import atomic, checkpoint
 from neumeta.program import Program
@@ -131,7 +132,6 @@ def main() -> None:
     )
     widths = [here / whole for here, whole in zip(channels, space.full.channels, strict=True)]
     cost = space.cost(space.architecture(widths, depth or None, extrapolate=True))
-    share = sum(r**2 for r in RESOLUTIONS) / len(RESOLUTIONS)
     relative = cost["macs"] / space.cost(space.full)["macs"]
     root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
     row = {
@@ -140,7 +140,7 @@ def main() -> None:
         "macs": cost["macs"],
         "raw": round(source.score(net, raw(jpeg, root), task), 2),
         "jpeg": round(source.score(net, jpeg, task), 2),
-        "passes": round(arguments.epochs * len(images) * relative * share),
+        "passes": round(arguments.epochs * len(images) * relative * area(RESOLUTIONS)),
         "seconds": round(time.monotonic() - began),
         "hardware": f"{card}{hardware()}",
     }

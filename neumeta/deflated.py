@@ -32,12 +32,18 @@ DTYPES = {
 """What is deflated, by the name that a header has for it."""
 
 
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The tensor's numbers as they lie in memory, in the order of its indices."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
 def deflated(tensor: Tensor) -> UInt8[Tensor, " M"] | None:
     """The tensor's bytes, deflated; None where that saves too little or too much. Equal tensors give
     equal bytes with one zlib."""
     if tensor.dtype not in DTYPES.values():
         return None
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    raw = raw_bytes(tensor)
     packed = zlib.compress(raw, 9)
     share, bytes_saved = WORTH
     if len(raw) - len(packed) < max(share * len(raw), bytes_saved) or len(raw) > MOST * len(packed):

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from training.layout import channels_last, soundly
 from training.recipe import Recipe
 from training.regression import Tensors, initialise, reconstruction
 from training.resolution import resolution, shrunk
-from training.source import epoch_plan, mixed, one_cycle
+from training.source import epoch_plan, mixed, one_cycle, predicted
 from training.task import Task
 from training.teacher import Views
 
@@ -289,12 +290,10 @@ def fit(
             with whole_growth(model):
                 weights = generated(manifold, architecture, noise, generator, depth_noise)
             laid_out = {name: channels_last(value) for name, value in weights.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.fit.bfloat16):
-                predicted = task.read(programs[architecture.key].run(laid_out, values, first=first))
-            if recipe.fit.bfloat16:
-                predicted = predicted.float()
+            answer = partial(programs[architecture.key].run, laid_out, values, first=first)
+            outputs = predicted(task, answer, device, recipe.fit.bfloat16)
             is_full = architecture == space.full
-            loss = mixed(task, predicted, labels, teacher, recipe.fit.distill_weight)
+            loss = mixed(task, outputs, labels, teacher, recipe.fit.distill_weight)
             total += loss.detach()
             if is_full:
                 loss = recipe.fit.full_weight * loss
@@ -305,7 +304,7 @@ def fit(
                 loss = loss + recipe.fit.regularisation * torch.stack(norms).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             if recipe.fit.distill == "inplace" and teacher is None:
-                teacher = _detached(predicted)
+                teacher = _detached(outputs)
         late = time.monotonic() > deadline
         where = f"fit, step {step + 1} of {steps}"
         late = _finish(model, optimiser, recipe, world, total, where, rate, late and rank == 0)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from neumeta import atomic, checkpoint
+from neumeta.deflated import raw_bytes
 from neumeta.sample import seed_of
 from training import networks, statistics, weights
 from training import state as states
@@ -57,6 +59,16 @@ def one_cycle(step: int, steps: int, warm: float = 0.2) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def predicted(
+    task: Task, run: Callable[[], Any], device: torch.device, bfloat16: bool = False
+) -> Any:
+    """What a network says while it trains; in sixteen bits (torch.autocast, classification alone) its
+    outputs come back in float32."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        outputs = task.read(run())
+    return outputs.float() if bfloat16 else outputs
 
 
 def mixed(task: Task, outputs: Any, targets: Tensor, teacher: Any, weight: float) -> Tensor:
@@ -153,10 +165,7 @@ def train(
                     soft = task.read(teacher(x))
             targets = task.targets(x, y, data)
             x = shrunk(x, resolution(resolutions, step, epochs * per_epoch))
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                outputs = task.read(net(x))
-            if bfloat16:
-                outputs = outputs.float()
+            outputs = predicted(task, partial(net, x), device, bfloat16)
             loss = mixed(task, outputs, targets, soft, teacher_weight)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -227,7 +236,7 @@ def weights_digest(asked: Recipe, checkpoints: Path, module: nn.Module | None) -
     sha = hashlib.sha256()
     for name, value in module.state_dict().items():
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        sha.update(raw_bytes(value))
     return sha.hexdigest()
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from benchmarks.paper.bench import GAMMAS, Bench
 from benchmarks.paper.table import Row, Rows, Table, by_seed, holds
-from neumeta import checkpoint
 from training import recipe
 
 COLUMNS = (*GAMMAS, "mean")
@@ -33,7 +32,6 @@ LEAD = 0.5
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """By the number of seeds: how many standard errors around a mean hold 95 % (Student 1908)."""
 NOISES = (0.5, 0.25, 0.0)
-MLP = "resnet20-last-block-mlp.safetensors"
 COUNTS = (1, 4, 8, 16, 50, 100)
 
 Changes = Mapping[str, Any]
@@ -270,13 +268,9 @@ def samples(bench: Bench) -> Table:
     names = {f"K = {count}": count for count in COUNTS}
 
     def measure(name: str) -> Row:
-        if bench.setting.quick:
-            found = bench.manifold(bench.asked)
-        else:
-            found = checkpoint.read(bench.setting.models / MLP)
         row: Row = {}
         for half, images in HALVES.items():
-            scores = bench.scores(found, samples=names[name], images=images)
+            scores = bench.scores(bench.shipped, samples=names[name], images=images)
             row |= {f"{column}, {half}": scores[column] for column in GAMMAS}
             row[half] = round(float(np.mean([scores[column] for column in GAMMAS])), 2)
         return row
@@ -402,7 +396,7 @@ def main_cifar10(bench: Bench) -> Table:
             return bench.train(bench.asked.changed(**changes[name]))
         if bench.setting.quick:
             return bench.train(bench.asked)
-        found = checkpoint.read(bench.setting.models / MLP)
+        found = bench.shipped
         held = sum(value.numel() for value in found.representation.state_dict().values())
         return {**bench.scores(found, samples=found.samples), "parameters, M": round(held / 1e6, 3)}
 
