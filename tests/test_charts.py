@@ -101,6 +101,30 @@ def test_there_is_no_mean_of_unlike_manifolds_nor_of_charts() -> None:
         charts.mean([both, both])
 
 
+def test_a_chart_and_what_went_on_from_it_have_a_mean() -> None:
+    torch.manual_seed(0)
+    large = manifold(0)
+    for module in large.representation.modules():
+        if isinstance(module, Anchored):
+            for value in module.source.state_dict().values():
+                value.uniform_(-1, 1)  # sixteen bits do not hold what eight and a unit do
+    chart = charts.taken(charts.joined([large, SMALL], HALVES, SPACE), 0)
+    further = replace(chart, representation=deepcopy(chart.representation))
+    with torch.no_grad():
+        for parameter in further.representation.parameters():
+            if parameter.requires_grad:
+                parameter += 1
+    for module in further.representation.modules():
+        if isinstance(module, Anchored):  # as training and files hold it
+            module.source.half()
+    found = charts.mean([chart, further]).representation.state_dict()
+    now = further.representation.state_dict()
+    for name, value in chart.representation.state_dict().items():
+        expected = torch.lerp(value.double(), now[name].double(), 0.5)
+        # The source is rounded to sixteen bits: by 2^-11 of each number.
+        torch.testing.assert_close(found[name].double(), expected, atol=1e-6, rtol=2**-10)
+
+
 def test_what_is_narrower_than_every_chart_is_drawn_from_the_last() -> None:
     both = charts.joined([LARGE, SMALL], HALVES, SPACE)
     size = SPACE.architecture(0.1, extrapolate=True)

@@ -332,10 +332,8 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
         assert code == 2 and re.search(told, line), line
     # Or is put together with others again, as it was.
     taken = re.sub(r"file = .*manifold.safetensors.*", "@", CHARTS).split("@")
-    again = "".join(
-        text + f'file = "both/manifold.safetensors"\nchart = {k}' * (k < 3)
-        for k, text in enumerate(taken)
-    )
+    takes = [f'file = "both/manifold.safetensors"\nchart = {k}' for k in range(3)]
+    again = "".join(text + take for text, take in zip(taken, [*takes, ""], strict=True))
     assert run(text=again, folder="again") == (0, [])
     once, twice = (checkpoint.read(place / f / "manifold.safetensors") for f in ("both", "again"))
     for width in (1.0, 0.5, 0.3):
@@ -343,6 +341,19 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
         for name, value in sample(twice, twice.space.architecture(width)):
             torch.testing.assert_close(value, expected[name], atol=1e-7, rtol=1e-5)
     assert twice.about["charts"] == once.about["charts"]
+    # Or one is its mean with what went on from it.
+    alone = alone.replace("chart = 1", "chart = 2").replace("[0.25, 0.4]", "[0.25, 1.0]")
+    assert run(text=alone.replace("lr = 1e-12", "lr = 1e-2"), folder="further") == (0, [])
+    both_files = 'file = ["both/manifold.safetensors", "further/manifold.safetensors"]\nchart = 2'
+    assert run(text=again.replace(takes[2], both_files), folder="mean") == (0, [])
+    size = once.space.architecture(0.5)
+    further = checkpoint.read(place / "further" / "manifold.safetensors")
+    before, after = dict(sample(once, size)), dict(sample(further, size))
+    for name, value in sample(checkpoint.read(place / "mean" / "manifold.safetensors"), size):
+        middle = torch.lerp(before[name], after[name], 0.5)
+        bound = float(middle.abs().max()) / 125
+        torch.testing.assert_close(value, middle, atol=bound, rtol=0)
+        assert float((before[name] - after[name]).abs().max()) > bound
     code, (line,) = run(text=again.replace("chart = 2", "chart = 3"), folder="new")
     assert code == 2 and "charts[2].chart: 3 is not allowed; its charts are 0 to 2" in line
     for old, new, told in (

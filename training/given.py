@@ -176,10 +176,11 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
 
 
 def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold, path: Path) -> Manifold:
-    """The manifold that `charts[k]` names, or the chart of it. Raises BadRecipe if there is none, or if
-    it holds fewer channels or blocks than it shall be for."""
+    """The manifold that `charts[k]` names, or the chart of it. Beside a file of charts there may be
+    one that went on from its chart. Raises BadRecipe if there is none, or if it holds fewer channels or
+    blocks than it shall be for."""
     key = f"charts[{k}]"
-    if wanted.chart is None and found.kind != "charts":
+    if found.kind != "charts" and (wanted.chart is None or len(wanted.file) > 1):
         return found
     chart, sizes = _taken(asked, f"{key}.chart", wanted.chart, found, path)
     problems = [

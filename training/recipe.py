@@ -233,7 +233,8 @@ class ChartSection(_Section):
     """One of several manifolds that were trained apart and are put together: its `file`, or several
     whose mean it is (cycles of one training, or trainings from one start), and the sizes that are
     drawn from it: all groups have from `least` to `most` of the source's width, all stages from
-    `blocks` to `most_blocks` blocks. Of a file of charts, `chart` says which one it is."""
+    `blocks` to `most_blocks` blocks. Of a file of charts, `chart` says which one it is; beside it may
+    stand a manifold that went on from that chart (`fit.chart`)."""
 
     file: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more)]
     chart: Annotated[int, Field(ge=0)] | None = None
