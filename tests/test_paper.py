@@ -17,7 +17,7 @@ from benchmarks.paper import __main__ as paper
 from benchmarks.paper import (
     continuous,
     depth,
-    inr,
+    lead,
     pictures,
     published,
     sheets,
@@ -248,7 +248,7 @@ def test_a_pixel_without_a_class_is_black_in_a_mask() -> None:
 
 def test_half_a_point_between_rows_of_one_seed_decides_nothing() -> None:
     def told(claimed: float, other: float) -> str:
-        return inr._best({"claimed": {"mean": claimed}, "other": {"mean": other}}, "claimed")
+        return lead.best({"claimed": {"mean": claimed}, "other": {"mean": other}}, "claimed")
 
     assert (
         told(88.0, 87.0) == "The claim holds here: 'claimed' is best, 1.00 points ahead of 'other'."
@@ -262,10 +262,10 @@ def test_a_lead_over_several_seeds_decides_if_its_interval_leaves_out_zero() -> 
     def told(leads: list[float]) -> str:
         seeds = [80.0 + 3 * seed for seed in range(len(leads))]  # which both rows share
         rows = {
-            "claimed": mean_row([{"mean": s + lead} for s, lead in zip(seeds, leads, strict=True)]),
+            "claimed": mean_row([{"mean": s + by} for s, by in zip(seeds, leads, strict=True)]),
             "other": mean_row([{"mean": s} for s in seeds]),
         }
-        return inr._best(rows, "claimed")
+        return lead.best(rows, "claimed")
 
     # Student's t of three: 4.30 standard errors, here of 0.1 / sqrt(3).
     assert "holds here: 'claimed' is best, 0.30 points ahead" in told([0.2, 0.3, 0.4])

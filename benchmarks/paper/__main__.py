@@ -21,20 +21,30 @@ from pathlib import Path
 import torch
 
 from benchmarks.local import hardware
-from benchmarks.paper import continuous, depth, inr, pictures, published, similarity, variation
+from benchmarks.paper import (
+    averaging,
+    continuous,
+    depth,
+    four,
+    inr,
+    pictures,
+    published,
+    similarity,
+    variation,
+)
 from benchmarks.paper.bench import Bench, Late, Setting
 from benchmarks.paper.table import Results, Table, by_seed, markdown
 from neumeta import atomic
 
 TABLES: dict[str, variation.Make] = {
-    "main-cifar10": inr.main_cifar10,
+    "main-cifar10": four.main_cifar10,
     "table1": inr.table1,
     "table2": inr.table2,
     "table3": inr.table3,
     "table4": inr.table4,
     "table5": inr.table5,
-    "noise": inr.noise,
-    "samples": inr.samples,
+    "noise": averaging.noise,
+    "samples": averaging.samples,
     "main-losses": inr.main_losses,
     "section2": variation.section2,
     "figure2": variation.figure2,
