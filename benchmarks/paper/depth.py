@@ -30,7 +30,7 @@ def asked(bench: Bench) -> recipe.Recipe:
     # of l/L, so that depths between the source's blocks begin with weights like theirs.
     held: dict[str, Any] = {"kind": "mlp", "corrected": None, "centred": {}, "noise": 0.5}
     options = {"layers": 5, "hidden": 256, "num_freq": FREQUENCIES, "block_based": False}
-    budget: dict[str, Any] = {"regression_steps": 1200, "epochs": 6.0, "lr": 7e-5}
+    budget: dict[str, Any] = {"regression_steps": 1200, "epochs": 14.0, "lr": 7e-5}
     changed = {
         "representation": held | {"options": options},
         "fit": {**budget, "sandwich": False},
