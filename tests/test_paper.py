@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import (
+    averaging,
     continuous,
     depth,
     lead,
@@ -25,7 +26,7 @@ from benchmarks.paper import (
     subject,
 )
 from benchmarks.paper.bench import Bench, Setting
-from benchmarks.paper.table import Results, Table, markdown, mean_row
+from benchmarks.paper.table import Results, Rows, Table, markdown, mean_row
 from neumeta.fold import fold
 from neumeta.program import Program
 from training import data, recipe, source
@@ -256,6 +257,26 @@ def test_half_a_point_between_rows_of_one_seed_decides_nothing() -> None:
     assert "does not hold here: 'other' is 1.00 points ahead" in told(87.0, 88.0)
     assert "Undecided here: 'claimed' is 0.25 points behind 'other'" in told(87.0, 87.25)
     assert "Undecided here: 'claimed' is 0.25 points ahead of 'other'" in told(87.25, 87.0)
+
+
+def test_averaging_is_judged_on_average_and_at_the_unseen_size() -> None:
+    unseen = "75 % (unseen)"
+
+    def told(mean: dict[str, float], far: dict[str, float]) -> list[str]:
+        names = [f"a = {a}, K = {k}" for a in ("0.5", "0.25") for k in (1, 50)] + ["a = 0, K = 1"]
+        rows: Rows = {
+            name: {"mean": 80 + mean.get(name, 0), unseen: 70 + far.get(name, 0)} for name in names
+        }
+        return averaging.judged(rows).split(f" At {unseen} ")
+
+    both = {"a = 0.5, K = 50": 1.0, "a = 0.25, K = 50": 2.0}
+    average, far = told({}, both)
+    assert "pays is undecided" in average and "+0.00 points (undecided) at a = 0.25." in average
+    assert far.startswith("it holds: K = 50 is worth +1.00 points at a = 0.5, +2.00 points at a =")
+    average, far = told({name: -value for name, value in both.items()}, {"a = 0, K = 1": -3.0})
+    assert "pays does not hold: K = 50 is worth -1.00 points at" in average
+    assert far.endswith("instead of none is, at K = 1, worth +3.00 points.")
+    assert "pays is undecided" in told({"a = 0.5, K = 50": 1.0, "a = 0.25, K = 50": -1.0}, {})[0]
 
 
 def test_a_lead_over_several_seeds_decides_if_its_interval_leaves_out_zero() -> None:

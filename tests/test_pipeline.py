@@ -360,7 +360,9 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
         ("most = 0.4", "most = 0.5", "charts[1].most: 0.5 is not allowed; 0.4 or less"),
         ("most = 0.4", "most = 1.0", "charts[1].most: 1.0 is not allowed; 0.4 or less"),
         ("chart = 1", "", "charts[1].chart: None is not allowed; it must say which chart"),
-    ):
+        (takes[2], 'file = ["run/manifold.safetensors", "other/manifold.safetensors"]\nchart = 2',
+         "charts[2].chart: 2 is not allowed; it is of kind grid, which has no charts"),
+    ):  # fmt: skip
         code, (line,) = run(text=again.replace(old, new), folder="new")
         assert code == 2 and told in line and not (place / "new").exists()
     code, (line,) = run(text=CHARTS.replace("other/", "none/"), folder="new")

@@ -28,6 +28,14 @@ def test_built_in_recipes_are_right_and_survive_a_checkpoint(name: str) -> None:
     assert asked.name == name and recipe.parse(asked.as_dict(), asked.file) == asked
 
 
+@pytest.mark.parametrize("name", ["cifar10-resnet-charts", "cifar10-vgg-charts"])
+def test_what_a_chart_is_the_mean_of_is_one_representation(name: str) -> None:
+    for chart in recipe.load(name).charts:
+        made_by = [recipe.load(Path(file).parent.name) for file in chart.file]
+        built = [(each.representation.kind, each.representation.built) for each in made_by]
+        assert all(each == built[0] for each in built), chart.file
+
+
 def test_the_full_size_may_stay_untrained_where_only_widths_morph(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(GOOD + "full_weight = 0\n[representation]\nanchored = { reach = 0.1 }\n")

@@ -81,10 +81,13 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
     cycles = []
     for k, chart in enumerate(asked.charts):
         own = {key: path for key, path in places.items() if key.startswith(f"charts[{k}].file")}
+        held = [(path, opened(asked, loaded, covered, key, path)) for key, path in own.items()]
+        some = any(each.kind == "charts" for _, each in held)
+        # Beside a file of charts stands what went on from the one that `chart` names.
         cycles.append(
             [
-                _part(asked, k, chart, opened(asked, loaded, covered, key, path), path)
-                for key, path in own.items()
+                each if some and each.kind != "charts" else _part(asked, k, chart, each, path)
+                for path, each in held
             ]
         )
     try:
@@ -176,11 +179,10 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
 
 
 def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold, path: Path) -> Manifold:
-    """The manifold that `charts[k]` names, or the chart of it. Beside a file of charts there may be
-    one that went on from its chart. Raises BadRecipe if there is none, or if it holds fewer channels or
-    blocks than it shall be for."""
+    """The manifold that `charts[k]` names, or the chart of it. Raises BadRecipe if there is none, or if
+    it has fewer channels or blocks than the sizes that it shall be for."""
     key = f"charts[{k}]"
-    if found.kind != "charts" and (wanted.chart is None or len(wanted.file) > 1):
+    if wanted.chart is None and found.kind != "charts":
         return found
     chart, sizes = _taken(asked, f"{key}.chart", wanted.chart, found, path)
     problems = [

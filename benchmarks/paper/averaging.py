@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.paper.bench import GAMMAS, Bench
+from benchmarks.paper.bench import GAMMAS, UNSEEN, Bench
 from benchmarks.paper.lead import LEAD, ahead
 from benchmarks.paper.scope import COLUMNS, SCOPE, SHIPS, budget
 from benchmarks.paper.table import Row, Rows, Table
@@ -12,6 +12,33 @@ from training import recipe
 
 NOISES = (0.5, 0.25, 0.0)
 COUNTS = (1, 4, 8, 16, 50, 100)
+
+
+def judged(rows: Rows) -> str:
+    """Whether averaging pays, and what noise is worth: on average over the sizes, and at the unseen."""
+    return (
+        f"On average over the four sizes the claim that averaging pays {_worth(rows, 'mean')} At"
+        f" {UNSEEN} it {_worth(rows, UNSEEN)}"
+    )
+
+
+def _worth(rows: Rows, column: str) -> str:
+    def by(one: str, other: str) -> tuple[float, bool, str]:
+        gain, needed = ahead(rows[one], rows[other], column)
+        decided = abs(gain) > needed
+        return gain, decided, f"{gain:+.2f} points" + ("" if decided else " (undecided)")
+
+    pays = {a: by(f"a = {a:g}, K = 50", f"a = {a:g}, K = 1") for a in NOISES[:-1]}
+    claim = "is undecided"
+    if all(decided for _, decided, _ in pays.values()):
+        gains = [gain for gain, _, _ in pays.values()]
+        claim = "holds" if min(gains) > 0 else "does not hold" if max(gains) < 0 else claim
+    told = ", ".join(f"{words} at a = {a:g}" for a, (_, _, words) in pays.items())
+    _, _, noisy = by(f"a = {NOISES[0]:g}, K = 1", "a = 0, K = 1")
+    return (
+        f"{claim}: K = 50 is worth {told}. Training with a = {NOISES[0]:g} instead of none is, at"
+        f" K = 1, worth {noisy}."
+    )
 
 
 def noise(bench: Bench) -> Table:
@@ -33,31 +60,6 @@ def noise(bench: Bench) -> Table:
 
         return bench.repeated(bench.asked.changed(representation={"noise": size}), once)
 
-    def told(rows: Rows, column: str) -> str:
-        worth = {
-            size: ahead(rows[f"a = {size:g}, K = 50"], rows[f"a = {size:g}, K = 1"], column)
-            for size in NOISES[:-1]
-        }
-        gains = [gain for gain, _ in worth.values()]
-        claim = "is undecided"
-        if all(abs(gain) > needed for gain, needed in worth.values()):
-            claim = "holds" if min(gains) > 0 else "does not hold" if max(gains) < 0 else claim
-        each = ", ".join(
-            f"{gain:+.2f} points at a = {size:g}" for size, gain in zip(worth, gains, strict=True)
-        )
-        noisy, _ = ahead(rows[f"a = {NOISES[0]:g}, K = 1"], rows["a = 0, K = 1"], column)
-        return (
-            f"{claim} (K = 50 is worth {each}), and training with a = {NOISES[0]:g} instead of none is"
-            f" worth {noisy:+.2f} (K = 1)"
-        )
-
-    def verdict(rows: Rows) -> str:
-        unseen = next(reversed(GAMMAS))
-        return (
-            f"On average over the four sizes the claim that averaging pays {told(rows, 'mean')}. At"
-            f" {unseen} it {told(rows, unseen)}."
-        )
-
     return Table(
         "noise",
         "coordinate noise a in training, K samples averaged",
@@ -67,7 +69,7 @@ def noise(bench: Bench) -> Table:
         COLUMNS,
         tuple(names),
         measure,
-        verdict,
+        judged,
         repeated=True,
     )
 

@@ -28,6 +28,7 @@ from training.task import TASKS, Task
 
 GAMMAS = {"γ = 0": 1.0, "25 %": 0.75, "50 %": 0.5, "75 % (unseen)": 0.25}
 """Compression of the hidden width of the last block, as a share of its channels that is left."""
+UNSEEN = "75 % (unseen)"
 TASK: Task = TASKS["classification"]
 
 

@@ -1,4 +1,4 @@
-"""By how much one row is ahead of another, and whether their seeds can tell. Knows no table."""
+"""By how much one row is ahead of another, and whether their seeds can tell."""
 
 from __future__ import annotations
 

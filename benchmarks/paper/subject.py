@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.paper.bench import GAMMAS, Bench, stored
+from benchmarks.paper.bench import GAMMAS, UNSEEN, Bench, stored
 from benchmarks.paper.table import Row
 from neumeta import atomic, checkpoint
 from neumeta.fold import fold
@@ -29,7 +29,7 @@ SOURCE, INDIVIDUAL, SLIMMABLE, NEUMETA = (
     "slimmable",
     "NeuMeta",
 )
-FULL, HALF, UNSEEN = "γ = 0", "50 %", "75 % (unseen)"
+FULL, HALF = "γ = 0", "50 %"
 TRAINED = (1.0, 0.75, 0.5)
 """Widths of the slimmable network; the manifold's are all between the largest and the smallest."""
 SQUARES = "squares.npz"
