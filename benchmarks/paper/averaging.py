@@ -14,6 +14,10 @@ NOISES = (0.5, 0.25, 0.0)
 COUNTS = (1, 4, 8, 16, 50, 100)
 
 
+def _row(noise: float, count: int) -> str:
+    return f"a = {noise:g}, K = {count}"
+
+
 def judged(rows: Rows) -> str:
     """Whether averaging pays, and what noise is worth: on average over the sizes, and at the unseen."""
     return (
@@ -28,13 +32,13 @@ def _worth(rows: Rows, column: str) -> str:
         decided = abs(gain) > needed
         return gain, decided, f"{gain:+.2f} points" + ("" if decided else " (undecided)")
 
-    pays = {a: by(f"a = {a:g}, K = 50", f"a = {a:g}, K = 1") for a in NOISES[:-1]}
+    pays = {a: by(_row(a, 50), _row(a, 1)) for a in NOISES[:-1]}
     claim = "is undecided"
     if all(decided for _, decided, _ in pays.values()):
         gains = [gain for gain, _, _ in pays.values()]
         claim = "holds" if min(gains) > 0 else "does not hold" if max(gains) < 0 else claim
     told = ", ".join(f"{words} at a = {a:g}" for a, (_, _, words) in pays.items())
-    _, _, noisy = by(f"a = {NOISES[0]:g}, K = 1", "a = 0, K = 1")
+    _, _, noisy = by(_row(NOISES[0], 1), _row(0.0, 1))
     return (
         f"{claim}: K = 50 is worth {told}. Training with a = {NOISES[0]:g} instead of none is, at"
         f" K = 1, worth {noisy}."
@@ -43,8 +47,7 @@ def _worth(rows: Rows, column: str) -> str:
 
 def noise(bench: Bench) -> Table:
     """Noise in training, and how many samples Algorithm 3 averages."""
-    cells = [(a, k) for a in NOISES for k in (COUNTS if a else (1,))]
-    names = {f"a = {a:g}, K = {k}": (a, k) for a, k in cells}
+    names = {_row(a, k): (a, k) for a in NOISES for k in (COUNTS if a else (1,))}
 
     def measure(name: str) -> Row:
         size, count = names[name]

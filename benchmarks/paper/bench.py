@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from neumeta.space import Architecture
 from training import data, fit, frozen, pipeline, recipe, regression, source
 from training.task import TASKS, Task
 
-GAMMAS = {"γ = 0": 1.0, "25 %": 0.75, "50 %": 0.5, "75 % (unseen)": 0.25}
-"""Compression of the hidden width of the last block, as a share of its channels that is left."""
 UNSEEN = "75 % (unseen)"
+GAMMAS = {"γ = 0": 1.0, "25 %": 0.75, "50 %": 0.5, UNSEEN: 0.25}
+"""Compression of the hidden width of the last block, as a share of its channels that is left."""
+Changes = Mapping[str, Any]
+"""What is other in a recipe, as `Recipe.changed` takes it."""
 TASK: Task = TASKS["classification"]
 
 

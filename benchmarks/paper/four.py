@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from benchmarks.paper.bench import GAMMAS, UNSEEN, Bench
+from benchmarks.paper.bench import GAMMAS, UNSEEN, Bench, Changes, stored
 from benchmarks.paper.lead import LEAD
 from benchmarks.paper.scope import SCOPE, SHIPS
 from benchmarks.paper.table import Row, Rows, Table, holds
-
-Changes = Mapping[str, Any]
 
 
 def main_cifar10(bench: Bench) -> Table:
@@ -62,8 +57,8 @@ def main_cifar10(bench: Bench) -> Table:
         if bench.setting.quick:
             return bench.train(bench.asked)
         found = bench.shipped
-        held = sum(value.numel() for value in found.representation.state_dict().values())
-        return {**bench.scores(found, samples=found.samples), "parameters, M": round(held / 1e6, 3)}
+        numbers = round(stored(found) / 1e6, 3)
+        return {**bench.scores(found, samples=found.samples), "parameters, M": numbers}
 
     def verdict(rows: Rows) -> str:
         full = rows[last][next(iter(GAMMAS))]

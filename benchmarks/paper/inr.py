@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.paper.bench import Bench
+from benchmarks.paper.bench import Bench, Changes
 from benchmarks.paper.lead import ahead, best
 from benchmarks.paper.scope import COLUMNS, SCOPE, UNORDERED, budget
 from benchmarks.paper.table import Row, Rows, Table
@@ -14,8 +14,6 @@ NATIVE = (
     " The source comes out of the manifold that ships, in the order of mSHP; its own order is gone, and"
     " a random one stands for it (figure2: the two have the same total variation)."
 )
-
-Changes = Mapping[str, Any]
 
 
 def _trained(bench: Bench, changes: Mapping[str, Changes]) -> Callable[[str], Row]:

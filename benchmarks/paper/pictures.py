@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.paper.bench import GAMMAS, UNSEEN, Bench
+from benchmarks.paper.bench import GAMMAS, UNSEEN, Bench, Changes
 from benchmarks.paper.sheets import Image, masks, samples
 from benchmarks.paper.subject import (
     FULL,
@@ -14,7 +14,6 @@ from benchmarks.paper.subject import (
     SLIMMABLE,
     SOURCE,
     TRAINED,
-    Changes,
     Subject,
 )
 from benchmarks.paper.table import Row, Rows, Table, holds

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from benchmarks.paper.bench import GAMMAS, UNSEEN, Bench, stored
+from benchmarks.paper.bench import GAMMAS, UNSEEN, Bench, Changes, stored
 from benchmarks.paper.table import Row
 from neumeta import atomic, checkpoint
 from neumeta.fold import fold
@@ -33,9 +31,6 @@ FULL, HALF = "γ = 0", "50 %"
 TRAINED = (1.0, 0.75, 0.5)
 """Widths of the slimmable network; the manifold's are all between the largest and the smallest."""
 SQUARES = "squares.npz"
-
-
-Changes = Mapping[str, Any]
 
 
 @dataclass
