@@ -23,7 +23,7 @@ from benchmarks.local import hardware
 from neumeta import checkpoint
 from neumeta.sample import seed_of
 from neumeta.space import Space
-from training import fit
+from training import sizes
 from training.recipe import BUILT_IN, Recipe, load
 
 IMAGES = 50_000
@@ -55,7 +55,7 @@ def cost(asked: Recipe, space: Space) -> float:
     full, total = space.cost(space.full)["macs"], 0.0
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(seed_of(asked.seed, f"step/{step}"))
-        drawn = fit.choose(asked, covered, generator)
+        drawn = sizes.choose(asked, covered, generator)
         total += sum(space.cost(size)["macs"] for size in drawn) / full
     return total / STEPS * area(asked.fit.resolutions)
 

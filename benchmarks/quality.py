@@ -34,7 +34,7 @@ from neumeta.manifold import Manifold
 from neumeta.sample import sample
 from neumeta.space import Architecture, Space
 from neumeta.statistics import measure as moments_of
-from training import fit, networks, order, plots, recipe, source, statistics
+from training import networks, order, plots, recipe, sizes, source, statistics
 
 WIDTHS = (1.0, 0.75, 0.6, 0.5, 0.35, 0.25)
 CALIBRATION = 2000
@@ -221,7 +221,7 @@ def passes_of(asked: recipe.Recipe, images: int, space: Space) -> float:
     for step in range(0, steps, 10):
         generator = torch.Generator().manual_seed(step)
         total += 10 * sum(
-            relative_cost(space, each) for each in fit.choose(asked, space, generator)
+            relative_cost(space, each) for each in sizes.choose(asked, space, generator)
         )
     return total * asked.fit.batch
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from neumeta.sample import sample
 from tests.support.runs import prepared, space
-from training import data, fit, recipe
+from training import data, fit, recipe, sizes
 from training.data import Dataset
 from training.task import TASKS
 
@@ -75,10 +75,10 @@ def test_a_grid_starts_as_the_source_network(digits: Dataset, run_folder: Path) 
 def test_architectures_come_from_the_pool(digits: Dataset) -> None:
     generator, covered = torch.Generator().manual_seed(0), space(TINY, digits)
     listed = TINY.changed(fit={"widths": (0.5, 0.75), "sandwich": False})
-    drawn = {fit.choose(listed, covered, generator)[0].channels for _ in range(40)}
+    drawn = {sizes.choose(listed, covered, generator)[0].channels for _ in range(40)}
     assert drawn == {(16, 32, 32), (24, 48, 48)}
     for _ in range(40):
-        largest, smallest, one = fit.choose(TINY, covered, generator)
+        largest, smallest, one = sizes.choose(TINY, covered, generator)
         assert largest.channels == (32, 64, 64) and smallest.channels == (8, 16, 16)
         assert all(
             a <= b <= c
@@ -86,7 +86,7 @@ def test_architectures_come_from_the_pool(digits: Dataset) -> None:
         )  # noqa: E501
     deep = recipe.load("mnist-resnet-depth")
     covered = space(deep, digits)
-    seen = {fit.choose(deep, covered, generator)[2].depth for _ in range(200)}
+    seen = {sizes.choose(deep, covered, generator)[2].depth for _ in range(200)}
     assert seen == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
 
 
@@ -106,7 +106,7 @@ def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_
     covered, generator = space(asked, colour), torch.Generator().manual_seed(0)
     drawn = []
     for _ in range(1000):
-        (one,) = fit.choose(asked, covered, generator)
+        (one,) = sizes.choose(asked, covered, generator)
         drawn.append(one)
     half, quarter = covered.architecture(0.5).channels, covered.architecture(0.25).channels
     others = [each for each in drawn if each.channels not in (half, quarter)]
@@ -119,7 +119,7 @@ def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_
     assert abs(sum(len(set(depth)) == 1 for depth in deep) - 175) < 50
     assert {n for depth in deep for n in depth} == {1, 2, 3, 4, 5}
     shallow = asked.changed(fit={"shallow": True})
-    depths = [fit.choose(shallow, covered, generator)[0].depth for _ in range(300)]
+    depths = [sizes.choose(shallow, covered, generator)[0].depth for _ in range(300)]
     assert all(min(depth) == 1 for depth in depths)
     assert {depth.index(1) for depth in depths} == {0, 1, 2} and {5, 3} < {max(d) for d in depths}
 
@@ -129,7 +129,7 @@ def test_a_size_that_is_kept_is_not_trained(digits: Dataset) -> None:
     colour = replace(digits, train_images=digits.train_images.expand(-1, 3, -1, -1))
     covered, generator = space(kept, colour), torch.Generator().manual_seed(0)
     assert kept.representation.anchored and kept.fit.full_weight == 0
-    steps = [fit.choose(kept, covered, generator) for _ in range(200)]
+    steps = [sizes.choose(kept, covered, generator) for _ in range(200)]
     for smallest, wide, _ in steps:
         assert smallest == covered.architecture(0.25)
         assert wide.depth == covered.depth

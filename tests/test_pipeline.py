@@ -231,6 +231,53 @@ def test_a_manifold_that_does_not_fit_is_no_start(
     assert not (place / "new").exists()
 
 
+COPY = (
+    AGAIN.replace('start = "run', 'copied = "run')
+    .replace('kind = "grid"', 'kind = "mlp"')
+    .replace(
+        "samples = 1\n",
+        "samples = 1\noptions = { layers = 2, hidden = 16, num_freq = 4, nested = true }\n",
+    )
+    .replace("epochs = 1\n", "folded = false\nregression_steps = 4\nepochs = 1\n")
+)
+
+
+def test_a_run_copies_a_manifold_of_another_representation(run: Run, place: Path) -> None:
+    assert run(text=COPY, folder="copy") == (0, [])
+    before, after = (
+        checkpoint.read(place / folder / "manifold.safetensors") for folder in ("run", "copy")
+    )
+    assert after.kind == "mlp" and after.options["nested"]
+    assert after.about["permutation"] == before.about["permutation"]
+    (row,) = before.about["evaluation"]
+    assert after.about["source"] == {
+        "kind": "manifold",
+        "file": "run/manifold.safetensors",
+        "score": row["score"],
+        "metric": "accuracy",
+    }
+    assert not (place / "copy" / "source.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("run/manifold", "run/nowhere", "fit.copied: .*nowhere.* neither in "),
+        ('"lenet"', '"resnet20"', "network.network: .*another network"),
+        ("width = [0.25, 1.0]", "width = [0.2, 1.0]", r"fit.width: .*trained on 0.25 to 1"),
+        ("folded = false", 'folded = false\nstart = "x"', "fit.start: .*beside fit.copied"),
+        ("regression_steps = 4", "regression_steps = 0", "fit.regression_steps: 0"),
+        ("samples = 1", "samples = 1\ncentred = {}", "representation.centred: .*fit.copied"),
+    ],
+)
+def test_a_manifold_that_does_not_fit_is_not_copied(
+    run: Run, place: Path, old: str, new: str, told: str
+) -> None:
+    code, lines = run(text=COPY.replace(old, new), folder="new")
+    assert code == 2 and any(re.search(told, line) for line in lines), lines
+    assert not (place / "new").exists()
+
+
 def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: Path) -> None:
     def again(text: str) -> Manifold:
         (place / "again.toml").write_text(text)

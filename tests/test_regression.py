@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from torch import Tensor, nn
 
 from neumeta.coordinates import coordinates
 from neumeta.graph import Graph
-from neumeta.manifold import Manifold, roles
+from neumeta.manifold import Contract, Manifold, roles
 from neumeta.program import Program, output
 from neumeta.representation import Anchored, build
 from neumeta.representation.mlp import _Mlp
-from neumeta.sites import sites
+from neumeta.sites import made, sites
+from neumeta.space import Space
 from tests.support import runs
+from tests.support.modules import traced
 from training import data, pipeline, recipe, regression
 from training.data import Dataset
+from training.statistics import raw
 
 OPTIONS = {"layers": 2, "hidden": 16, "num_freq": 4, "blur": 0.5}
 CENTRED = recipe.load("tiny").changed(
@@ -167,3 +171,128 @@ def test_an_anchored_mlp_keeps_the_source_and_learns_inside(
         torch.testing.assert_close(kept, source[name], atol=1e-6, rtol=2**-11)  # float16
         if site.positive:
             assert inside.flatten(1).sum(1).abs().max() < 1e-4 < kept.flatten(1).sum(1).abs().max()
+
+
+COPY = CENTRED.changed(
+    representation={
+        "centred": None,
+        "noise": 0.0,
+        "options": {"layers": 2, "hidden": 32, "num_freq": 6, "nested": True},
+    },
+    fit={
+        "copied": "m",
+        "regression_steps": 60,
+        "regression_lr": 0.03,
+        "sandwich": False,
+        "widths": (1.0, 0.5),
+    },
+    network={"train": None},
+)
+
+
+def shifted(digits: Dataset, own: tuple[Graph, nn.Module]) -> tuple[Manifold, dict[str, Tensor]]:
+    """A grid whose weights are larger in smaller networks, and the source that it is of."""
+    asked = CENTRED.changed(representation={"kind": "grid", "options": {}, "centred": None,
+                                            "noise": 0.0, "expanded": {}})  # fmt: skip
+    manifold, source = pipeline.prepare(asked, digits, *own)
+    regression.initialise(manifold, source, source, asked, quiet)
+    grids = zip(
+        manifold.representation.inner.parameters(),
+        manifold.representation.terms.parameters(),
+        strict=True,
+    )
+    for grid, term in grids:
+        term.data.fill_(6 * float(grid.detach().square().mean().sqrt()))
+    return manifold, source
+
+
+def error_at(width: float, manifold: Manifold, copied: Manifold) -> float:
+    found, wanted = (raw(each, each.space.architecture(width)) for each in (manifold, copied))
+    return float(regression.relative(found, wanted))
+
+
+def test_what_is_copied_is_learned_at_the_sizes_that_are_drawn(
+    digits: Dataset, own: tuple[Graph, nn.Module]
+) -> None:
+    copied, source = shifted(digits, own)
+    left = {}
+    for name, model in {"copied": copied, "the source alone": None}.items():
+        manifold, _ = pipeline.prepare(COPY, digits, *own)
+        regression.initialise(manifold, source, source, COPY, quiet, model)
+        left[name] = error_at(0.5, manifold, copied)
+    # At half width the manifold's weights are not the source's: only who saw them comes near.
+    assert left["copied"] < 0.4 < 0.7 < left["the source alone"]
+
+
+def test_a_weight_in_front_of_a_batch_norm_is_copied_at_the_sources_scale() -> None:
+    """Which changes nothing about the network, as its own statistics follow."""
+    torch.manual_seed(0)
+    _, graph = traced("depthwise")
+    free = regression.free_scales(graph)
+    norms = [node for node in graph.nodes if node.op == "batch_norm"]
+    assert len(free) == len(norms) > 1
+    space = Space("depthwise", graph, (0.25, 1.0))
+    manifold = Manifold(
+        space,
+        build("grid", {"expanded": {}}, roles(space)),
+        "grid",
+        {"expanded": {}},
+        0.0,
+        1,
+        64,
+        Contract((0.0,), (1.0,)),
+    )
+    for parameter in manifold.representation.parameters():
+        parameter.data = torch.randn(parameter.shape)
+    goal = {name: torch.randn(graph.shape(name, graph.full)) for name in made(graph)}
+    size = space.architecture(0.5)
+    plain, found = raw(manifold, size), regression.copies(manifold, size, goal)
+    assert plain.keys() == found.keys()
+    for name, value in plain.items():
+        if name in free:
+            assert found[name].square().mean().item() == pytest.approx(
+                goal[name].square().mean().item(), rel=1e-5
+            )
+            assert not torch.allclose(found[name], value)
+        else:
+            assert torch.equal(found[name], value)
+    x = torch.randn(8, 3, 8, 8)
+    outputs = [
+        Program(space.graph_of(size), space.sizes(size)).run({**manifold.frozen, **each}, x)
+        for each in (plain, found)
+    ]
+    # What a norm adds to a variance, 1e-5, is nothing to these.
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+    assert regression.copies(manifold, space.full, goal) is goal
+
+
+def test_a_regression_that_was_killed_goes_on_to_the_same_result(
+    digits: Dataset,
+    own: tuple[Graph, nn.Module],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(regression, "SAVE_EVERY", 2)
+    asked = CENTRED.changed(fit={"regression_steps": 5}, representation={"centred": None})
+    state = tmp_path / "regression.pt"
+    whole, source = pipeline.prepare(asked, digits, *own)
+    regression.initialise(whole, source, source, asked, quiet)
+
+    def killed(name: str, value: float, step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(regression, "LOG_EVERY", 3)
+    again, _ = pipeline.prepare(asked, digits, *own)
+    with pytest.raises(KeyboardInterrupt):
+        regression.initialise(again, source, source, asked, killed, state=state)
+    assert torch.load(state, weights_only=True)["step"] == 2
+    again, _ = pipeline.prepare(asked, digits, *own)
+    seen: list[int] = []
+    regression.initialise(
+        again, source, source, asked, lambda name, value, step: seen.append(step), state=state,
+        resume=True,
+    )  # fmt: skip
+    assert seen == [3]
+    for name, value in whole.representation.state_dict().items():
+        assert torch.equal(value, again.representation.state_dict()[name]), name

@@ -504,3 +504,38 @@ def test_one_network_for_all_tells_roles_apart_by_their_place() -> None:
     # A vector takes the centre of 3x3.
     bias = found["stem.bias"]
     assert model(bias, coordinates(bias, 64)).shape == (1, 5, 1, 1)
+
+
+@torch.no_grad()
+def test_a_nested_mlp_makes_the_sources_first_channels_and_another_one_spreads_them() -> None:
+    """While the coordinates of size have no effect, as after a regression on one size."""
+    at_full, at_half = sites(DENSE, DENSE.full), sites(DENSE, DENSE.architecture(0.5))
+    for nested in (True, False):
+        options = {"layers": 3, "hidden": 8, "num_freq": 3, "nested": nested}
+        model = randomised(build("mlp", options, roles(DENSE)))
+        for mlp in model.networks.values():
+            for columns in mlp.of_size(value=True):
+                columns.zero_()
+        compared = 0
+        for name, site in at_half.items():
+            if not (site.morphs and site.rows.leading and site.columns.leading):
+                continue
+            whole_, half = (model(each, coordinates(each, 64))[0] for each in (at_full[name], site))
+            compared += 1
+            first = whole_[: site.rows.count, : site.columns.count]
+            # The same sums over blocks of another size.
+            assert torch.allclose(half, first, atol=1e-5) == nested, (name, nested)
+        assert compared > 2
+
+
+@torch.no_grad()
+def test_noise_moves_a_channel_of_a_nested_mlp_by_as_much_of_the_sources_axis() -> None:
+    mlp = randomised(_Mlp(9, 2, 8, 3, True, 0.0, nested=True))
+    span = Span(((4, 8, 1),), True)
+    still = whole(span, 64, torch.get_default_dtype())
+    moved = Along(span, still.pairs, still.index + 0.25, still.place)
+    at = Coordinates(torch.zeros(1, 2), moved, moved, 64, exact=False)
+    found = mlp._along(moved, at)
+    place = (torch.arange(4) + 0.25 + 0.5) / 8
+    wanted = fourier_features(torch.stack((place, still.pairs[0, :, 1]), -1)[None], 3)
+    assert torch.equal(found, wanted)

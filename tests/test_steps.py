@@ -15,7 +15,7 @@ from neumeta.sample import sample
 from neumeta.space import Architecture, Space
 from tests.conftest import lenet
 from tests.support import runs
-from training import data, fit, frozen, recipe, source
+from training import data, fit, frozen, recipe, sizes, source
 from training.task import TASKS
 
 TASK = TASKS["classification"]
@@ -161,7 +161,7 @@ def test_shares_of_widths_are_the_smallest_and_by_group(monkeypatch: pytest.Monk
             asked = tiny(**{"per_group": 0.0, key: share})
             drawn.clear()
             for _ in range(200):
-                fit.choose(asked, space, generator)
+                sizes.choose(asked, space, generator)
             smallest = drawn.count(0.25)
             uneven = [width for width in drawn if isinstance(width, list)]
             assert least <= (smallest if key == "smallest" else len(uneven)) <= most
@@ -245,7 +245,7 @@ def test_a_step_follows_all_of_its_losses_with_the_weights_that_the_recipe_gives
         gradients.update({n: p.grad.clone() for n, p in model.named_parameters()})  # type: ignore[union-attr]
         return False
 
-    def begun(*_: Any) -> float:  # away from the source, where reconstruction would not pull
+    def begun(*_: Any, **__: Any) -> float:  # away from the source, where reconstruction would not pull
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         return float("inf")

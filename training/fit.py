@@ -23,10 +23,11 @@ from tqdm import tqdm
 from neumeta.coordinates import coordinates
 from neumeta.manifold import Manifold
 from neumeta.program import Program
+from neumeta.representation.mlp import _Mlp
 from neumeta.representation.wrappers import Anchored, Corrected
 from neumeta.sample import seed_of
 from neumeta.sites import sites
-from neumeta.space import Architecture, Space
+from neumeta.space import Architecture
 from training import frozen, regression
 from training import state as states
 from training.data import Data, Dataset
@@ -35,6 +36,7 @@ from training.layout import channels_last, soundly
 from training.recipe import Recipe
 from training.regression import Tensors, initialise, reconstruction
 from training.resolution import resolution, shrunk
+from training.sizes import choose
 from training.source import epoch_plan, mixed, one_cycle, predicted
 from training.task import Task
 from training.teacher import Views
@@ -94,60 +96,6 @@ def whole_growth(model: nn.Module) -> Iterator[None]:
             each.growth = growth
 
 
-def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Architecture, ...]:
-    """This step's architectures: a random one, or with it the smallest and largest (`fit.sandwich`)."""
-    low, high = space.width
-
-    def uniform() -> float:
-        return float(torch.rand((), generator=generator))
-
-    def blocks() -> list[int] | None:
-        if space.blocks is None:
-            return None
-        least, most = space.blocks
-        return [int(torch.randint(least, most + 1, (), generator=generator)) for _ in space.depth]
-
-    asked = recipe.fit
-    both = space.blocks is not None and low < high
-    depth = None if both else blocks()
-    if asked.smallest and uniform() < asked.smallest:
-        width: float | list[float] = low
-    elif (asked.per_group or not asked.widths) and uniform() < asked.per_group:
-        width = [low + (high - low) * uniform() for _ in space.groups]
-    elif asked.widths:
-        index = int(torch.randint(len(asked.widths), (), generator=generator))
-        width = asked.widths[index]
-    else:
-        width = low + (high - low) * uniform()
-    if both and asked.per_depth and uniform() < asked.per_depth:
-        depth = blocks() or []
-        if uniform() < 0.5:
-            depth = [depth[0]] * len(depth)
-    if asked.shallow and space.blocks is not None:
-        depth = depth or list(space.depth)
-        depth[int(torch.randint(len(depth), (), generator=generator))] = space.blocks[0]
-    drawn = space.architecture(width, depth)
-    if not asked.sandwich:
-        return (drawn,)
-    if both:
-        assert space.blocks is not None
-        deep = blocks() or []
-        if uniform() < 0.5:  # the same for all stages; as often as not the fewest
-            deep = [space.blocks[0] if uniform() < 0.5 else deep[0]] * len(deep)
-        wide: float | list[float] = high
-        if uniform() < 0.5:
-            wide = [low + (high - low) * uniform() for _ in space.groups]
-        others = (space.architecture(low), drawn, space.architecture(wide, deep))
-        # The source's own size needs no training where it is kept as it is.
-        return (space.full, *others) if recipe.fit.full_weight else others
-    if space.blocks is not None:
-        least, most = space.blocks
-        ends = [space.architecture(high, [n] * len(space.depth)) for n in (most, least)]
-    else:
-        ends = [space.architecture(end) for end in (high, low)]
-    return (ends[0], ends[1], drawn)
-
-
 @soundly(lambda manifold, *_, **__: manifold.device)
 def fit(
     manifold: Manifold,
@@ -157,6 +105,7 @@ def fit(
     recipe: Recipe,
     run: Path,
     *,
+    copied: Manifold | None = None,
     resume: bool = False,
     max_minutes: float = math.inf,
     save_every: int = 200,
@@ -164,7 +113,8 @@ def fit(
 ) -> bool:
     """Train `manifold.representation` in place by Algorithm 2; it ends with its moving average.
 
-    `source` are all tensors of the smoothed source network. State goes to `run/fit.pt` every
+    `source` are all tensors of the smoothed source network; what is `copied` is another manifold, which
+    the regression aims at in their place. State goes to `run/fit.pt` every
     `save_every` steps and at the end of the time allowed. `views` are what `frozen.features` gives,
     where the caller has them already. Returns whether all steps were done. With
     several processes (torch.distributed initialised) each takes its share of every batch and gradients
@@ -197,11 +147,24 @@ def fit(
             optimiser.load_state_dict(kept["optimiser"])
             average, start = kept["average"], kept["step"]
     elif not recipe.fit.start:
-        error = initialise(manifold, source, targets, recipe, log)
+        error = initialise(
+            manifold,
+            source,
+            targets,
+            recipe,
+            log,
+            copied,
+            state=run / "regression.pt" if rank == 0 else None,
+            resume=resume,
+        )
         average = {name: value.clone() for name, value in model.state_dict().items()}
         if math.isfinite(error):
             tqdm.write(f"the smoothed weights: relative error {error:.4f}")
 
+    for each in model.modules():
+        # Not in the regression, whose few rows are made faster than they are converted.
+        if isinstance(each, _Mlp):
+            each.autocast = recipe.fit.bfloat16
     first = frozen.steps(space) if recipe.fit.feature_views else 0
     if recipe.fit.feature_views and not views:
         assert isinstance(data, Dataset)

@@ -1,4 +1,5 @@
-"""The manifolds that a recipe goes on from (`fit.start`) or puts together (`charts`).
+"""The manifolds that a recipe goes on from (`fit.start`), copies (`fit.copied`) or puts together
+(`charts`).
 
 Knows no training and no run.
 """
@@ -8,22 +9,26 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from neumeta import checkpoint
 from neumeta.manifold import Manifold, roles
 from neumeta.notation import pack
 from neumeta.representation import Charts, Expanded, Sizes, build
+from neumeta.sites import kept
 from neumeta.space import Space
+from neumeta.statistics import Statistics
 from training import charts, statistics
 from training.data import Data
 from training.recipe import BadRecipe, ChartSection, Recipe, refused
 
 
 def files(asked: Recipe, checkpoints: Path) -> dict[str, Path]:
-    """The manifolds that `fit.start` or `charts` name, by key: each beside the recipe, under
-    `checkpoints`, or from here.
+    """The manifolds that `fit.start`, `fit.copied` or `charts` name, by key: each beside the recipe,
+    under `checkpoints`, or from here.
 
     Raises BadRecipe for one that is in none of them.
     """
@@ -32,8 +37,8 @@ def files(asked: Recipe, checkpoints: Path) -> dict[str, Path]:
         for k, chart in enumerate(asked.charts)
         for cycle, name in enumerate(chart.file)
     }
-    if asked.fit.start:
-        wanted["fit.start"] = asked.fit.start
+    named = {"fit.start": asked.fit.start, "fit.copied": asked.fit.copied}
+    wanted |= {key: name for key, name in named.items() if name}
     places = [Path(asked.file).parent, checkpoints, Path()]
     found = {}
     for key, name in wanted.items():
@@ -58,9 +63,12 @@ def opened(asked: Recipe, loaded: Data, covered: Space, key: str, path: Path) ->
         found = checkpoint.read(path)
     except checkpoint.BadCheckpoint as error:
         raise BadRecipe(asked.file, [f"{key}: {error}"]) from None
-    problems = []
-    if pack(found.space.graph) != pack(covered.graph):
-        allowed = f"{path} is a manifold of another network, or of other axes (fit.morph)"
+    problems, graph = [], found.space.graph
+    if key == "fit.copied" and not covered.graph.stages:
+        # Of a manifold of many depths the source's own can be copied alone.
+        graph = graph.morphing(tuple(graph.axes), depth=False)
+    if pack(graph) != pack(covered.graph):
+        allowed = f"{path} is of another network, or of other axes (fit.morph, fit.folded)"
         problems.append(refused("network.network", asked.network.network, allowed))
     if found.contract.classes != tuple(loaded.classes) or found.contract.task != asked.task:
         allowed = (
@@ -137,23 +145,65 @@ def begun(
         told = refused("representation", {"kind": built.kind, **built.built}, f"{path} has {now}")
         raise BadRecipe(asked.file, [told]) from None
     manifold = replace(
-        before,
-        space=covered,
-        representation=model,
-        kind=built.kind,
-        options=built.built,
-        noise=built.noise,
-        samples=built.samples,
-        scale=built.scale,
-        contract=replace(before.contract, mean=tuple(loaded.mean), std=tuple(loaded.std)),
-        about={"permutation": before.about.get("permutation", {})},
-        digest="",
+        before, space=covered, representation=model, **_of_recipe(asked, loaded, before)
     )
+    return manifold, _smoothed(asked, "fit.start", found, path)
+
+
+def copied(
+    asked: Recipe, loaded: Data, covered: Space, checkpoints: Path
+) -> tuple[Manifold, dict[str, Tensor], Manifold]:
+    """The untrained manifold of this recipe, all tensors of the source, smoothed, and the manifold that
+    `fit.copied` names, of which both are.
+
+    Raises BadRecipe if the file is none, or of another network or data set, or for fewer sizes.
+    """
+    path = files(asked, checkpoints)["fit.copied"]
+    found = opened(asked, loaded, covered, "fit.copied", path)
+    problems = []
+    for key in ("width", "blocks"):
+        mine, theirs = getattr(covered, key), getattr(found.space, key)
+        if mine and theirs and not theirs[0] <= mine[0] <= mine[1] <= theirs[1]:
+            allowed = f"{path} was trained on {theirs[0]:g} to {theirs[1]:g}"
+            problems.append(refused(f"fit.{key}", mine, allowed))
+    if problems:
+        raise BadRecipe(asked.file, problems)
+    smoothed = _smoothed(asked, "fit.copied", found, path)
+    built = asked.representation
+    torch.manual_seed(asked.seed)
+    manifold = replace(
+        found,
+        space=covered,
+        representation=build(built.kind, built.built, roles(covered)),
+        frozen={name: smoothed[name].contiguous() for name in kept(covered.graph)},
+        statistics=Statistics(),
+        **_of_recipe(asked, loaded, found),
+    )
+    return manifold, smoothed, found
+
+
+def _smoothed(asked: Recipe, key: str, found: Manifold, path: Path) -> dict[str, Tensor]:
+    """All tensors of a manifold's full size. Raises BadRecipe if it keeps no statistics of it."""
     try:
-        return manifold, statistics.whole(found, found.space.full)
+        return statistics.whole(found, found.space.full)
     except KeyError:
         allowed = f"{path} keeps no batch statistics of its source"
-        raise BadRecipe(asked.file, [refused("fit.start", asked.fit.start, allowed)]) from None
+        raise BadRecipe(asked.file, [refused(key, str(path), allowed)]) from None
+
+
+def _of_recipe(asked: Recipe, loaded: Data, before: Manifold) -> dict[str, Any]:
+    """What this recipe says of a manifold that comes from another."""
+    built = asked.representation
+    return {
+        "kind": built.kind,
+        "options": built.built,
+        "noise": built.noise,
+        "samples": built.samples,
+        "scale": built.scale,
+        "contract": replace(before.contract, mean=tuple(loaded.mean), std=tuple(loaded.std)),
+        "about": {"permutation": before.about.get("permutation", {})},
+        "digest": "",
+    }
 
 
 def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:

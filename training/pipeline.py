@@ -43,7 +43,7 @@ from training.resolution import shrunk
 from training.task import TASKS
 from training.trace import trace
 
-FITTED = ("teacher.pt", "fit.pt")
+FITTED = ("teacher.pt", "regression.pt", "fit.pt")
 STATE = ("source.pt", "source.safetensors", *FITTED)
 """What stages leave in a run's folder to go on with."""
 
@@ -194,6 +194,8 @@ def check(
         source.weights_file(asked, checkpoints)
     if asked.fit.start:
         given.begun(asked, loaded, covered, checkpoints)
+    if asked.fit.copied:
+        given.copied(asked, loaded, covered, checkpoints)
     if asked.charts:
         given.joined(asked, loaded, covered, checkpoints)
     return found
@@ -434,10 +436,14 @@ def run(
         full = made.space.full
         smoothed = statistics.whole(made, full) if full.key in made.statistics.kept else {}
         return _finish(asked, loaded, made, smoothed, None, folder, out)
-    if asked.fit.start:
-        manifold, smoothed = given.begun(asked, loaded, space(asked, found.graph), checkpoints)
-        covered, whole = manifold.space, smoothed
-        program = Program(covered.graph, covered.graph.full)
+    copied = None
+    if asked.fit.start or asked.fit.copied:
+        covered = space(asked, found.graph)
+        if asked.fit.start:
+            manifold, smoothed = given.begun(asked, loaded, covered, checkpoints)
+        else:
+            manifold, smoothed, copied = given.copied(asked, loaded, covered, checkpoints)
+        program, whole = Program(covered.graph, covered.graph.full), smoothed
         own: source.Run = lambda x: program.run(whole, x)  # noqa: E731
     else:
         own = trained_source(asked, loaded, found.module, checkpoints, folder)
@@ -452,6 +458,7 @@ def run(
         task,
         asked,
         folder,
+        copied=copied,
         resume=resume,
         max_minutes=max_minutes,
     )
@@ -488,8 +495,8 @@ def _finish(
     train, weights = asked.network.train, asked.network.weights
     metric = manifold.contract.metric
     began = ("fine-tune" if train else "import") if weights else "train" if train else "given"
-    if asked.fit.start:
-        began, weights = "manifold", asked.fit.start
+    if asked.fit.start or asked.fit.copied:
+        began, weights = "manifold", asked.fit.start or asked.fit.copied
     elif asked.charts:
         began, weights = "charts", ", ".join(name for chart in asked.charts for name in chart.file)
     manifold.about.update(

@@ -180,12 +180,15 @@ class FitSection(_Section):
 
     `start` is a manifold's file to go on from, of the same network and representation, in place of a
     source network: its channel orders stay, and its own full size is the source. Of a manifold of
-    charts, `chart` says from which (the first is 0). `resolutions`: sides
+    charts, `chart` says from which (the first is 0). `copied` is a manifold's file of the same network
+    whose representation may be another: it too stands in place of a source network, and the regression
+    learns what it makes at the sizes that training draws. `resolutions`: sides
     of the training images as shares of the full ones, each for an equal part of the steps, e.g. [0.5,
     0.75, 1.0]: most of what a network learns it learns from small images, at a third of the cost.
     `teacher_views`: the source's outputs computed once for this many augmented passes, of whole images
-    (0: the source runs in every step). `bfloat16`: the sampled networks run in sixteen bits
-    (torch.autocast), weights, losses and the optimiser stay in float32; worth it where the processor
+    (0: the source runs in every step). `bfloat16`: the sampled networks, and the hidden
+    layers of an mlp, run in sixteen bits (torch.autocast), weights, losses and the optimiser stay in
+    float32; worth it where the processor
     has instructions for that.
     """
 
@@ -220,6 +223,7 @@ class FitSection(_Section):
     feature_views: Annotated[int, Field(ge=0)] = 0
     start: str = ""
     chart: Annotated[int, Field(ge=0)] | None = None
+    copied: str = ""
     resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1.0,)
     teacher_views: Annotated[int, Field(ge=0)] = 0
     bfloat16: bool = False
@@ -400,7 +404,15 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         allowed = f"one of {known}, or 'file.py:function' or 'module:function'"
         yield refused("network.network", network.network, allowed)
         return
-    begun = "fit.start" if fit.start else "charts" if recipe.charts else ""
+    begins = {"fit.start": fit.start, "fit.copied": fit.copied, "charts": recipe.charts}
+    begun, *others = [key for key, value in begins.items() if value] or [""]
+    for key in others:
+        yield refused(begun, begins[begun], f"it must be left out beside {key}")
+    centred = recipe.representation.centred
+    if fit.copied and not fit.regression_steps:
+        yield refused("fit.regression_steps", 0, "1 or more with fit.copied, which they learn")
+    if fit.copied and centred is not None:
+        yield refused("representation.centred", centred, "it must be left out beside fit.copied")
     if begun and (network.weights or network.train):
         key = "weights" if network.weights else "train"
         allowed = f"it must be left out beside {begun}: the manifold holds the source"
@@ -469,8 +481,6 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
 
 
 def _wrong_charts(charts: Sequence[ChartSection], fit: FitSection) -> Iterator[str]:
-    if fit.start:
-        yield refused("fit.start", fit.start, "it must be left out beside charts")
     if len(charts) > MOST_CHARTS:
         yield refused("charts", len(charts), f"at most {MOST_CHARTS}")
     try:

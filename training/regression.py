@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,17 +17,22 @@ from tqdm import tqdm
 
 from neumeta.compute import COMPUTE
 from neumeta.coordinates import Along, Coordinates, coordinates
+from neumeta.graph import DEPTHS, Graph
 from neumeta.manifold import Manifold
+from neumeta.operations import WEIGHTED
 from neumeta.program import Program
 from neumeta.representation.mlp import ResidualMLP, _Mlp
 from neumeta.representation.wrappers import Anchored, Centred
 from neumeta.sample import seed_of
 from neumeta.sites import made, sites
+from neumeta.space import Architecture
+from training import state as states
 from training.data import Data
 from training.divergence import check_step, gradient_norm
 from training.recipe import Recipe
+from training.sizes import choose
 from training.source import one_cycle
-from training.statistics import training_images
+from training.statistics import raw, training_images
 
 Tensors = Mapping[str, Tensor]
 """Tensors of the graph by name: those of the smoothed source, or generated ones."""
@@ -35,6 +42,9 @@ ROWS = 16
 IMAGES = 256
 """How many training images say what a filter's inputs are on average."""
 WARM = 0.1
+SAVE_EVERY = 500
+"""Steps; so are LOG_EVERY."""
+LOG_EVERY = 20
 
 
 @torch.no_grad()
@@ -76,72 +86,132 @@ def initialise(
     goal: Tensors,
     recipe: Recipe,
     log: Callable[[str, float, int], None],
+    copied: Manifold | None = None,
+    *,
+    state: Path | None = None,
+    resume: bool = False,
 ) -> float:
     """Let the representation take the `goal`, which `targets` made of the `source`, or regress it on
-    that: on ROWS random rows of every tensor in each step, with the noise of Algorithm 2.
+    that: on ROWS random rows of every tensor in each step, with the noise of Algorithm 2. With a
+    manifold that is `copied`, on what that one makes at random sizes. The file `state` is written every
+    SAVE_EVERY steps; with `resume` the regression goes on from it.
 
-    Returns the relative error: the mean over tensors of ||w - goal||^2 / ||goal||^2. Raises Diverged.
+    Returns the relative error at the source's size: the mean over tensors of ||w - goal||^2 /
+    ||goal||^2. Raises Diverged.
     """
     space, model = manifold.space, manifold.representation
     own = sites(space, space.full)
-    filled = [model.fill(site, goal[name]) for name, site in own.items()]
+    filled = [not copied and model.fill(site, goal[name]) for name, site in own.items()]
     for each in model.modules():
         if isinstance(each, Anchored):  # which holds the source as it is
             for name, site in own.items():
                 each.source.fill(site, source[name].half())
     if not all(filled):
-        _regress(manifold, goal, recipe, log)
+        _regress(manifold, goal, recipe, log, copied, state, resume)
     return error(manifold, goal)
 
 
 def _regress(
-    manifold: Manifold, goal: Tensors, recipe: Recipe, log: Callable[[str, float, int], None]
+    manifold: Manifold,
+    goal: Tensors,
+    recipe: Recipe,
+    log: Callable[[str, float, int], None],
+    copied: Manifold | None,
+    state: Path | None,
+    resume: bool,
 ) -> None:
     model, steps = manifold.representation, recipe.fit.regression_steps
-    own = sites(manifold.space, manifold.space.full)
+    space = manifold.space
+    own = sites(space, space.full)
+    ends = [goal]
+    if copied:
+        ends += [copies(copied, space.architecture(width), goal) for width in space.width]
     networks: list[_Mlp] = []
     for each in model.modules():
         if isinstance(each, ResidualMLP):
             scales = each.get_buffer("scales")
             for role, index in each.order.items():
-                values = [goal[name].flatten() for name, s in own.items() if s.role == role]
+                names = [name for name, site in own.items() if site.role == role]
+                values = [end[name].flatten() for name in names for end in ends]
                 scales[index] = torch.cat(values).square().mean().sqrt().clamp(min=1e-3)
         if isinstance(each, _Mlp):
             networks.append(each)
-    power = {name: goal[name].square().mean().clamp(min=1e-6) for name in own}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(trained, recipe.fit.regression_lr)
-    bar = tqdm(range(steps), desc="regression", mininterval=2)
+    start = 0
+    if state and resume and state.exists():
+        with states.loaded(state, manifold.device) as held:
+            model.load_state_dict(held["model"])
+            optimiser.load_state_dict(held["optimiser"])
+            start = held["step"]
+    bar = tqdm(range(start, steps), desc="regression", initial=start, total=steps, mininterval=2)
     for step in bar:
         rate = recipe.fit.regression_lr * one_cycle(step, steps, WARM)
         for group in optimiser.param_groups:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"regression/{step}"))
         errors = []
-        for name, site in own.items():
-            rows = torch.randperm(site.rows.count, generator=generator)[:ROWS]
-            noise = recipe.representation.noise
-            at = coordinates(site, manifold.scale, noise=noise, generator=generator)
-            # Far from the source nothing is anchored to it.
-            free = replace(site, distance=math.inf)
-            weights = model(free, _some(at, rows).to(manifold.device))
-            wanted = goal[name][rows].reshape(weights.shape[1:])
-            errors.append((weights[0] * site.gain - wanted).square().mean() / power[name])
+        for size in choose(recipe, space, generator) if copied else (space.full,):
+            wanted = copies(copied, size, goal) if copied else goal
+            for name, site in sites(space, size).items():
+                rows = torch.randperm(site.rows.count, generator=generator)[:ROWS]
+                noise = recipe.representation.noise
+                at = coordinates(site, manifold.scale, noise=noise, generator=generator)
+                # Far from the source nothing is anchored to it.
+                free = replace(site, distance=math.inf)
+                weights = model(free, _some(at, rows).to(manifold.device))
+                missed = weights[0] * site.gain - wanted[name][rows].reshape(weights.shape[1:])
+                errors.append(missed.square().mean() / _power(wanted[name]))
         loss = torch.stack(errors).mean()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         # At one size alone the coordinates of size are constants: what they would learn says nothing
         # of another size.
-        for each in networks:
+        for each in () if copied else networks:
             for gradient in each.of_size():
                 gradient.zero_()
         where = f"regression step {step + 1} of {steps}"
         norm = gradient_norm(model.parameters())
         check_step(where, rate, loss, norm, "a lower fit.regression_lr")
         optimiser.step()
-        if step % 20 == 0:
+        if step % LOG_EVERY == 0:
             bar.set_postfix(error=f"{loss.item():.4f}")
             log("regression/error", loss.item(), step)
+        if state and (step + 1) % SAVE_EVERY == 0:
+            held = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            states.save(held | {"step": step + 1}, state)
+
+
+def _power(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().clamp(min=1e-6)
+
+
+def copies(copied: Manifold, size: Architecture, goal: Tensors) -> Tensors:
+    """What another manifold makes at this size, and the `goal` at the source's. A weight whose scale is
+    nothing to the network has the mean square that it has in the goal."""
+    size = replace(size, depth=size.depth or copied.space.depth)
+    if size == copied.space.full:
+        return goal
+    made = {name: value.to(goal[name].device) for name, value in raw(copied, size).items()}
+    for name in free_scales(copied.space.graph_of(size)):
+        made[name] *= (_power(goal[name]) / _power(made[name])).sqrt()
+    return made
+
+
+@lru_cache(maxsize=DEPTHS)
+def free_scales(graph: Graph) -> frozenset[str]:
+    """The weights of layers without a bias whose values a batch norm alone reads: at any scale they
+    make the same network."""
+    readers: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        for value in node.inputs:
+            readers.setdefault(value, []).append(node.op)
+    return frozenset(
+        node.tensors["weight"]
+        for node in graph.nodes
+        if node.op in WEIGHTED and {*node.tensors} == {"weight"}
+        if readers.get(node.name) == ["batch_norm"]
+    )
 
 
 def _some(at: Coordinates, rows: Tensor) -> Coordinates:

@@ -22,12 +22,23 @@ result fit a cache, and a matrix product has enough rows to be at speed."""
 class _Mlp(nn.Module):
     """Figure 3: a first layer over gamma(v), hidden layers with scaled residuals, k*k outputs."""
 
+    autocast = False
+    """Whether products of hidden layers are in sixteen bits in training; sampling has `lower`."""
+
     def __init__(
-        self, spatial: int, layers: int, hidden: int, num_freq: int, residual: bool, blur: float
+        self,
+        spatial: int,
+        layers: int,
+        hidden: int,
+        num_freq: int,
+        residual: bool,
+        blur: float,
+        nested: bool = False,
     ) -> None:
         super().__init__()
         per_axis = (2 * num_freq + 1) * 2
-        self.num_freq, self.residual, self.blur = num_freq, residual, blur
+        self.num_freq, self.residual = num_freq, residual
+        self.blur, self.nested = blur, nested
         # One linear map of (2*num_freq+1)*6 features, kept as its three per-axis column blocks:
         # a sum of three small products broadcast over pairs instead of one product per pair.
         self.layer, self.inputs, self.outputs = (
@@ -63,15 +74,21 @@ class _Mlp(nn.Module):
         if not torch.is_grad_enabled():
             return self._blocked(inputs, layer[:, None] + outputs)
         h = torch.relu(layer[:, None, None] + inputs[:, None] + outputs[:, :, None])
-        for hidden, scale in zip(self.hidden, self.scale, strict=False):
-            h = h + scale * torch.relu(hidden(h)) if self.residual else torch.relu(hidden(h))
-        return self.last(h)  # type: ignore[no-any-return]
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.autocast):
+            for hidden, scale in zip(self.hidden, self.scale, strict=False):
+                h = h + scale * torch.relu(hidden(h)) if self.residual else torch.relu(hidden(h))
+            made: Tensor = self.last(h)
+        return made.to(inputs.dtype)
 
     def _along(self, axis: Along, at: Coordinates) -> Float[Tensor, "S C F"]:
         """gamma along one axis of channels."""
         blur: tuple[float, ...] = ()
         if self.blur and axis.span.morphs:
             blur = (self.blur / axis.span.full, self.blur / at.scale)
+        if self.nested:
+            place = (axis.index + 0.5) / axis.span.full
+            pairs = torch.stack((place, axis.pairs[..., 1]), -1)
+            return fourier_features(pairs, self.num_freq, blur)
         if at.exact:
             pairs = axis.pairs
             key = (axis.span, at.scale, self.num_freq, blur, pairs.dtype, pairs.device)
@@ -119,7 +136,9 @@ class ResidualMLP(Representation):
 
     `layers` counts the first and the residual ones, as the supplement does: `layers` = 5 is a first
     layer, four hidden residual ones, and the last one. `blur` weights the waves of axes that morph by
-    what noise of so many channels leaves of them: those that it wipes out would be noise alone. The
+    what noise of so many channels leaves of them: those that it wipes out would be noise alone. With
+    `nested` a channel of a smaller size lies where the source's channel of that number does, not spread
+    over the whole axis: the source's first channels, as a grid has them. The
     coordinates of size have no effect before training at several sizes gives them one.
 
     The output is scaled by `scales`, the root mean square of the source tensor of each role, so
@@ -136,6 +155,7 @@ class ResidualMLP(Representation):
         residual: bool = True,
         block_based: bool = True,
         blur: float = 0.0,
+        nested: bool = False,
     ) -> None:
         super().__init__()
         self.block_based = block_based
@@ -147,7 +167,7 @@ class ResidualMLP(Representation):
         networks = spatial if block_based else shared
         self.networks = nn.ModuleDict(
             {
-                module_key(role): _Mlp(size, layers, hidden, num_freq, residual, blur)
+                module_key(role): _Mlp(size, layers, hidden, num_freq, residual, blur, nested)
                 for role, size in networks.items()
             }
         )
