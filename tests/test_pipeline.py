@@ -25,6 +25,7 @@ from neumeta.representation import Expanded
 from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
 from training import charts, cli, data, fit, given, networks, pipeline, recipe, source
+from training.copied import Copied
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -242,8 +243,25 @@ COPY = (
 )
 
 
-def test_a_run_copies_a_manifold_of_another_representation(run: Run, place: Path) -> None:
-    assert run(text=COPY, folder="copy") == (0, [])
+def test_a_run_copies_a_manifold_of_another_representation(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief = ("--max-minutes", "1e-9")
+    assert run(*brief, text=COPY, folder="copy")[0] == 3
+    assert (place / "copy" / "regression.pt").exists()
+    code, (line,) = run("--resume", text=COPY.replace("steps = 4", "steps = 5"), folder="copy")
+    assert code == 2 and "fit.regression_steps = 4, and now it is 5" in line
+    asked: list[Any] = []
+    begin = fit.initialise
+
+    def begun(manifold: Manifold, *rest: Any, **more: Any) -> float | None:
+        asked.append(rest[4])
+        return begin(manifold, *rest, **more)
+
+    monkeypatch.setattr(fit, "initialise", begun)
+    assert run("--resume", text=COPY, folder="copy") == (0, [])
+    (copied,) = asked
+    assert isinstance(copied, Copied) and copied.manifold.kind == "grid"
     before, after = (
         checkpoint.read(place / folder / "manifold.safetensors") for folder in ("run", "copy")
     )
@@ -268,6 +286,7 @@ def test_a_run_copies_a_manifold_of_another_representation(run: Run, place: Path
         ("folded = false", 'folded = false\nstart = "x"', "fit.start: .*beside fit.copied"),
         ("regression_steps = 4", "regression_steps = 0", "fit.regression_steps: 0"),
         ("samples = 1", "samples = 1\ncentred = {}", "representation.centred: .*fit.copied"),
+        ('kind = "mlp"', 'kind = "grid"', "representation.kind: 'grid'.*fit.copied"),
     ],
 )
 def test_a_manifold_that_does_not_fit_is_not_copied(

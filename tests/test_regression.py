@@ -19,8 +19,9 @@ from neumeta.representation.mlp import _Mlp
 from neumeta.sites import made, sites
 from neumeta.space import Space
 from tests.support import runs
-from tests.support.modules import traced
+from tests.support.modules import images_of, traced
 from training import data, pipeline, recipe, regression
+from training.copied import Copied, free_scales
 from training.data import Dataset
 from training.statistics import raw
 
@@ -218,35 +219,34 @@ def test_what_is_copied_is_learned_at_the_sizes_that_are_drawn(
     left = {}
     for name, model in {"copied": copied, "the source alone": None}.items():
         manifold, _ = pipeline.prepare(COPY, digits, *own)
-        regression.initialise(manifold, source, source, COPY, quiet, model)
+        example = model and Copied(model, manifold.space, source)
+        regression.initialise(manifold, source, source, COPY, quiet, example)
         left[name] = error_at(0.5, manifold, copied)
     # At half width the manifold's weights are not the source's: only who saw them comes near.
     assert left["copied"] < 0.4 < 0.7 < left["the source alone"]
 
 
+def random_grid(name: str, blocks: tuple[int, int] | None = None) -> Manifold:
+    """A manifold of a traced module with random weights that change with the size."""
+    torch.manual_seed(0)
+    space = Space(name, traced(name)[1], (0.25, 1.0), blocks)
+    options = {"expanded": {}}
+    model = build("grid", options, roles(space)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    contract = Contract((0.0,), (1.0,))
+    return Manifold(space, model, "grid", options, 0.0, 1, 64, contract)
+
+
 def test_a_weight_in_front_of_a_batch_norm_is_copied_at_the_sources_scale() -> None:
     """Which changes nothing about the network, as its own statistics follow."""
-    torch.manual_seed(0)
-    _, graph = traced("depthwise")
-    free = regression.free_scales(graph)
-    norms = [node for node in graph.nodes if node.op == "batch_norm"]
-    assert len(free) == len(norms) > 1
-    space = Space("depthwise", graph, (0.25, 1.0))
-    manifold = Manifold(
-        space,
-        build("grid", {"expanded": {}}, roles(space)),
-        "grid",
-        {"expanded": {}},
-        0.0,
-        1,
-        64,
-        Contract((0.0,), (1.0,)),
-    )
-    for parameter in manifold.representation.parameters():
-        parameter.data = torch.randn(parameter.shape)
-    goal = {name: torch.randn(graph.shape(name, graph.full)) for name in made(graph)}
+    manifold = random_grid("depthwise")
+    space = manifold.space
+    free = free_scales(space.graph)
+    assert len(free) == sum(node.op == "batch_norm" for node in space.graph.nodes) == 3
+    goal = {n: torch.randn(space.graph.shape(n, space.graph.full)) for n in made(space.graph)}
     size = space.architecture(0.5)
-    plain, found = raw(manifold, size), regression.copies(manifold, size, goal)
+    plain, found = raw(manifold, size), Copied(manifold, space, goal).at(size)
     assert plain.keys() == found.keys()
     for name, value in plain.items():
         if name in free:
@@ -256,14 +256,41 @@ def test_a_weight_in_front_of_a_batch_norm_is_copied_at_the_sources_scale() -> N
             assert not torch.allclose(found[name], value)
         else:
             assert torch.equal(found[name], value)
-    x = torch.randn(8, 3, 8, 8)
-    outputs = [
-        Program(space.graph_of(size), space.sizes(size)).run({**manifold.frozen, **each}, x)
-        for each in (plain, found)
-    ]
+    x = images_of("depthwise")
+    program = Program(space.graph_of(size), space.sizes(size))
     # What a norm adds to a variance, 1e-5, is nothing to these.
-    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
-    assert regression.copies(manifold, space.full, goal) is goal
+    torch.testing.assert_close(program.run(found, x), program.run(plain, x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_scale_that_something_else_reads_is_not_free() -> None:
+    assert free_scales(traced("shared")[1]) == free_scales(traced("two outputs")[1]) == set()
+    assert free_scales(traced("plain")[1]) == set()  # which has no batch norm
+
+
+def test_depths_are_copied_with_every_blocks_step() -> None:
+    """Three of the source's two blocks are smaller steps: the representation, whose output is times the
+    step, makes weights of the size that it makes at the source's depth."""
+    manifold = random_grid("resnet", (1, 5))
+    space = manifold.space
+    goal = {n: torch.randn(space.graph.shape(n, space.graph.full)) for n in made(space.graph)}
+    deep = space.architecture(1.0, [4, 5, 5])
+    found = Copied(manifold, space, goal).at(deep)
+    steps = sites(space, deep)
+    smaller = [name for name in free_scales(space.graph_of(deep)) if steps[name].gain < 1]
+    assert len(smaller) > 8
+    for name in smaller:
+        assert (found[name] / steps[name].gain).square().mean().item() == pytest.approx(1, rel=0.3)
+
+
+def test_of_a_manifold_of_many_axes_some_can_be_copied() -> None:
+    manifold = random_grid("concatenated")
+    graph = manifold.space.graph.morphing(("conv1",), depth=False)
+    space = Space("some", graph, (0.5, 1.0))
+    goal = {n: torch.randn(graph.shape(n, graph.full)) for n in made(graph)}
+    found = Copied(replace(manifold, space=Space("x", graph, (0.25, 1.0))), space, goal)
+    size = space.architecture(0.5)
+    assert found.at(size).keys() == sites(space, size).keys() < manifold.space.graph.tensors.keys()
+    assert found.at(size) is found.at(size)
 
 
 def test_a_regression_that_was_killed_goes_on_to_the_same_result(
@@ -296,3 +323,22 @@ def test_a_regression_that_was_killed_goes_on_to_the_same_result(
     assert seen == [3]
     for name, value in whole.representation.state_dict().items():
         assert torch.equal(value, again.representation.state_dict()[name]), name
+
+
+def test_a_regression_whose_time_is_up_keeps_what_it_did(
+    digits: Dataset, own: tuple[Graph, nn.Module], tmp_path: Path
+) -> None:
+    asked = CENTRED.changed(fit={"regression_steps": 3}, representation={"centred": None})
+    state = tmp_path / "regression.pt"
+    whole, source = pipeline.prepare(asked, digits, *own)
+    regression.initialise(whole, source, source, asked, quiet)
+    for done in (1, 2, None):
+        brief, _ = pipeline.prepare(asked, digits, *own)
+        found = regression.initialise(
+            brief, source, source, asked, quiet, state=state, resume=True, deadline=0.0
+        )
+        assert (found is None) == (done is not None)
+        if done:
+            assert torch.load(state, weights_only=True)["step"] == done
+    for name, value in whole.representation.state_dict().items():
+        assert torch.equal(value, brief.representation.state_dict()[name]), name

@@ -539,3 +539,24 @@ def test_noise_moves_a_channel_of_a_nested_mlp_by_as_much_of_the_sources_axis() 
     place = (torch.arange(4) + 0.25 + 0.5) / 8
     wanted = fourier_features(torch.stack((place, still.pairs[0, :, 1]), -1)[None], 3)
     assert torch.equal(found, wanted)
+
+
+def test_an_mlp_in_sixteen_bits_trains_near_the_one_in_float32() -> None:
+    """Products of hidden layers alone are rounded, to eight bits each."""
+    mlp = _Mlp(9, 4, 32, 4, True, 0.0)
+    torch.nn.init.normal_(mlp.last.weight)
+    span = whole(Span(((16, 16, 1),), True), 64, torch.get_default_dtype())
+    at = Coordinates(torch.zeros(1, 2), span, span, 64, exact=True)
+    found, gradients = {}, {}
+    for sixteen in (False, True):
+        mlp.autocast = sixteen
+        mlp.zero_grad()
+        found[sixteen] = mlp(at)
+        found[sixteen].square().sum().backward()
+        gradients[sixteen] = mlp.hidden[0].weight.grad.clone()  # type: ignore[union-attr, operator]
+    assert found[True].dtype == torch.float32 and not torch.equal(found[True], found[False])
+    for near in (found, gradients):
+        error = (near[True] - near[False]).norm() / near[False].norm()
+        assert error < 2**-6
+    rounded = found[True].bfloat16().float()
+    assert not torch.equal(rounded, found[True])  # the last layer is not

@@ -30,6 +30,7 @@ from neumeta.sites import sites
 from neumeta.space import Architecture
 from training import frozen, regression
 from training import state as states
+from training.copied import Copied
 from training.data import Data, Dataset
 from training.divergence import check_step, check_tensors, gradient_norm
 from training.layout import channels_last, soundly
@@ -124,6 +125,9 @@ def fit(
     that is not finite, and before the first step if the source has such a weight.
     """
     check_tensors("source", source)
+    if bool(recipe.fit.copied) != bool(copied):
+        raise ValueError(f"fit.copied: {recipe.fit.copied!r} was not handed over to be copied")
+    deadline = time.monotonic() + 60 * max_minutes
     views = views or []
     model, space, device = manifold.representation, manifold.space, manifold.device
     source = {name: value.to(device) for name, value in source.items()}
@@ -147,19 +151,23 @@ def fit(
             optimiser.load_state_dict(kept["optimiser"])
             average, start = kept["average"], kept["step"]
     elif not recipe.fit.start:
+        example = Copied(copied, space, targets) if copied else None
         error = initialise(
             manifold,
             source,
             targets,
             recipe,
             log,
-            copied,
-            state=run / "regression.pt" if rank == 0 else None,
+            example,
+            state=run / "regression.pt",
             resume=resume,
+            deadline=deadline,
         )
+        if error is None:
+            return False
         average = {name: value.clone() for name, value in model.state_dict().items()}
         if math.isfinite(error):
-            tqdm.write(f"the smoothed weights: relative error {error:.4f}")
+            tqdm.write(f"the smoothed weights at full size: relative error {error:.4f}")
 
     for each in model.modules():
         # Not in the regression, whose few rows are made faster than they are converted.
@@ -180,7 +188,6 @@ def fit(
             return outputs
 
         taught = Views(data, teach, recipe.fit.teacher_views, recipe.seed, run / "teacher.pt")
-    deadline = time.monotonic() + 60 * max_minutes
     began = time.monotonic()
 
     def at_size(x: Tensor, step: int) -> Tensor:

@@ -67,8 +67,14 @@ def opened(asked: Recipe, loaded: Data, covered: Space, key: str, path: Path) ->
     if key == "fit.copied" and not covered.graph.stages:
         # Of a manifold of many depths the source's own can be copied alone.
         graph = graph.morphing(tuple(graph.axes), depth=False)
-    if pack(graph) != pack(covered.graph):
-        allowed = f"{path} is of another network, or of other axes (fit.morph, fit.folded)"
+    if pack(graph) == pack(covered.graph):
+        pass
+    elif pack(graph.folded) == pack(covered.graph.folded):
+        told = "with" if pack(graph) != pack(graph.folded) else "without"
+        allowed = f"{path} is of this network {told} its batch norms"
+        problems.append(refused("fit.folded", asked.folded, allowed))
+    else:
+        allowed = f"{path} is a manifold of another network, or of other axes (fit.morph)"
         problems.append(refused("network.network", asked.network.network, allowed))
     if found.contract.classes != tuple(loaded.classes) or found.contract.task != asked.task:
         allowed = (
@@ -188,7 +194,7 @@ def _smoothed(asked: Recipe, key: str, found: Manifold, path: Path) -> dict[str,
         return statistics.whole(found, found.space.full)
     except KeyError:
         allowed = f"{path} keeps no batch statistics of its source"
-        raise BadRecipe(asked.file, [refused(key, str(path), allowed)]) from None
+        raise BadRecipe(asked.file, [refused(key, asked.begun, allowed)]) from None
 
 
 def _of_recipe(asked: Recipe, loaded: Data, before: Manifold) -> dict[str, Any]:

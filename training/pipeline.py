@@ -437,7 +437,7 @@ def run(
         smoothed = statistics.whole(made, full) if full.key in made.statistics.kept else {}
         return _finish(asked, loaded, made, smoothed, None, folder, out)
     copied = None
-    if asked.fit.start or asked.fit.copied:
+    if asked.begun:
         covered = space(asked, found.graph)
         if asked.fit.start:
             manifold, smoothed = given.begun(asked, loaded, covered, checkpoints)
@@ -495,8 +495,8 @@ def _finish(
     train, weights = asked.network.train, asked.network.weights
     metric = manifold.contract.metric
     began = ("fine-tune" if train else "import") if weights else "train" if train else "given"
-    if asked.fit.start or asked.fit.copied:
-        began, weights = "manifold", asked.fit.start or asked.fit.copied
+    if asked.begun:
+        began, weights = "manifold", asked.begun
     elif asked.charts:
         began, weights = "charts", ", ".join(name for chart in asked.charts for name in chart.file)
     manifold.about.update(

@@ -295,6 +295,11 @@ class Recipe(_Section):
         return self.network.name or own
 
     @property
+    def begun(self) -> str:
+        """The manifold's file in place of a source network: it is gone on from, or copied."""
+        return self.fit.start or self.fit.copied
+
+    @property
     def folded(self) -> bool:
         """Whether the representation learns the source without its batch norms."""
         kind = self.representation.kind
@@ -408,11 +413,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     begun, *others = [key for key, value in begins.items() if value] or [""]
     for key in others:
         yield refused(begun, begins[begun], f"it must be left out beside {key}")
-    centred = recipe.representation.centred
-    if fit.copied and not fit.regression_steps:
-        yield refused("fit.regression_steps", 0, "1 or more with fit.copied, which they learn")
-    if fit.copied and centred is not None:
-        yield refused("representation.centred", centred, "it must be left out beside fit.copied")
+    if fit.copied:
+        yield from _wrong_copy(recipe)
     if begun and (network.weights or network.train):
         key = "weights" if network.weights else "train"
         allowed = f"it must be left out beside {begun}: the manifold holds the source"
@@ -478,6 +480,18 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if fit.blocks is None and fit.width[0] == fit.width[1]:
         yield refused("fit.width", fit.width, "a range, unless fit.blocks lets depth morph")
     yield from _representation_conflicts(recipe)
+
+
+def _wrong_copy(recipe: Recipe) -> Iterator[str]:
+    held = recipe.representation
+    if held.kind != "mlp":
+        yield refused("representation.kind", held.kind, "'mlp' beside fit.copied")
+    if held.centred is not None:
+        yield refused(
+            "representation.centred", held.centred, "it must be left out beside fit.copied"
+        )
+    if not recipe.fit.regression_steps:
+        yield refused("fit.regression_steps", 0, "1 or more beside fit.copied")
 
 
 def _wrong_charts(charts: Sequence[ChartSection], fit: FitSection) -> Iterator[str]:

@@ -6,33 +6,32 @@ Every random choice of a step follows from (seed, step). Knows neither networks'
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from neumeta.compute import COMPUTE
 from neumeta.coordinates import Along, Coordinates, coordinates
-from neumeta.graph import DEPTHS, Graph
 from neumeta.manifold import Manifold
-from neumeta.operations import WEIGHTED
 from neumeta.program import Program
 from neumeta.representation.mlp import ResidualMLP, _Mlp
 from neumeta.representation.wrappers import Anchored, Centred
 from neumeta.sample import seed_of
 from neumeta.sites import made, sites
-from neumeta.space import Architecture
 from training import state as states
+from training.copied import Copied, power
 from training.data import Data
-from training.divergence import check_step, gradient_norm
+from training.divergence import check_step, check_tensors, gradient_norm
 from training.recipe import Recipe
 from training.sizes import choose
 from training.source import one_cycle
-from training.statistics import raw, training_images
+from training.statistics import training_images
 
 Tensors = Mapping[str, Tensor]
 """Tensors of the graph by name: those of the smoothed source, or generated ones."""
@@ -43,8 +42,9 @@ IMAGES = 256
 """How many training images say what a filter's inputs are on average."""
 WARM = 0.1
 SAVE_EVERY = 500
-"""Steps; so are LOG_EVERY."""
+"""Steps between two states on disk."""
 LOG_EVERY = 20
+"""Steps between two errors in the log."""
 
 
 @torch.no_grad()
@@ -86,29 +86,30 @@ def initialise(
     goal: Tensors,
     recipe: Recipe,
     log: Callable[[str, float, int], None],
-    copied: Manifold | None = None,
+    copied: Copied | None = None,
     *,
     state: Path | None = None,
     resume: bool = False,
-) -> float:
+    deadline: float = math.inf,
+) -> float | None:
     """Let the representation take the `goal`, which `targets` made of the `source`, or regress it on
     that: on ROWS random rows of every tensor in each step, with the noise of Algorithm 2. With a
-    manifold that is `copied`, on what that one makes at random sizes. The file `state` is written every
-    SAVE_EVERY steps; with `resume` the regression goes on from it.
+    manifold that is `copied`, on what that one makes at the sizes that training draws. The file `state`
+    is written every SAVE_EVERY steps and at the `deadline` (time.monotonic); with `resume` the
+    regression goes on from it.
 
     Returns the relative error at the source's size: the mean over tensors of ||w - goal||^2 /
-    ||goal||^2. Raises Diverged.
+    ||goal||^2; None if the time was up before. Raises Diverged.
     """
     space, model = manifold.space, manifold.representation
     own = sites(space, space.full)
-    filled = [not copied and model.fill(site, goal[name]) for name, site in own.items()]
+    filled = [model.fill(site, goal[name]) for name, site in own.items()]
     for each in model.modules():
         if isinstance(each, Anchored):  # which holds the source as it is
             for name, site in own.items():
                 each.source.fill(site, source[name].half())
-    if not all(filled):
-        _regress(manifold, goal, recipe, log, copied, state, resume)
-    return error(manifold, goal)
+    done = all(filled) or _regress(manifold, goal, recipe, log, copied, state, resume, deadline)
+    return error(manifold, goal) if done else None
 
 
 def _regress(
@@ -116,34 +117,37 @@ def _regress(
     goal: Tensors,
     recipe: Recipe,
     log: Callable[[str, float, int], None],
-    copied: Manifold | None,
+    copied: Copied | None,
     state: Path | None,
     resume: bool,
-) -> None:
+    deadline: float,
+) -> bool:
+    """Whether all steps were done."""
     model, steps = manifold.representation, recipe.fit.regression_steps
     space = manifold.space
-    own = sites(space, space.full)
-    ends = [goal]
-    if copied:
-        ends += [copies(copied, space.architecture(width), goal) for width in space.width]
+    ends = (space.full, *map(space.architecture, space.width)) if copied else (space.full,)
+    values: dict[str, list[Tensor]] = {}
+    for size in dict.fromkeys(ends):
+        wanted = copied.at(size) if copied else goal
+        for name, site in sites(space, size).items():
+            values.setdefault(site.role, []).append(wanted[name].flatten() / site.gain)
     networks: list[_Mlp] = []
     for each in model.modules():
         if isinstance(each, ResidualMLP):
             scales = each.get_buffer("scales")
             for role, index in each.order.items():
-                names = [name for name, site in own.items() if site.role == role]
-                values = [end[name].flatten() for name in names for end in ends]
-                scales[index] = torch.cat(values).square().mean().sqrt().clamp(min=1e-3)
+                scales[index] = torch.cat(values[role]).square().mean().sqrt().clamp(min=1e-3)
         if isinstance(each, _Mlp):
             networks.append(each)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(trained, recipe.fit.regression_lr)
     start = 0
     if state and resume and state.exists():
-        with states.loaded(state, manifold.device) as held:
-            model.load_state_dict(held["model"])
-            optimiser.load_state_dict(held["optimiser"])
-            start = held["step"]
+        with states.loaded(state, manifold.device) as kept:
+            check_tensors(str(state), kept["model"])
+            model.load_state_dict(kept["model"])
+            optimiser.load_state_dict(kept["optimiser"])
+            start = kept["step"]
     bar = tqdm(range(start, steps), desc="regression", initial=start, total=steps, mininterval=2)
     for step in bar:
         rate = recipe.fit.regression_lr * one_cycle(step, steps, WARM)
@@ -152,7 +156,7 @@ def _regress(
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"regression/{step}"))
         errors = []
         for size in choose(recipe, space, generator) if copied else (space.full,):
-            wanted = copies(copied, size, goal) if copied else goal
+            wanted = copied.at(size) if copied else goal
             for name, site in sites(space, size).items():
                 rows = torch.randperm(site.rows.count, generator=generator)[:ROWS]
                 noise = recipe.representation.noise
@@ -161,7 +165,7 @@ def _regress(
                 free = replace(site, distance=math.inf)
                 weights = model(free, _some(at, rows).to(manifold.device))
                 missed = weights[0] * site.gain - wanted[name][rows].reshape(weights.shape[1:])
-                errors.append(missed.square().mean() / _power(wanted[name]))
+                errors.append(missed.square().mean() / power(wanted[name]))
         loss = torch.stack(errors).mean()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -177,41 +181,29 @@ def _regress(
         if step % LOG_EVERY == 0:
             bar.set_postfix(error=f"{loss.item():.4f}")
             log("regression/error", loss.item(), step)
-        if state and (step + 1) % SAVE_EVERY == 0:
-            held = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            states.save(held | {"step": step + 1}, state)
+        late = _late(deadline, manifold.device) and step + 1 < steps
+        if state and (late or (step + 1) % SAVE_EVERY == 0):
+            check_tensors(where, model.state_dict())
+            if _rank() == 0:
+                held = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+                states.save(held | {"step": step + 1}, state)
+        if late:
+            return False
+    return True
 
 
-def _power(tensor: Tensor) -> Tensor:
-    return tensor.square().mean().clamp(min=1e-6)
+def _late(deadline: float, device: torch.device) -> bool:
+    """Whether the time is up by the first process's clock, for all of them alike."""
+    late = time.monotonic() > deadline
+    if math.isfinite(deadline) and dist.is_initialized():
+        told = torch.tensor(float(late), device=device)
+        dist.broadcast(told, 0)
+        late = bool(told)
+    return late
 
 
-def copies(copied: Manifold, size: Architecture, goal: Tensors) -> Tensors:
-    """What another manifold makes at this size, and the `goal` at the source's. A weight whose scale is
-    nothing to the network has the mean square that it has in the goal."""
-    size = replace(size, depth=size.depth or copied.space.depth)
-    if size == copied.space.full:
-        return goal
-    made = {name: value.to(goal[name].device) for name, value in raw(copied, size).items()}
-    for name in free_scales(copied.space.graph_of(size)):
-        made[name] *= (_power(goal[name]) / _power(made[name])).sqrt()
-    return made
-
-
-@lru_cache(maxsize=DEPTHS)
-def free_scales(graph: Graph) -> frozenset[str]:
-    """The weights of layers without a bias whose values a batch norm alone reads: at any scale they
-    make the same network."""
-    readers: dict[str, list[str]] = {}
-    for node in graph.nodes:
-        for value in node.inputs:
-            readers.setdefault(value, []).append(node.op)
-    return frozenset(
-        node.tensors["weight"]
-        for node in graph.nodes
-        if node.op in WEIGHTED and {*node.tensors} == {"weight"}
-        if readers.get(node.name) == ["batch_norm"]
-    )
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _some(at: Coordinates, rows: Tensor) -> Coordinates:

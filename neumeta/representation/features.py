@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neumeta.coordinates import Span, whole
+from neumeta.coordinates import Along, Span, whole
 
 
 def fourier_features(
@@ -51,8 +51,17 @@ def whole_features(
     scale: int,
     num_freq: int,
     blur: tuple[float, ...],
+    at_source: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Float[Tensor, "1 C F"]:
-    """gamma of an axis without noise: the layers that share the axis share it too."""
-    return fourier_features(whole(span, scale, dtype).pairs.to(device), num_freq, blur)
+    """gamma of an axis without noise, nested or not: the layers that share the axis share it too."""
+    axis = whole(span, scale, dtype)
+    pairs = nested(axis) if at_source else axis.pairs
+    return fourier_features(pairs.to(device), num_freq, blur)
+
+
+def nested(axis: Along) -> Float[Tensor, "S C 2"]:
+    """An axis's pairs with every channel at its place along the source's axis."""
+    place = (axis.index + 0.5) / axis.span.full
+    return torch.stack((place, axis.pairs[..., 1]), -1)

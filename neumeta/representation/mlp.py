@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neumeta.coordinates import Along, Coordinates, Site
 from neumeta.representation.base import Representation, module_key
-from neumeta.representation.features import fourier_features, whole_features
+from neumeta.representation.features import fourier_features, nested, whole_features
 
 BLOCK = 1 << 19
 """Values of a hidden layer made together, 2 MB: 1,024 coordinate vectors at 512 units. They and the
@@ -77,23 +77,18 @@ class _Mlp(nn.Module):
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.autocast):
             for hidden, scale in zip(self.hidden, self.scale, strict=False):
                 h = h + scale * torch.relu(hidden(h)) if self.residual else torch.relu(hidden(h))
-            made: Tensor = self.last(h)
-        return made.to(inputs.dtype)
+        return self.last(h.to(inputs.dtype))  # type: ignore[no-any-return]
 
     def _along(self, axis: Along, at: Coordinates) -> Float[Tensor, "S C F"]:
         """gamma along one axis of channels."""
         blur: tuple[float, ...] = ()
         if self.blur and axis.span.morphs:
             blur = (self.blur / axis.span.full, self.blur / at.scale)
-        if self.nested:
-            place = (axis.index + 0.5) / axis.span.full
-            pairs = torch.stack((place, axis.pairs[..., 1]), -1)
-            return fourier_features(pairs, self.num_freq, blur)
+        pairs = axis.pairs
         if at.exact:
-            pairs = axis.pairs
-            key = (axis.span, at.scale, self.num_freq, blur, pairs.dtype, pairs.device)
+            key = (axis.span, at.scale, self.num_freq, blur, self.nested, pairs.dtype, pairs.device)
             return whole_features(*key).expand(len(pairs), -1, -1)
-        return fourier_features(axis.pairs, self.num_freq, blur)
+        return fourier_features(nested(axis) if self.nested else pairs, self.num_freq, blur)
 
     def _blocked(
         self, inputs: Float[Tensor, "S I H"], outputs: Float[Tensor, "S O H"]
@@ -138,11 +133,12 @@ class ResidualMLP(Representation):
     layer, four hidden residual ones, and the last one. `blur` weights the waves of axes that morph by
     what noise of so many channels leaves of them: those that it wipes out would be noise alone. With
     `nested` a channel of a smaller size lies where the source's channel of that number does, not spread
-    over the whole axis: the source's first channels, as a grid has them. The
-    coordinates of size have no effect before training at several sizes gives them one.
+    over the whole axis: the source's first channels, as a grid has them (beyond the source's there are
+    only copies of its last). The coordinates of size have no effect before training at several sizes
+    gives them one.
 
-    The output is scaled by `scales`, the root mean square of the source tensor of each role, so
-    that the MLP itself works at unit scale.
+    The output is scaled by `scales`, the root mean square of what the regression aims at for each role,
+    so that the MLP itself works at unit scale.
     """
 
     def __init__(
