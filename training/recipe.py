@@ -186,10 +186,9 @@ class FitSection(_Section):
     of the training images as shares of the full ones, each for an equal part of the steps, e.g. [0.5,
     0.75, 1.0]: most of what a network learns it learns from small images, at a third of the cost.
     `teacher_views`: the source's outputs computed once for this many augmented passes, of whole images
-    (0: the source runs in every step). `bfloat16`: the sampled networks, and the hidden
-    layers of an mlp, run in sixteen bits (torch.autocast), weights, losses and the optimiser stay in
-    float32; worth it where the processor
-    has instructions for that.
+    (0: the source runs in every step). `bfloat16`: the sampled networks, and the hidden layers of an
+    mlp, run in sixteen bits (torch.autocast), weights, losses and the optimiser stay in float32; worth
+    it where the processor has instructions for that.
     """
 
     morph: tuple[str, ...] = ("*",)
