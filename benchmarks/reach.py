@@ -122,11 +122,14 @@ def report(results: Path, figures: Path) -> None:
         heads = [f"{name}, {pixels}" for name in manifolds for pixels in ("raw", "JPEG")]
         print(f"\n| channels | depth | {' | '.join(heads)} | individual, raw | epochs |")
         print("|---|---|" + "---:|" * (len(heads) + 2))
-        first = next(iter(manifolds.values()))
+        first = max(manifolds.values(), key=lambda held: len(held["rows"]))
         for row in of_kind(first, kind):
-            key = f"{'.'.join(map(str, row['depth']))}/{'.'.join(map(str, row['channels']))}"
+            channels = ".".join(map(str, row["channels"]))
+            keys = [f"{'.'.join(map(str, row['depth']))}/{channels}"]
+            if kind == "width":
+                keys.append(f"/{channels}")  # of a manifold that has the source's depth alone
             cells = [
-                _told(held["rows"].get(key, {}).get(pixels))
+                _told(next((held["rows"][k] for k in keys if k in held["rows"]), {}).get(pixels))
                 for held in manifolds.values()
                 for pixels in ("raw", "jpeg")
             ]

@@ -24,8 +24,9 @@ from neumeta.manifold import Manifold
 from neumeta.representation import Expanded
 from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
-from training import charts, cli, data, fit, given, networks, pipeline, recipe, source
+from training import charts, cli, data, fit, given, networks, pipeline, recipe, source, statistics
 from training.copied import Copied
+from training.task import TASKS
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -295,6 +296,60 @@ def test_a_manifold_that_does_not_fit_is_not_copied(
     code, lines = run(text=COPY.replace(old, new), folder="new")
     assert code == 2 and any(re.search(told, line) for line in lines), lines
     assert not (place / "new").exists()
+
+
+def test_of_a_manifold_of_many_depths_the_sources_own_is_copied(tmp_path: Path) -> None:
+    """And a recipe that folds batch norms away is told so."""
+    torch.manual_seed(0)
+    net = networks.resnet_cifar((2, 2, 2), 10, (4, 6, 8))
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(40) % 10
+    told = tuple("abcdefghij")
+    third = [0.5, 0.5, 0.5]
+    loaded = data.Dataset("x", images, labels, images, labels, told, third, third, False, 0)
+    grid: dict[str, Any] = {
+        "name": "x",
+        "title": "x",
+        "network": {"network": "python:ResNet"},
+        "data": {"name": "x", "calibration": 8},
+        "fit": {"width": [0.5, 1.0], "blocks": [1, 3], "epochs": 0.1, "batch": 20},
+    }
+    first = recipe.parse(grid | {"data": {"path": "x"}}, "morph")
+    made = pipeline.run(first, loaded, tmp_path, tmp_path / "a", tmp_path / "m", module=net)
+    assert made is not None
+    copy = {
+        **grid,
+        "data": {"path": "x"},
+        "representation": {
+            "kind": "mlp",
+            "options": {"layers": 2, "hidden": 8, "num_freq": 3, "nested": True},
+        },
+        "fit": {
+            "width": [0.5, 1.0],
+            "copied": "m",
+            "regression_steps": 2,
+            "epochs": 0.1,
+            "batch": 20,
+            "folded": False,
+        },
+    }
+    asked = recipe.parse(copy, "morph")
+    found = pipeline.check(asked, loaded, tmp_path, tmp_path / "b", net)
+    covered = pipeline.space(asked, found.graph)
+    manifold, smoothed, model = given.copied(asked, loaded, covered, tmp_path)
+    assert not covered.graph.stages and model.space.blocks == (1, 3)
+    example = Copied(model, covered, smoothed).at(covered.architecture(0.5))
+    theirs = statistics.raw(model, model.space.architecture(0.5))
+    linear = "linear.weight"
+    assert example.keys() == theirs.keys() and torch.equal(example[linear], theirs[linear])
+    with pytest.raises(ValueError, match="fit.copied: 'm', and no manifold was given"):
+        fit.fit(manifold, smoothed, loaded, TASKS["classification"], asked, tmp_path / "b")
+    with pytest.raises(recipe.BadRecipe, match="fit.folded: True .* with its batch norms"):
+        folded = asked.changed(fit={"folded": True})
+        pipeline.check(folded, loaded, tmp_path, tmp_path / "b", net)
+    with pytest.raises(recipe.BadRecipe, match=r"fit.blocks: \[1, 4\] .*trained on 1 to 3"):
+        deeper = asked.changed(fit={"blocks": (1, 4)})
+        pipeline.check(deeper, loaded, tmp_path, tmp_path / "b", net)
 
 
 def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: Path) -> None:

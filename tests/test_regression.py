@@ -267,8 +267,20 @@ def test_a_scale_that_something_else_reads_is_not_free() -> None:
     assert free_scales(traced("plain")[1]) == set()  # which has no batch norm
 
 
+def test_at_the_sources_size_a_copy_is_the_source() -> None:
+    """Blocks of a stage, which share a role, may be of different scales."""
+    manifold = random_grid("resnet", (1, 5))
+    space = manifold.space
+    goal = raw(manifold, space.full)
+    for name in free_scales(space.graph):
+        goal[name] = goal[name] * (1 + len(name) % 3 + int("1." in name))
+    found = Copied(manifold, space, goal).at(space.full)
+    for name, value in goal.items():
+        torch.testing.assert_close(found[name], value)
+
+
 def test_depths_are_copied_with_every_blocks_step() -> None:
-    """Three of the source's two blocks are smaller steps: the representation, whose output is times the
+    """More blocks than the source's are smaller steps: the representation, whose output is times the
     step, makes weights of the size that it makes at the source's depth."""
     manifold = random_grid("resnet", (1, 5))
     space = manifold.space
@@ -282,7 +294,7 @@ def test_depths_are_copied_with_every_blocks_step() -> None:
         assert (found[name] / steps[name].gain).square().mean().item() == pytest.approx(1, rel=0.3)
 
 
-def test_of_a_manifold_of_many_axes_some_can_be_copied() -> None:
+def test_what_does_not_morph_is_not_copied() -> None:
     manifold = random_grid("concatenated")
     graph = manifold.space.graph.morphing(("conv1",), depth=False)
     space = Space("some", graph, (0.5, 1.0))
@@ -290,7 +302,8 @@ def test_of_a_manifold_of_many_axes_some_can_be_copied() -> None:
     found = Copied(replace(manifold, space=Space("x", graph, (0.25, 1.0))), space, goal)
     size = space.architecture(0.5)
     assert found.at(size).keys() == sites(space, size).keys() < manifold.space.graph.tensors.keys()
-    assert found.at(size) is found.at(size)
+    again = found.at(size)
+    assert all(again[name] is value for name, value in found.at(size).items())
 
 
 def test_a_regression_that_was_killed_goes_on_to_the_same_result(

@@ -245,9 +245,8 @@ def test_a_step_follows_all_of_its_losses_with_the_weights_that_the_recipe_gives
         gradients.update({n: p.grad.clone() for n, p in model.named_parameters()})  # type: ignore[union-attr]
         return False
 
-    def begun(
-        *_: Any, **__: Any
-    ) -> float:  # away from the source, where reconstruction would not pull
+    def begun(*_: Any, **__: Any) -> float:
+        # Away from the source, where reconstruction would not pull.
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         return float("inf")

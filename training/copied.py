@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -15,33 +16,36 @@ from neumeta.sites import sites
 from neumeta.space import Architecture, Space
 
 MOST_KEPT = 64
-"""Sizes whose tensors stay in memory: a recipe's pool of widths repeats them."""
+"""Sizes whose tensors stay in memory, those that were asked for last: a recipe's pool of widths repeats
+them."""
 
 
 class Copied:
     """The tensors that `manifold` makes at the sizes of a `space`, which may morph less of the network.
 
-    A weight whose scale is nothing to the network has at every size the mean square of its role in
-    `goal`, the tensors at the source's size: one training leaves it at another scale than another.
+    A weight whose scale is nothing to the network has the mean square, times its gain, of the `goal`'s
+    tensor at its place, the tensors at the source's size: one training leaves it at another scale than
+    another.
     """
 
     def __init__(self, manifold: Manifold, space: Space, goal: Mapping[str, Tensor]) -> None:
         self.manifold, self.space = manifold, space
-        held: dict[str, list[Tensor]] = {}
-        for name, site in sites(space, space.full).items():
-            held.setdefault(site.role, []).append(goal[name].detach().cpu().flatten())
-        self.powers = {role: power(torch.cat(values)) for role, values in held.items()}
         self.device = next(iter(goal.values())).device
-        self.kept: dict[str, dict[str, Tensor]] = {}
+        self.powers: dict[str, list[tuple[float, Tensor]]] = {}
+        for name, site in sites(space, space.full).items():
+            there = (sum(site.cell), power(goal[name].detach().cpu()))
+            self.powers.setdefault(site.role, []).append(there)
+        self.kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     @torch.no_grad()
     def at(self, size: Architecture) -> dict[str, Tensor]:
-        """The tensors of this size of the space, by name."""
+        """The tensors of this size of the space, by name, where the goal is."""
         if size.key not in self.kept:
-            if len(self.kept) == MOST_KEPT:
-                del self.kept[next(iter(self.kept))]
             self.kept[size.key] = self._made(size)
-        return self.kept[size.key]
+            if len(self.kept) > MOST_KEPT:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(size.key)
+        return {name: made.to(self.device) for name, made in self.kept[size.key].items()}
 
     def _made(self, size: Architecture) -> dict[str, Tensor]:
         manifold = self.manifold
@@ -51,8 +55,10 @@ class Copied:
         for name, site in sites(self.space, size).items():
             made = sample_site(manifold, copies[name], manifold.samples, 0)
             if name in free:
-                made = made * site.gain * (self.powers[site.role] / power(made)).sqrt()
-            found[name] = made.to(self.device)
+                middle = sum(site.cell)  # twice that: of the source's blocks the nearest one counts
+                _, there = min(self.powers[site.role], key=lambda each: abs(each[0] - middle))
+                made = made * site.gain * (there / power(made)).sqrt()
+            found[name] = made
         return found
 
 

@@ -126,7 +126,8 @@ def fit(
     """
     check_tensors("source", source)
     if bool(recipe.fit.copied) != bool(copied):
-        raise ValueError(f"fit.copied: {recipe.fit.copied!r} was not handed over to be copied")
+        there = "no manifold was" if recipe.fit.copied else "a manifold was"
+        raise ValueError(f"fit.copied: {recipe.fit.copied!r}, and {there} given to be copied")
     deadline = time.monotonic() + 60 * max_minutes
     views = views or []
     model, space, device = manifold.representation, manifold.space, manifold.device
@@ -145,28 +146,31 @@ def fit(
             writer.add_scalar(name, value, step)
 
     if resume and state.exists():
-        with states.loaded(state, device) as kept:
+        with states.loaded(state) as kept:  # Adam's counts stay on the CPU
             check_tensors(str(state), {**kept["model"], **kept["average"]})
             model.load_state_dict(kept["model"])
             optimiser.load_state_dict(kept["optimiser"])
-            average, start = kept["average"], kept["step"]
+            average = {name: value.to(device) for name, value in kept["average"].items()}
+            start = kept["step"]
     elif not recipe.fit.start:
-        example = Copied(copied, space, targets) if copied else None
         error = initialise(
             manifold,
             source,
             targets,
             recipe,
             log,
-            example,
+            Copied(copied, space, targets) if copied else None,
             state=run / "regression.pt",
             resume=resume,
             deadline=deadline,
         )
         if error is None:
             return False
+        if world > 1:  # sums on a GPU need not be the same in all processes
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
         average = {name: value.clone() for name, value in model.state_dict().items()}
-        if math.isfinite(error):
+        if math.isfinite(error) and rank == 0:
             tqdm.write(f"the smoothed weights at full size: relative error {error:.4f}")
 
     for each in model.modules():

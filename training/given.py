@@ -74,7 +74,8 @@ def opened(asked: Recipe, loaded: Data, covered: Space, key: str, path: Path) ->
         allowed = f"{path} is of this network {told} its batch norms"
         problems.append(refused("fit.folded", asked.folded, allowed))
     else:
-        allowed = f"{path} is a manifold of another network, or of other axes (fit.morph)"
+        axes = "fit.morph, fit.width, fit.blocks"
+        allowed = f"{path} is a manifold of another network, or of other axes ({axes})"
         problems.append(refused("network.network", asked.network.network, allowed))
     if found.contract.classes != tuple(loaded.classes) or found.contract.task != asked.task:
         allowed = (
@@ -167,8 +168,10 @@ def copied(
     path = files(asked, checkpoints)["fit.copied"]
     found = opened(asked, loaded, covered, "fit.copied", path)
     problems = []
-    for key in ("width", "blocks"):
-        mine, theirs = getattr(covered, key), getattr(found.space, key)
+    deep = found.space.depth
+    own = {"width": covered.width, "blocks": covered.blocks or (deep and (min(deep), max(deep)))}
+    for key, mine in own.items():
+        theirs = getattr(found.space, key)
         if mine and theirs and not theirs[0] <= mine[0] <= mine[1] <= theirs[1]:
             allowed = f"{path} was trained on {theirs[0]:g} to {theirs[1]:g}"
             problems.append(refused(f"fit.{key}", mine, allowed))

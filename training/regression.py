@@ -95,8 +95,8 @@ def initialise(
     """Let the representation take the `goal`, which `targets` made of the `source`, or regress it on
     that: on ROWS random rows of every tensor in each step, with the noise of Algorithm 2. With a
     manifold that is `copied`, on what that one makes at the sizes that training draws. The file `state`
-    is written every SAVE_EVERY steps and at the `deadline` (time.monotonic); with `resume` the
-    regression goes on from it.
+    is written every SAVE_EVERY steps, at the end and at the `deadline` (time.monotonic); with `resume`
+    the regression goes on from it.
 
     Returns the relative error at the source's size: the mean over tensors of ||w - goal||^2 /
     ||goal||^2; None if the time was up before. Raises Diverged.
@@ -143,12 +143,19 @@ def _regress(
     optimiser = torch.optim.Adam(trained, recipe.fit.regression_lr)
     start = 0
     if state and resume and state.exists():
-        with states.loaded(state, manifold.device) as kept:
+        with states.loaded(state) as kept:  # Adam's counts stay on the CPU
             check_tensors(str(state), kept["model"])
             model.load_state_dict(kept["model"])
             optimiser.load_state_dict(kept["optimiser"])
             start = kept["step"]
-    bar = tqdm(range(start, steps), desc="regression", initial=start, total=steps, mininterval=2)
+    bar = tqdm(
+        range(start, steps),
+        desc="regression",
+        initial=start,
+        total=steps,
+        mininterval=2,
+        disable=_rank() > 0,
+    )
     for step in bar:
         rate = recipe.fit.regression_lr * one_cycle(step, steps, WARM)
         for group in optimiser.param_groups:
@@ -181,13 +188,13 @@ def _regress(
         if step % LOG_EVERY == 0:
             bar.set_postfix(error=f"{loss.item():.4f}")
             log("regression/error", loss.item(), step)
-        late = _late(deadline, manifold.device) and step + 1 < steps
-        if state and (late or (step + 1) % SAVE_EVERY == 0):
+        late = _late(deadline, manifold.device)
+        if state and (late or step + 1 == steps or (step + 1) % SAVE_EVERY == 0):
             check_tensors(where, model.state_dict())
             if _rank() == 0:
                 held = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
                 states.save(held | {"step": step + 1}, state)
-        if late:
+        if late and step + 1 < steps:
             return False
     return True
 

@@ -51,13 +51,13 @@ def whole_features(
     scale: int,
     num_freq: int,
     blur: tuple[float, ...],
-    at_source: bool,
+    is_nested: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Float[Tensor, "1 C F"]:
     """gamma of an axis without noise, nested or not: the layers that share the axis share it too."""
     axis = whole(span, scale, dtype)
-    pairs = nested(axis) if at_source else axis.pairs
+    pairs = nested(axis) if is_nested else axis.pairs
     return fourier_features(pairs.to(device), num_freq, blur)
 
 
