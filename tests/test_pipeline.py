@@ -192,14 +192,11 @@ AGAIN = (
 )
 
 
-def test_a_run_goes_on_from_a_manifold_in_place_of_a_source(run: Run, place: Path) -> None:
-    assert run(text=AGAIN, folder="again") == (0, [])
+def of_the_first_run(place: Path, folder: str) -> tuple[Manifold, Manifold]:
+    """The first run's manifold, and that of the run in `folder`, whose source it stands for."""
     before, after = (
-        checkpoint.read(place / folder / "manifold.safetensors") for folder in ("run", "again")
+        checkpoint.read(place / each / "manifold.safetensors") for each in ("run", folder)
     )
-    old, new = (dict(sample(each, each.space.architecture(0.5))) for each in (before, after))
-    for name, value in old.items():  # at this learning rate nothing moves
-        torch.testing.assert_close(new[name], value, atol=1e-6, rtol=0)
     assert after.about["permutation"] == before.about["permutation"]
     (row,) = before.about["evaluation"]
     assert after.about["source"] == {
@@ -208,7 +205,23 @@ def test_a_run_goes_on_from_a_manifold_in_place_of_a_source(run: Run, place: Pat
         "score": row["score"],
         "metric": "accuracy",
     }
-    assert not (place / "again" / "source.safetensors").exists()
+    assert not (place / folder / "source.safetensors").exists()
+    return before, after
+
+
+def refused(run: Run, place: Path, text: str, told: str) -> None:
+    """A run of this recipe is not begun, and one line of why matches `told`."""
+    code, lines = run(text=text, folder="new")
+    assert code == 2 and any(re.search(told, line) for line in lines), lines
+    assert not (place / "new").exists()
+
+
+def test_a_run_goes_on_from_a_manifold_in_place_of_a_source(run: Run, place: Path) -> None:
+    assert run(text=AGAIN, folder="again") == (0, [])
+    before, after = of_the_first_run(place, "again")
+    old, new = (dict(sample(each, each.space.architecture(0.5))) for each in (before, after))
+    for name, value in old.items():  # at this learning rate nothing moves
+        torch.testing.assert_close(new[name], value, atol=1e-6, rtol=0)
     # Another manifold of that name is another beginning.
     shutil.copy(place / "again" / "manifold.safetensors", place / "run" / "manifold.safetensors")
     code, (line,) = run("--resume", text=AGAIN, folder="again")
@@ -228,9 +241,7 @@ def test_a_run_goes_on_from_a_manifold_in_place_of_a_source(run: Run, place: Pat
 def test_a_manifold_that_does_not_fit_is_no_start(
     run: Run, place: Path, old: str, new: str, told: str
 ) -> None:
-    code, lines = run(text=AGAIN.replace(old, new), folder="new")
-    assert code == 2 and any(re.search(told, line) for line in lines), lines
-    assert not (place / "new").exists()
+    refused(run, place, AGAIN.replace(old, new), told)
 
 
 COPY = (
@@ -263,19 +274,8 @@ def test_a_run_copies_a_manifold_of_another_representation(
     assert run("--resume", text=COPY, folder="copy") == (0, [])
     (copied,) = asked
     assert isinstance(copied, Copied) and copied.manifold.kind == "grid"
-    before, after = (
-        checkpoint.read(place / folder / "manifold.safetensors") for folder in ("run", "copy")
-    )
+    before, after = of_the_first_run(place, "copy")
     assert after.kind == "mlp" and after.options["nested"]
-    assert after.about["permutation"] == before.about["permutation"]
-    (row,) = before.about["evaluation"]
-    assert after.about["source"] == {
-        "kind": "manifold",
-        "file": "run/manifold.safetensors",
-        "score": row["score"],
-        "metric": "accuracy",
-    }
-    assert not (place / "copy" / "source.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,7 @@ def test_a_run_copies_a_manifold_of_another_representation(
 def test_a_manifold_that_does_not_fit_is_not_copied(
     run: Run, place: Path, old: str, new: str, told: str
 ) -> None:
-    code, lines = run(text=COPY.replace(old, new), folder="new")
-    assert code == 2 and any(re.search(told, line) for line in lines), lines
-    assert not (place / "new").exists()
+    refused(run, place, COPY.replace(old, new), told)
 
 
 def test_of_a_manifold_of_many_depths_the_sources_own_is_copied(tmp_path: Path) -> None:
@@ -305,21 +303,20 @@ def test_of_a_manifold_of_many_depths_the_sources_own_is_copied(tmp_path: Path) 
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
     labels = torch.arange(40) % 10
     told = tuple("abcdefghij")
-    third = [0.5, 0.5, 0.5]
-    loaded = data.Dataset("x", images, labels, images, labels, told, third, third, False, 0)
+    half = [0.5, 0.5, 0.5]
+    loaded = data.Dataset("x", images, labels, images, labels, told, half, half, False, 0)
     grid: dict[str, Any] = {
         "name": "x",
         "title": "x",
         "network": {"network": "python:ResNet"},
-        "data": {"name": "x", "calibration": 8},
+        "data": {"path": "x"},
         "fit": {"width": [0.5, 1.0], "blocks": [1, 3], "epochs": 0.1, "batch": 20},
     }
-    first = recipe.parse(grid | {"data": {"path": "x"}}, "morph")
+    first = recipe.parse(grid, "morph")
     made = pipeline.run(first, loaded, tmp_path, tmp_path / "a", tmp_path / "m", module=net)
     assert made is not None
     copy = {
         **grid,
-        "data": {"path": "x"},
         "representation": {
             "kind": "mlp",
             "options": {"layers": 2, "hidden": 8, "num_freq": 3, "nested": True},

@@ -28,7 +28,7 @@ from neumeta.representation.wrappers import Anchored, Corrected
 from neumeta.sample import seed_of
 from neumeta.sites import sites
 from neumeta.space import Architecture
-from training import frozen, regression
+from training import frozen, processes, regression
 from training import state as states
 from training.copied import Copied
 from training.data import Data, Dataset
@@ -133,7 +133,7 @@ def fit(
     model, space, device = manifold.representation, manifold.space, manifold.device
     source = {name: value.to(device) for name, value in source.items()}
     targets = regression.targets(manifold, source, data, recipe.seed)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes.rank(), processes.world()
     per_epoch = max(1, len(data) // recipe.fit.batch)
     steps = max(1, round(recipe.fit.epochs * per_epoch))
     optimiser = _optimiser(model, recipe)

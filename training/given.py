@@ -67,13 +67,12 @@ def opened(asked: Recipe, loaded: Data, covered: Space, key: str, path: Path) ->
     if key == "fit.copied" and not covered.graph.stages:
         # Of a manifold of many depths the source's own can be copied alone.
         graph = graph.morphing(tuple(graph.axes), depth=False)
-    if pack(graph) == pack(covered.graph):
-        pass
-    elif pack(graph.folded) == pack(covered.graph.folded):
+    same = pack(graph) == pack(covered.graph)
+    if not same and pack(graph.folded) == pack(covered.graph.folded):
         told = "with" if pack(graph) != pack(graph.folded) else "without"
         allowed = f"{path} is of this network {told} its batch norms"
         problems.append(refused("fit.folded", asked.folded, allowed))
-    else:
+    elif not same:
         axes = "fit.morph, fit.width, fit.blocks"
         allowed = f"{path} is a manifold of another network, or of other axes ({axes})"
         problems.append(refused("network.network", asked.network.network, allowed))

@@ -38,6 +38,7 @@ from training import (
     statistics,
 )
 from training.divergence import check_tensors
+from training.processes import rank, world
 from training.recipe import BadRecipe, Recipe, parse, refused
 from training.resolution import shrunk
 from training.task import TASKS
@@ -227,8 +228,8 @@ def _misfits(asked: Recipe, loaded: data.Data) -> Iterator[str]:
         yield refused("fit.batch", asked.fit.batch, allowed)
     if asked.network.train and asked.network.train.batch > count:
         yield refused("network.train.batch", asked.network.train.batch, allowed)
-    if asked.fit.batch < _world():
-        allowed = f"at least one image for each of {_world()} processes"
+    if asked.fit.batch < world():
+        allowed = f"at least one image for each of {world()} processes"
         yield refused("fit.batch", asked.fit.batch, allowed)
 
 
@@ -330,7 +331,7 @@ def trained_source(
     Of several processes the first trains it, and the others wait for its file.
     """
     held = run / "source.safetensors"
-    if not held.exists() and _rank() == 0:
+    if not held.exists() and rank() == 0:
         if asked.network.weights:
             source.fill(module, source.weights_file(asked, checkpoints))
         if asked.network.train:
@@ -421,7 +422,7 @@ def run(
     divergence), OSError, and Stopped after `max_minutes`.
     """
     found = check(asked, loaded, checkpoints, folder, module)
-    if _rank() == 0:
+    if rank() == 0:
         weights = given.digest(asked, checkpoints) or source.weights_digest(
             asked, checkpoints, module
         )
@@ -430,7 +431,7 @@ def run(
         dist.barrier()
     task = TASKS[asked.task]
     if asked.charts:
-        if _rank() > 0:
+        if rank() > 0:
             return None
         made = given.joined(asked, loaded, space(asked, found.graph), checkpoints)
         full = made.space.full
@@ -448,9 +449,9 @@ def run(
     else:
         own = trained_source(asked, loaded, found.module, checkpoints, folder)
         manifold, smoothed = prepare(asked, loaded, found.graph, own)
-    before = source.score(own, loaded, task) if _rank() == 0 else 0.0
+    before = source.score(own, loaded, task) if rank() == 0 else 0.0
     if torch.cuda.is_available():
-        manifold.representation.to(f"cuda:{_rank() % torch.cuda.device_count()}")
+        manifold.representation.to(f"cuda:{rank() % torch.cuda.device_count()}")
     done = fit.fit(
         manifold,
         smoothed,
@@ -464,7 +465,7 @@ def run(
     )
     if not done:
         raise Stopped
-    if _rank() > 0:
+    if rank() > 0:
         return None
     manifold.representation.cpu()
     return _finish(asked, loaded, manifold, smoothed, before, folder, out)
@@ -537,11 +538,3 @@ def _images(asked: Recipe) -> str:
 
 def _tested(loaded: data.Data) -> int:
     return len(loaded.test_images if isinstance(loaded, data.Dataset) else loaded.test)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

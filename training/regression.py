@@ -28,6 +28,7 @@ from training import state as states
 from training.copied import Copied, power
 from training.data import Data
 from training.divergence import check_step, check_tensors, gradient_norm
+from training.processes import rank, world
 from training.recipe import Recipe
 from training.sizes import choose
 from training.source import one_cycle
@@ -125,10 +126,11 @@ def _regress(
     """Whether all steps were done."""
     model, steps = manifold.representation, recipe.fit.regression_steps
     space = manifold.space
+    wanted_at = copied.at if copied else lambda size: goal
     ends = (space.full, *map(space.architecture, space.width)) if copied else (space.full,)
     values: dict[str, list[Tensor]] = {}
     for size in dict.fromkeys(ends):
-        wanted = copied.at(size) if copied else goal
+        wanted = wanted_at(size)
         for name, site in sites(space, size).items():
             values.setdefault(site.role, []).append(wanted[name].flatten() / site.gain)
     networks: list[_Mlp] = []
@@ -154,7 +156,7 @@ def _regress(
         initial=start,
         total=steps,
         mininterval=2,
-        disable=_rank() > 0,
+        disable=rank() > 0,
     )
     for step in bar:
         rate = recipe.fit.regression_lr * one_cycle(step, steps, WARM)
@@ -163,7 +165,7 @@ def _regress(
         generator = torch.Generator().manual_seed(seed_of(recipe.seed, f"regression/{step}"))
         errors = []
         for size in choose(recipe, space, generator) if copied else (space.full,):
-            wanted = copied.at(size) if copied else goal
+            wanted = wanted_at(size)
             for name, site in sites(space, size).items():
                 rows = torch.randperm(site.rows.count, generator=generator)[:ROWS]
                 noise = recipe.representation.noise
@@ -191,7 +193,7 @@ def _regress(
         late = _late(deadline, manifold.device)
         if state and (late or step + 1 == steps or (step + 1) % SAVE_EVERY == 0):
             check_tensors(where, model.state_dict())
-            if _rank() == 0:
+            if rank() == 0:
                 held = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
                 states.save(held | {"step": step + 1}, state)
         if late and step + 1 < steps:
@@ -202,15 +204,11 @@ def _regress(
 def _late(deadline: float, device: torch.device) -> bool:
     """Whether the time is up by the first process's clock, for all of them alike."""
     late = time.monotonic() > deadline
-    if math.isfinite(deadline) and dist.is_initialized():
+    if math.isfinite(deadline) and world() > 1:
         told = torch.tensor(float(late), device=device)
         dist.broadcast(told, 0)
         late = bool(told)
     return late
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _some(at: Coordinates, rows: Tensor) -> Coordinates:
