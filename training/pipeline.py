@@ -30,6 +30,7 @@ from training import (
     evaluate,
     fit,
     given,
+    imitation,
     modules,
     networks,
     order,
@@ -163,6 +164,9 @@ def space(asked: Recipe, graph: Graph) -> Space:
         ):
             allowed = f"one number for each of {', '.join(stage.name for stage in made.stages)}"
             problems.append(refused(f"network.named.{name}", depth, allowed))
+    if fit_.imitation and not imitation.places(made):
+        allowed = "0: with these fit.morph no value inside has the source's shape at every width"
+        problems.append(refused("fit.imitation", fit_.imitation, allowed))
     if problems:
         raise BadRecipe(asked.file, problems)
     return Space(

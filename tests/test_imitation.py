@@ -1,0 +1,99 @@
+"""Feature imitation: where it is measured, how far apart two networks are, what a step does with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neumeta.program import Program
+from tests.support import runs
+from tests.test_steps import TASK, tiny
+from training import data, fit, imitation, networks, source
+from training.trace import trace
+
+
+def graph(module: nn.Module, morph: tuple[str, ...], side: int = 8) -> Any:
+    found, _ = trace(module, torch.zeros(1, 3, side, side))
+    return found.morphing(morph, depth=False)
+
+
+def test_blocks_are_compared_where_their_hidden_widths_alone_morph() -> None:
+    net = networks.resnet_cifar()
+    assert imitation.places(graph(net, ("layer3.*.conv1",))) == (
+        "layer3.1.conv1", "layer3.2.conv1", "mean", "linear",
+    )  # fmt: skip
+    assert imitation.places(graph(net, ("layer3.2.conv1",))) == ("mean", "linear")
+    # The shortcut reads the same value as the convolution beside it, which counts once.
+    assert imitation.places(graph(net, ("layer2.2.conv1",))) == (
+        "layer3.0.conv1", "layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2", "layer3.2.conv1",
+        "layer3.2.conv2", "mean", "linear",
+    )  # fmt: skip
+    assert imitation.places(graph(net, ("*",))) == ()
+
+
+def test_values_before_the_first_tensor_that_morphs_are_not_compared() -> None:
+    assert imitation.places(graph(networks.lenet(10, channels=3), ("conv2",))) == ("mean", "linear")
+
+
+def test_the_distance_is_a_share_of_what_the_source_makes() -> None:
+    wanted = {"a": torch.tensor([3.0, 4.0]), "b": torch.full((2, 2), 2.0)}
+    found = {"a": torch.tensor([3.0, 2.0]), "b": torch.zeros(2, 2), "c": torch.ones(1)}
+    assert float(imitation.distance(found, wanted)) == pytest.approx((4 / 25 + 1) / 2)
+    assert float(imitation.distance(wanted, wanted)) == 0
+
+
+def test_a_step_pulls_what_the_network_makes_inside_towards_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the loss written out for LeNet, whose last convolution and mean have one shape."""
+    asked = tiny(
+        morph=("conv2",), epochs=0.01, batch=64, distill="source", distill_weight=0.6, imitation=0.8,
+        augment=False, clip=0.0,
+    ).changed(representation={"noise": 0.0})  # fmt: skip
+    digits = data.load("digits")
+    manifold, smoothed = runs.prepared(asked, digits, tmp_path)
+    space, model = manifold.space, manifold.representation
+    small = space.architecture(0.5)
+    gradients: dict[str, torch.Tensor] = {}
+    before: dict[str, torch.Tensor] = {}
+
+    def recorded(model: nn.Module, *_: Any) -> bool:
+        before.update({name: value.clone() for name, value in model.state_dict().items()})
+        gradients.update({n: p.grad.clone() for n, p in model.named_parameters()})  # type: ignore[union-attr]
+        return False
+
+    monkeypatch.setattr(fit, "choose", lambda *_: (small,))
+    monkeypatch.setattr(fit, "_finish", recorded)
+    assert fit.fit(manifold, smoothed, digits, TASK, asked, tmp_path)
+    model.load_state_dict(before)
+    model.zero_grad()
+    ((x, y),) = digits.batches(source.epoch_plan(asked.seed, "fit", len(digits), 64, 0, 1), False)
+
+    def inside(weights: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        maps = F.max_pool2d(
+            F.relu(F.conv2d(x, weights["conv1.weight"], weights["conv1.bias"], padding=1)), 2
+        )
+        maps = F.relu(F.conv2d(maps, weights["conv2.weight"], weights["conv2.bias"], padding=1))
+        maps = F.max_pool2d(maps, 2)
+        maps = F.relu(F.conv2d(maps, weights["conv3.weight"], weights["conv3.bias"], padding=1))
+        mean = maps.mean((2, 3))
+        return maps, mean, F.linear(mean, weights["linear.weight"], weights["linear.bias"])
+
+    weights = fit.generated(manifold, small, 0.0, torch.Generator(), 0.0)
+    wanted, made = inside(smoothed), inside(weights)
+    torch.testing.assert_close(
+        made[2], Program(space.graph_of(small), space.sizes(small)).run(weights, x)
+    )
+    teacher, log = wanted[2].softmax(1), made[2].log_softmax(1)
+    apart = [((a - b) ** 2).sum() / (b**2).sum() for a, b in zip(made[:2], wanted[:2], strict=True)]
+    loss = 0.4 * F.cross_entropy(made[2], y) + 0.6 * (teacher * (teacher.log() - log)).sum(1).mean()
+    loss = loss + 0.8 * (apart[0] + apart[1]) / 2
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert gradients
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
