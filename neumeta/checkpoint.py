@@ -261,8 +261,13 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
     except (ValueError, RuntimeError) as error:
         raise BadCheckpoint(f"{path}: does not fit {space.name}: {error}") from None
     frozen, kept, images = group("frozen"), group("kept"), group("calibration").get("images")
+    statistics = {tensor for node in space.graph.nodes for tensor in sites.moments_of(node)}
+    # Files of version 0.1 hold none: these are measured then, as the others are.
+    unheld = set() if statistics & set(frozen) else statistics
     for name in sites.kept(space.graph):
         if name not in frozen:
+            if name in unheld:
+                continue
             raise BadCheckpoint(f"{path}: tensor frozen.{name} is missing")
         if tuple(frozen[name].shape) != space.graph.shape(name, space.graph.full):
             raise BadCheckpoint(

@@ -18,7 +18,7 @@ from neumeta.coordinates import Site, coordinates
 from neumeta.fold import Moments, folded_node, scale_and_shift
 from neumeta.graph import Node
 from neumeta.manifold import Manifold
-from neumeta.sites import sites
+from neumeta.sites import measured, sites
 from neumeta.space import Architecture
 from neumeta.statistics import measure, unflatten
 
@@ -121,13 +121,9 @@ class _Sampling:
             raise ValueError("the manifold has batch norm but no calibration images")
         x = normalised(self.manifold, images)
         names = {name for node in self.graph.nodes for name in node.tensors.values()}
-        statistics = {
-            node.tensors[key]
-            for node in self.graph.nodes
-            if node.op == "batch_norm"
-            for key in ("mean", "variance")
-        }
-        self.held = {name: self.raw(name) for name in sorted(names - statistics)}
+        # A file of version 0.1 holds no statistics of the norms in front of what morphs.
+        there = {*self.sites, *self.manifold.frozen} - measured(self.graph)
+        self.held = {name: self.raw(name) for name in sorted(names & there)}
         return measure(self.graph, self.sizes, self.held, x)
 
     def folded(self, node: Node) -> dict[str, Tensor]:

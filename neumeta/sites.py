@@ -15,7 +15,7 @@ from neumeta.operations import WEIGHTED
 from neumeta.space import Architecture, Space
 
 STATISTICS = ("mean", "variance")
-"""Roles of tensors that are measured, never made."""
+"""Roles of tensors that are measured or the source's own, never made."""
 POSITIVE = ("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "exp", "softmax")
 """Operations whose values are never negative."""
 POOLING = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "mean")
@@ -110,25 +110,37 @@ def made(graph: Graph) -> tuple[str, ...]:
         if any(any(axes_of(graph.tensors[name])) for name in node.tensors.values())
         for tensor in node.tensors.values()
     }
-    measured = {
-        tensor
-        for node in graph.nodes
-        for key, tensor in node.tensors.items()
-        if node.op == "batch_norm" and key in STATISTICS
-    }
+    statistics = {tensor for node in graph.nodes for tensor in moments_of(node)}
     return tuple(
         name
         for name in graph.tensors
-        if name not in measured and (graph.stages or name in morphing)
+        if name not in statistics and (graph.stages or name in morphing)
     )
+
+
+def moments_of(node: Node) -> tuple[str, ...]:
+    """The tensors that hold a batch norm's mean and variance; none of another operation."""
+    return tuple(node.tensors[key] for key in STATISTICS) if node.op == "batch_norm" else ()
+
+
+@lru_cache(maxsize=DEPTHS)
+def measured(graph: Graph) -> frozenset[str]:
+    """The means and variances that differ by size: those of batch norms that something which morphs
+    comes before. What the others read is what they read in the source, which knows it from all of its
+    own training."""
+    morphing, reached, found = set(made(graph)), set[str](), set[str]()
+    for node in graph.nodes:
+        if morphing & set(node.tensors.values()) or reached & set(node.inputs):
+            reached.add(node.name)
+            found |= set(moments_of(node))
+    return frozenset(found)
 
 
 @lru_cache(maxsize=DEPTHS)
 def kept(graph: Graph) -> tuple[str, ...]:
     """The tensors that are the source's own, whatever the size."""
-    norms = [node for node in graph.nodes if node.op == "batch_norm"]
-    measured = {node.tensors[key] for node in norms for key in STATISTICS}
-    return tuple(name for name in graph.tensors if name not in measured and name not in made(graph))
+    others = {*made(graph), *measured(graph)}
+    return tuple(name for name in graph.tensors if name not in others)
 
 
 @lru_cache(maxsize=DEPTHS)

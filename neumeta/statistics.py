@@ -35,25 +35,29 @@ class Statistics:
 def measure(
     graph: Graph, sizes: Sizes, tensors: Mapping[str, Tensor], x: Float[Tensor, "N C *S"]
 ) -> dict[str, Moments]:
-    """Each batch norm's mean and variance on normalised images, by its node's name.
+    """Each batch norm's mean and variance on normalised images, by its node's name: those that are
+    among the tensors as they are, the others as the images give them.
 
     The variance is the unbiased one, as torch keeps it for inference.
     """
-    found: dict[str, Moments] = {}
     norms = {node.name: node for node in graph.nodes if node.op == "batch_norm"}
-    measured = {node.tensors[key] for node in norms.values() for key in ("mean", "variance")}
-    held = {name: tensor for name, tensor in tensors.items() if name not in measured}
+    found: dict[str, Moments] = {}
+    held = dict(tensors)
 
     def watch(name: str, value: Tensor) -> None:
         if name in norms:
+            own = norms[name].tensors
+            if own["mean"] in tensors:
+                found[name] = (tensors[own["mean"]].float(), tensors[own["variance"]].float())
+                return
             across = [dimension for dimension in range(value.ndim) if dimension != 1]
             variance, mean = torch.var_mean(value, across)
             found[name] = (mean, variance)
             # The step that is about to run normalises by them, and need not measure them again: by the
             # biased variance, as a batch norm does in training.
-            names, count = norms[name].tensors, value.numel() // value.shape[1]
-            held[names["mean"]] = mean
-            held[names["variance"]] = variance * ((count - 1) / count)
+            count = value.numel() // value.shape[1]
+            held[own["mean"]] = mean
+            held[own["variance"]] = variance * ((count - 1) / count)
 
     if x.ndim == 4:  # the layout in which a CPU convolves fastest
         x = x.contiguous(memory_format=torch.channels_last)

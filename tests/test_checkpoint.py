@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from neumeta import checkpoint
+from neumeta import checkpoint, sites
+from neumeta.fold import fold
 from neumeta.manifold import Contract, Manifold, roles
 from neumeta.notation import dump, pack, parse
 from neumeta.representation import build
@@ -182,6 +183,39 @@ def test_a_file_of_the_format_before_is_read(tmp_path: Path) -> None:
     del header["deflated"]
     seal(path, header, tensors)
     assert checkpoint.encode(checkpoint.read(path)) == checkpoint.encode(manifold)
+
+
+def test_batch_norms_in_front_of_what_morphs_keep_their_statistics_in_the_file(
+    tmp_path: Path,
+) -> None:
+    """Files of version 0.1, which hold none, are read: these are measured then."""
+    whole, path = resnet(), tmp_path / "m.safetensors"
+    module, graph = traced("resnet")
+    own, graph = module.state_dict(), graph.morphing(["layer3.2.conv1"], depth=False)
+    space = Space("resnet", graph, (0.5, 1.0))
+    manifold = replace(
+        whole,
+        space=space,
+        representation=build("grid", {}, roles(space)),
+        options={},
+        frozen={name: own[name] for name in sites.kept(graph)},
+        statistics=Statistics(whole.statistics.images),
+    )
+    checkpoint.write(manifold, path)
+    size = space.architecture(0.5)
+    now = dict(sample(checkpoint.read(path), size))
+    source = fold(traced("resnet")[1], own)
+    assert torch.equal(now["conv1.weight"], source["conv1.weight"])
+    assert torch.equal(now["conv1.bias"], source["conv1.bias"])
+    header, tensors = opened(path)
+    statistics = {"frozen.bn1.running_mean", "frozen.bn1.running_var"}
+    assert statistics <= tensors.keys()
+    seal(path, header, {name: value for name, value in tensors.items() if "running" not in name})
+    then = dict(sample(checkpoint.read(path), size))
+    assert not torch.equal(then["conv1.bias"], source["conv1.bias"])
+    seal(path, header, {n: value for n, value in tensors.items() if n != "frozen.bn1.running_var"})
+    with pytest.raises(checkpoint.BadCheckpoint, match=r"frozen.bn1.running_var is missing"):
+        checkpoint.read(path)
 
 
 IMAGES = "calibration.images"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neumeta.manifold import roles
 from neumeta.program import Program
-from neumeta.sites import branch_ends, kept, made, positive, sites
+from neumeta.sites import branch_ends, kept, made, measured, positive, sites
 from neumeta.space import Space
 from tests.support.modules import DEEP, MODULES, traced
 from training.trace import trace
@@ -27,14 +27,18 @@ def space_of(name: str) -> Space:
 @pytest.mark.parametrize("name", ALL)
 def test_every_tensor_is_made_kept_or_measured_and_only_one_of_them(name: str) -> None:
     graph = traced(name)[1]
-    measured = {
-        node.tensors[key]
-        for node in graph.nodes
-        if node.op == "batch_norm"
-        for key in ("mean", "variance")
-    }
-    parts = [*made(graph), *kept(graph), *measured]
+    parts = [*made(graph), *kept(graph), *measured(graph)]
     assert sorted(parts) == sorted(graph.tensors)
+    assert all(graph.owners[tensor].op == "batch_norm" for tensor in measured(graph))
+
+
+def test_batch_norms_in_front_of_all_that_morphs_keep_the_sources_statistics() -> None:
+    graph = traced("resnet")[1].morphing(["layer2.1.conv1"], depth=False)
+    behind = [("layer2.1", 2), ("layer2.2", 2), ("layer3.0", 3), ("layer3.1", 2), ("layer3.2", 2)]
+    assert {name.rpartition(".")[0] for name in measured(graph)} == {
+        f"{block}.bn{k + 1}" for block, norms in behind for k in range(norms)
+    }
+    assert {"bn1.running_mean", "layer2.0.bn2.running_var"} <= set(kept(graph))
 
 
 @pytest.mark.parametrize("name", ALL)

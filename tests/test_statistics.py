@@ -16,13 +16,18 @@ NORMED = [
 ]
 
 
+def unmeasured(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a module without its batch norms' statistics."""
+    return {n: value for n, value in module.state_dict().items() if "running" not in n}
+
+
 @pytest.mark.parametrize("name", NORMED)
 @torch.no_grad()
 def test_measured_moments_are_those_of_torchs_training_pass(name: str) -> None:
     _, graph = traced(name)
     module = seeded((MODULES | DEEP)[name][0])
     x = images_of(name, 12)
-    found = measure(graph, graph.full, module.state_dict(), x)
+    found = measure(graph, graph.full, unmeasured(module), x)
     norms = {
         path: each
         for path, each in module.named_modules()
@@ -41,14 +46,20 @@ def test_measured_moments_are_those_of_torchs_training_pass(name: str) -> None:
         torch.testing.assert_close(variance, norm.running_var, atol=1e-5, rtol=1e-4)
 
 
-def test_measuring_reads_no_statistics_that_are_among_the_tensors() -> None:
+@torch.no_grad()
+def test_statistics_that_are_among_the_tensors_are_not_measured_and_those_behind_see_them() -> None:
     module, graph = traced("resnet")
-    state, x = module.state_dict(), images_of("resnet", 8)
-    without = {name: value for name, value in state.items() if "running" not in name}
-    one, other = (measure(graph, graph.full, held, x) for held in (state, without))
-    assert list(one) == [node.name for node in graph.nodes if node.op == "batch_norm"]
-    for name, pair in one.items():
-        assert torch.equal(pair[0], other[name][0]) and torch.equal(pair[1], other[name][1])
+    state, x = unmeasured(module), images_of("resnet", 8)
+    given = (torch.tensor([0.25, -1.0, 0.5, 0.0]), torch.tensor([1.0, 4.0, 0.5, 2.0]))
+    state |= {"bn1.running_mean": given[0], "bn1.running_var": given[1]}
+    found = measure(graph, graph.full, state, x)
+    assert list(found) == [node.name for node in graph.nodes if node.op == "batch_norm"]
+    assert torch.equal(found["bn1"][0], given[0]) and torch.equal(found["bn1"][1], given[1])
+    stem = torch.nn.functional.conv2d(x, state["conv1.weight"], padding=1)
+    stem = torch.nn.functional.batch_norm(stem, *given, state["bn1.weight"], state["bn1.bias"])
+    read = torch.nn.functional.conv2d(stem.relu(), state["layer1.0.conv1.weight"], padding=1)
+    variance, mean = torch.var_mean(read, (0, 2, 3))
+    torch.testing.assert_close(found["layer1.0.bn1"], (mean, variance), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NORMED)

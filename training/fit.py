@@ -63,7 +63,7 @@ def generated(
 ) -> dict[str, Tensor]:
     """The differentiable tensors of the network at this architecture, by name, and the frozen ones.
 
-    Batch norms get no statistics: a program then takes those of the batch.
+    Batch norms behind what morphs get no statistics: a program then takes those of the batch.
     """
     cells: dict[str, dict[int, tuple[float, float]]] = {}
     if depth_noise:

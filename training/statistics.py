@@ -16,7 +16,7 @@ from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.representation import Anchored
 from neumeta.sample import sample_site, seed_of
-from neumeta.sites import sites
+from neumeta.sites import measured, sites
 from neumeta.space import Architecture
 from neumeta.statistics import Statistics, flatten, measure, unflatten
 from training import data as sets
@@ -39,7 +39,9 @@ def raw(manifold: Manifold, architecture: Architecture) -> dict[str, Tensor]:
     """The tensors of this size before folding, as a request without other wishes gets them."""
     made = sites(manifold.space, architecture)
     drawn = {name: sample_site(manifold, site, manifold.samples, 0) for name, site in made.items()}
-    return {**manifold.frozen, **drawn}
+    differ = measured(manifold.space.graph_of(architecture))
+    own = {name: value for name, value in manifold.frozen.items() if name not in differ}
+    return {**own, **drawn}
 
 
 @torch.no_grad()
@@ -105,12 +107,11 @@ def moments(
     all, in units of the channel; every batch norm counts the same."""
     space = manifold.space
     graph, sizes = space.graph_of(architecture), space.sizes(architecture)
-    norms = {node.name for node in graph.nodes if node.op == "batch_norm"}
-    measured = {
-        node.tensors[key]
+    held = raw(manifold, architecture)
+    norms = {
+        node.name
         for node in graph.nodes
-        if node.op == "batch_norm"
-        for key in ("mean", "variance")
+        if node.op == "batch_norm" and node.tensors["mean"] not in held
     }
     parts: list[Tensor] = []
 
@@ -124,7 +125,6 @@ def moments(
             parts.append((first - mean) / variance.sqrt() * weight)
             parts.append((second - second.mean(0)) / variance * weight)
 
-    held = {n: t for n, t in raw(manifold, architecture).items() if n not in measured}
     Program(graph, sizes).run(held, x, watch=watch)
     return torch.cat(parts, 1)
 
