@@ -32,6 +32,7 @@ from neumeta import checkpoint
 from neumeta.fold import fold
 from neumeta.manifold import Manifold
 from neumeta.sample import sample
+from neumeta.sites import measured
 from neumeta.space import Architecture, Space
 from neumeta.statistics import measure as moments_of
 from training import networks, order, plots, recipe, sizes, source, statistics
@@ -107,9 +108,10 @@ class Bench:
         return score(self.space, architecture, weights, self.data, self.task)
 
     def calibrated(self, architecture: Architecture, tensors: Mapping[str, Tensor]) -> float:
-        """Of tensors with batch norm, whose statistics are measured here."""
+        """Of tensors with batch norm, whose statistics are measured here, whatever is among them."""
         graph, sizes = self.space.graph_of(architecture), self.space.sizes(architecture)
-        moments = moments_of(graph, sizes, tensors, self.calibration)
+        free = {name: value for name, value in tensors.items() if name not in measured(graph)}
+        moments = moments_of(graph, sizes, free, self.calibration)
         return self.score(architecture, fold(graph, tensors, moments))
 
 

@@ -27,7 +27,7 @@ from neumeta.notation import BadGraph, pack, unpack
 from neumeta.representation import build
 from neumeta.shapes import check
 from neumeta.space import MOST_BLOCKS, Architecture, Space
-from neumeta.statistics import Statistics
+from neumeta.statistics import Statistics, given
 
 FORMAT = 3
 """Since 3 a tensor may be deflated; files of format 2, in which none is, are read too."""
@@ -261,18 +261,7 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
     except (ValueError, RuntimeError) as error:
         raise BadCheckpoint(f"{path}: does not fit {space.name}: {error}") from None
     frozen, kept, images = group("frozen"), group("kept"), group("calibration").get("images")
-    statistics = {tensor for node in space.graph.nodes for tensor in sites.moments_of(node)}
-    # Files of version 0.1 hold none: these are measured then, as the others are.
-    unheld = set() if statistics & set(frozen) else statistics
-    for name in sites.kept(space.graph):
-        if name not in frozen:
-            if name in unheld:
-                continue
-            raise BadCheckpoint(f"{path}: tensor frozen.{name} is missing")
-        if tuple(frozen[name].shape) != space.graph.shape(name, space.graph.full):
-            raise BadCheckpoint(
-                f"{path}: tensor frozen.{name} has another shape than its graph says"
-            )
+    _frozen(path, space, frozen)
     if images is None and any(node.op == "batch_norm" for node in space.graph.nodes):
         raise BadCheckpoint(f"{path}: tensor calibration.images is missing: there is batch norm")
     _measured(path, space, kept, images)
@@ -303,6 +292,31 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ma
         Statistics(images, kept),
         header["about"],
     )
+
+
+def _frozen(path: Path, space: Space, frozen: dict[str, Tensor]) -> None:
+    """Raises BadCheckpoint unless these are the tensors that do not morph."""
+    graph = space.graph
+    statistics = {name for node in graph.nodes for name in sites.statistics_names(node)}
+    # Files written before these were kept have none: they are measured then, as the others are.
+    unheld = set() if statistics & set(frozen) else statistics
+    for name in sites.kept(graph):
+        if name in unheld:
+            continue
+        if name not in frozen:
+            raise BadCheckpoint(f"{path}: tensor frozen.{name} is missing")
+        if tuple(frozen[name].shape) != graph.shape(name, graph.full):
+            raise BadCheckpoint(
+                f"{path}: tensor frozen.{name} has another shape than its graph says"
+            )
+    for name in sorted(statistics & set(frozen)):
+        if name in sites.measured(graph):
+            raise BadCheckpoint(f"{path}: tensor frozen.{name} differs by size: it is measured")
+        if frozen[name].dtype != torch.float32:
+            raise BadCheckpoint(f"{path}: tensor frozen.{name} is not of float32")
+    for _, variance in given(graph, frozen).values():
+        if bool((variance < 0).any()):
+            raise BadCheckpoint(f"{path}: a variance among the frozen tensors is negative")
 
 
 def _measured(path: Path, space: Space, kept: dict[str, Tensor], images: Tensor | None) -> None:

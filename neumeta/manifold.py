@@ -39,8 +39,9 @@ class Contract:
 class Manifold:
     """Everything needed to sample weights of any architecture in `space`.
 
-    `frozen` are the source network's tensors outside the morphing scope; `statistics` give each
-    batch norm of the graph its mean and variance. `noise` is a, `samples` the default K, `scale` N.
+    `frozen` are the source network's tensors outside the morphing scope, means and variances of the
+    batch norms in front of it among them; `statistics` give the others theirs. `noise` is a, `samples`
+    the default K, `scale` N.
     `about` is the checkpoint's own account: recipe, source, evaluation table, licence.
     """
 

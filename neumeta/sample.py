@@ -18,9 +18,9 @@ from neumeta.coordinates import Site, coordinates
 from neumeta.fold import Moments, folded_node, scale_and_shift
 from neumeta.graph import Node
 from neumeta.manifold import Manifold
-from neumeta.sites import measured, sites
+from neumeta.sites import sites
 from neumeta.space import Architecture
-from neumeta.statistics import measure, unflatten
+from neumeta.statistics import given, measure, unflatten
 
 PAIRS_AT_ONCE = 1 << 14
 """Working memory: at most this many coordinate vectors (times a layer's width) at once."""
@@ -102,9 +102,9 @@ class _Sampling:
         self.moments: Mapping[str, Moments] = {}
         kept = manifold.statistics.kept.get(architecture.key)
         if any(node.op == "batch_norm" for node in self.graph.nodes):
-            self.moments = (
-                self._measured() if kept is None else unflatten(self.graph, self.sizes, kept)
-            )
+            found = self._measured() if kept is None else unflatten(self.graph, self.sizes, kept)
+            # Those are kept in sixteen bits, and a request for any size shall give one front.
+            self.moments = found | given(self.graph, manifold.frozen)
 
     def raw(self, name: str) -> Tensor:
         """A tensor before folding; kept only where measuring has made it before it is yielded."""
@@ -121,9 +121,8 @@ class _Sampling:
             raise ValueError("the manifold has batch norm but no calibration images")
         x = normalised(self.manifold, images)
         names = {name for node in self.graph.nodes for name in node.tensors.values()}
-        # A file of version 0.1 holds no statistics of the norms in front of what morphs.
-        there = {*self.sites, *self.manifold.frozen} - measured(self.graph)
-        self.held = {name: self.raw(name) for name in sorted(names & there)}
+        there = names & {*self.sites, *self.manifold.frozen}
+        self.held = {name: self.raw(name) for name in sorted(there)}
         return measure(self.graph, self.sizes, self.held, x)
 
     def folded(self, node: Node) -> dict[str, Tensor]:

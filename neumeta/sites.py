@@ -110,7 +110,7 @@ def made(graph: Graph) -> tuple[str, ...]:
         if any(any(axes_of(graph.tensors[name])) for name in node.tensors.values())
         for tensor in node.tensors.values()
     }
-    statistics = {tensor for node in graph.nodes for tensor in moments_of(node)}
+    statistics = {tensor for node in graph.nodes for tensor in statistics_names(node)}
     return tuple(
         name
         for name in graph.tensors
@@ -118,7 +118,7 @@ def made(graph: Graph) -> tuple[str, ...]:
     )
 
 
-def moments_of(node: Node) -> tuple[str, ...]:
+def statistics_names(node: Node) -> tuple[str, ...]:
     """The tensors that hold a batch norm's mean and variance; none of another operation."""
     return tuple(node.tensors[key] for key in STATISTICS) if node.op == "batch_norm" else ()
 
@@ -126,13 +126,12 @@ def moments_of(node: Node) -> tuple[str, ...]:
 @lru_cache(maxsize=DEPTHS)
 def measured(graph: Graph) -> frozenset[str]:
     """The means and variances that differ by size: those of batch norms that something which morphs
-    comes before. What the others read is what they read in the source, which knows it from all of its
-    own training."""
+    comes before. What the others read is what they read in the source, so its own hold for them."""
     morphing, reached, found = set(made(graph)), set[str](), set[str]()
     for node in graph.nodes:
         if morphing & set(node.tensors.values()) or reached & set(node.inputs):
             reached.add(node.name)
-            found |= set(moments_of(node))
+            found |= set(statistics_names(node))
     return frozenset(found)
 
 

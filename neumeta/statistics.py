@@ -31,6 +31,15 @@ class Statistics:
     kept: Mapping[str, Float[Tensor, "2 channels"]] = field(default_factory=dict)
 
 
+def given(graph: Graph, tensors: Mapping[str, Tensor]) -> dict[str, Moments]:
+    """The mean and variance of each batch norm that has them among the tensors, by its node's name."""
+    return {
+        node.name: (tensors[node.tensors["mean"]], tensors[node.tensors["variance"]])
+        for node in graph.nodes
+        if node.op == "batch_norm" and node.tensors["mean"] in tensors
+    }
+
+
 @torch.no_grad()
 def measure(
     graph: Graph, sizes: Sizes, tensors: Mapping[str, Tensor], x: Float[Tensor, "N C *S"]
@@ -41,23 +50,23 @@ def measure(
     The variance is the unbiased one, as torch keeps it for inference.
     """
     norms = {node.name: node for node in graph.nodes if node.op == "batch_norm"}
+    own = given(graph, tensors)
     found: dict[str, Moments] = {}
     held = dict(tensors)
 
     def watch(name: str, value: Tensor) -> None:
         if name in norms:
-            own = norms[name].tensors
-            if own["mean"] in tensors:
-                found[name] = (tensors[own["mean"]].float(), tensors[own["variance"]].float())
+            if name in own:
+                found[name] = own[name]
                 return
             across = [dimension for dimension in range(value.ndim) if dimension != 1]
             variance, mean = torch.var_mean(value, across)
             found[name] = (mean, variance)
             # The step that is about to run normalises by them, and need not measure them again: by the
             # biased variance, as a batch norm does in training.
-            count = value.numel() // value.shape[1]
-            held[own["mean"]] = mean
-            held[own["variance"]] = variance * ((count - 1) / count)
+            names, count = norms[name].tensors, value.numel() // value.shape[1]
+            held[names["mean"]] = mean
+            held[names["variance"]] = variance * ((count - 1) / count)
 
     if x.ndim == 4:  # the layout in which a CPU convolves fastest
         x = x.contiguous(memory_format=torch.channels_last)

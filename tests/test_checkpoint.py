@@ -188,7 +188,7 @@ def test_a_file_of_the_format_before_is_read(tmp_path: Path) -> None:
 def test_batch_norms_in_front_of_what_morphs_keep_their_statistics_in_the_file(
     tmp_path: Path,
 ) -> None:
-    """Files of version 0.1, which hold none, are read: these are measured then."""
+    """Files written before, which hold none, are read: these are measured then."""
     whole, path = resnet(), tmp_path / "m.safetensors"
     module, graph = traced("resnet")
     own, graph = module.state_dict(), graph.morphing(["layer3.2.conv1"], depth=False)
@@ -213,9 +213,24 @@ def test_batch_norms_in_front_of_what_morphs_keep_their_statistics_in_the_file(
     seal(path, header, {name: value for name, value in tensors.items() if "running" not in name})
     then = dict(sample(checkpoint.read(path), size))
     assert not torch.equal(then["conv1.bias"], source["conv1.bias"])
-    seal(path, header, {n: value for n, value in tensors.items() if n != "frozen.bn1.running_var"})
-    with pytest.raises(checkpoint.BadCheckpoint, match=r"frozen.bn1.running_var is missing"):
-        checkpoint.read(path)
+    variance = "frozen.bn1.running_var"
+    strange: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+        "half of them": ({variance: torch.empty(0)}, "bn1.running_var is missing|another shape"),
+        "whole numbers": (
+            {variance: tensors[variance].long()},
+            "bn1.running_var is not of float32",
+        ),
+        "negative": ({variance: -tensors[variance]}, "a variance .* is negative"),
+        "those of a norm behind": (
+            {"frozen.layer3.2.bn2.running_mean": own["layer3.2.bn2.running_mean"]},
+            "layer3.2.bn2.running_mean differs by size",
+        ),
+    }
+    for changed, match in strange.values():
+        held = {name: value for name, value in (tensors | changed).items() if value.numel()}
+        seal(path, header, held)
+        with pytest.raises(checkpoint.BadCheckpoint, match=match):
+            checkpoint.read(path)
 
 
 IMAGES = "calibration.images"

@@ -548,8 +548,8 @@ def test_damaged_state_is_named_with_what_to_do_and_doing_it_helps(
         ("width = [0.25, 1.0]", "width = [0.25, 1.0]\nmorph = ['conv9']", ["fit.morph: 'conv9'"]),
         (
             "width = [0.25, 1.0]",
-            "width = [0.25, 1.0]\nimitation = 1.0\ndistill = 'source'",
-            ["fit.imitation: 1.0 is not allowed; 0: with these fit.morph no value inside"],
+            "width = [0.25, 1.0]\ndistill_features = 1.0\ndistill = 'source'",
+            ["fit.distill_features: 1.0 is not allowed; 0: with these fit.morph no value inside"],
         ),
         (
             "width = [0.25, 1.0]",

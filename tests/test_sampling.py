@@ -25,7 +25,7 @@ from neumeta.representation import (
 from neumeta.representation.base import Representation, module_key
 from neumeta.representation.mlp import _Mlp
 from neumeta.sample import evenly, normalised, sample, sample_site, seed_of
-from neumeta.sites import measured, sites
+from neumeta.sites import kept, sites
 from neumeta.space import Architecture, Space
 from neumeta.statistics import Statistics, flatten, measure, unflatten
 from tests.conftest import lenet
@@ -340,7 +340,7 @@ def any_manifold(name: str) -> Manifold:
     shape = (MODULES | DEEP)[name][1]
     images = torch.randint(0, 256, (16, *shape), dtype=torch.uint8)
     contract = Contract((0.4,) * shape[0], (0.3,) * shape[0])
-    frozen = {n: v for n, v in module.state_dict().items() if v.is_floating_point()}
+    frozen = {name: module.state_dict()[name] for name in kept(graph)}
     return Manifold(space, model, "grid", {}, 0.0, 1, 64, contract, frozen, Statistics(images))
 
 
@@ -361,7 +361,7 @@ def test_any_graph_is_sampled_in_the_order_and_shapes_of_the_wire(name: str) -> 
         raw = {
             n: sample_site(manifold, found[n], 1, 0) if n in found else manifold.frozen[n]
             for n in graph.tensors
-            if n not in measured(graph) and (n in found or n in manifold.frozen)
+            if n in found or n in manifold.frozen
         }
         images = manifold.statistics.images
         assert images is not None
@@ -380,13 +380,13 @@ def test_statistics_that_were_kept_are_taken_for_their_size_alone() -> None:
     graph, sizes = space.graph_of(half), space.sizes(half)
     norms = [node for node in graph.nodes if node.op == "batch_norm"]
     count = sum(graph.shape(node.tensors["mean"], sizes)[0] for node in norms)
-    kept = torch.stack((torch.zeros(count), torch.ones(count)))
-    manifold.statistics = Statistics(manifold.statistics.images, {half.key: kept})
+    moments = torch.stack((torch.zeros(count), torch.ones(count)))
+    manifold.statistics = Statistics(manifold.statistics.images, {half.key: moments})
     after = {a: dict(sample(manifold, a)) for a in (half, other)}
     assert all(torch.equal(before[other][n], after[other][n]) for n in before[other])
     assert any(not torch.equal(before[half][n], after[half][n]) for n in before[half])
     raw = {n: sample_site(manifold, s, 1, 0) for n, s in sites(space, half).items()}
-    expected = fold(graph, raw, unflatten(graph, sizes, kept))
+    expected = fold(graph, raw, unflatten(graph, sizes, moments))
     for name, value in after[half].items():
         torch.testing.assert_close(value, expected[name])
 

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from neumeta.fold import fold
+from neumeta.graph import Graph, extent
 from neumeta.manifold import Contract, Manifold, roles
+from neumeta.program import Program
 from neumeta.representation import build
-from neumeta.sample import normalised
+from neumeta.sample import normalised, sample
 from neumeta.sites import kept, sites
 from neumeta.space import Space
 from neumeta.statistics import unflatten
 from tests.support.modules import traced
-from training import data, source, statistics
+from training import data, fit, source, statistics
+from training.trace import trace
 
 
 def test_chosen_rows_have_a_mean_nearer_to_all_than_random_ones() -> None:
@@ -191,3 +195,56 @@ def test_usual_sizes_are_the_scalar_widths_or_a_ladder_of_them_and_even_depths(
     monkeypatch.setattr(statistics, "STEP", 0.25)
     ladder = [space.architecture(width) for width in (0.25, 0.5, 0.75, 0.93)]
     assert len(space.scaled()) > 4 and statistics.usual(made) == [*ladder, *deep]
+
+
+def part(module: torch.nn.Module, graph: Graph, pattern: str) -> tuple[Manifold, data.Dataset]:
+    """A manifold of a part of a network on the digits in as many colours as it reads, calibrated."""
+    digits = data.load("digits")
+    channels = extent(graph.input[1], {})
+    some = replace(
+        digits,
+        train_images=digits.train_images[:200].expand(-1, channels, -1, -1).contiguous(),
+        train_labels=digits.train_labels[:200],
+        mean=[0.3] * channels,
+        std=[0.4] * channels,
+        pad=0,
+    )
+    made = filled(Space("part", graph.morphing([pattern], depth=False), (0.5, 1.0)), module, some)
+    statistics.calibrate(made, some, calibration=16)
+    return made, some
+
+
+def test_batch_norms_in_front_of_all_that_morphs_are_the_sources_at_every_size() -> None:
+    module, graph = traced("resnet")
+    made, _ = part(module, graph, "layer3.2.conv1")
+    own = module.state_dict()
+    space = made.space
+    half = space.architecture(0.5)
+    assert half.key in made.statistics.kept
+    front = fold(graph, own)["layer1.0.conv1.bias"]
+    kept_size = dict(sample(made, half))["layer1.0.conv1.bias"]
+    made.statistics = replace(made.statistics, kept={half.key: made.statistics.kept[half.key]})
+    other = dict(sample(made, space.architecture(0.75)))["layer1.0.conv1.bias"]
+    assert torch.equal(kept_size, front) and torch.equal(other, front)
+    whole = statistics.whole(made, half)
+    assert all(torch.equal(whole[name], own[name]) for name in kept(space.graph))
+    assert not torch.equal(whole["layer3.2.bn2.running_mean"], own["layer3.2.bn2.running_mean"])
+    trained = fit.generated(made, half, 0.0, torch.Generator())
+    assert torch.equal(trained["bn1.running_mean"], own["bn1.running_mean"])
+    assert "layer3.2.bn2.running_mean" not in trained
+
+
+def test_a_part_without_a_batch_norm_behind_it_has_nothing_to_measure() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(256, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10),
+    )  # fmt: skip
+    graph, _ = trace(net, torch.zeros(1, 1, 8, 8))
+    made, loaded = part(net, graph, "4")
+    assert len(made.statistics.kept) and made.statistics.images is not None
+    x = data.to_float(loaded.train_images[:5], loaded)
+    size = made.space.full
+    program = Program(made.space.graph.folded, made.space.sizes(size))
+    made_by = program.run(dict(sample(made, size)), x)
+    torch.testing.assert_close(made_by, net.eval()(x), atol=1e-5, rtol=1e-4)

@@ -28,7 +28,7 @@ from neumeta.representation.wrappers import Anchored, Corrected
 from neumeta.sample import seed_of
 from neumeta.sites import sites
 from neumeta.space import Architecture
-from training import frozen, imitation, processes, regression
+from training import distillation, frozen, processes, regression
 from training import state as states
 from training.copied import Copied
 from training.data import Data, Dataset
@@ -181,7 +181,7 @@ def fit(
     if recipe.fit.feature_views and not views:
         assert isinstance(data, Dataset)
         views = frozen.features(space, source, first, data, recipe, device)
-    places = imitation.places(space.graph) if recipe.fit.imitation else ()
+    places = distillation.places(space.graph) if recipe.fit.distill_features else ()
     programs: dict[str, Program] = {}
     full = Program(space.graph, space.graph.full)
     taught: Views | None = None
@@ -254,7 +254,7 @@ def fit(
         teacher = values.pop("teacher", None)
         inside: dict[str, Tensor] = {}
         if recipe.fit.distill == "source" and teacher is None:
-            watch = imitation.recorder(places, inside) if places else None
+            watch = distillation.recorder(places, inside) if places else None
             with torch.no_grad():
                 teacher = task.read(full.run(source, values, first=first, watch=watch))
         total = torch.zeros((), device=device)
@@ -268,14 +268,14 @@ def fit(
                 weights = generated(manifold, architecture, noise, generator, depth_noise)
             laid_out = {name: channels_last(value) for name, value in weights.items()}
             made: dict[str, Tensor] = {}
-            watch = imitation.recorder(places, made) if places else None
+            watch = distillation.recorder(places, made) if places else None
             program = programs[architecture.key]
             answer = partial(program.run, laid_out, values, first=first, watch=watch)
             outputs = predicted(task, answer, device, recipe.fit.bfloat16)
             is_full = architecture == space.full
             loss = mixed(task, outputs, labels, teacher, recipe.fit.distill_weight)
             if places:
-                loss = loss + recipe.fit.imitation * imitation.distance(made, inside)
+                loss = loss + recipe.fit.distill_features * distillation.distance(made, inside)
             total += loss.detach()
             if is_full:
                 loss = recipe.fit.full_weight * loss

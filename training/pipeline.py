@@ -27,10 +27,10 @@ from neumeta.sites import kept
 from neumeta.space import Space
 from training import (
     data,
+    distillation,
     evaluate,
     fit,
     given,
-    imitation,
     modules,
     networks,
     order,
@@ -164,9 +164,9 @@ def space(asked: Recipe, graph: Graph) -> Space:
         ):
             allowed = f"one number for each of {', '.join(stage.name for stage in made.stages)}"
             problems.append(refused(f"network.named.{name}", depth, allowed))
-    if fit_.imitation and not imitation.places(made):
+    if fit_.distill_features and not distillation.places(made):
         allowed = "0: with these fit.morph no value inside has the source's shape at every width"
-        problems.append(refused("fit.imitation", fit_.imitation, allowed))
+        problems.append(refused("fit.distill_features", fit_.distill_features, allowed))
     if problems:
         raise BadRecipe(asked.file, problems)
     return Space(

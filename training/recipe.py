@@ -173,8 +173,9 @@ class FitSection(_Section):
     network one stage, drawn at random, has the fewest blocks. `full_weight`: of the largest in the
     loss; 0 where the representation keeps the source's own size as it is (anchored).
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
-    teaches the smaller ones), with `distill_weight` of the loss. `imitation`: the weight of what
-    the blocks make beside what the source's make, where it teaches and hidden widths alone morph.
+    teaches the smaller ones), with `distill_weight` of the loss. `distill_features`: of feature
+    distillation, added to the loss where the source teaches: what is made inside, wherever that has one
+    shape at every width.
     `depth_noise`: of the borders between blocks, in blocks. `warm`: the share of steps in which the
     learning rate rises; `ema`: of the moving average; `clip`: of a gradient's entries, 0 for none.
     `feature_views`: activations of the frozen leading part computed once for this many augmented
@@ -219,7 +220,7 @@ class FitSection(_Section):
     regularisation: Weight = 1e-4
     distill: Literal["none", "source", "inplace"] = "none"
     distill_weight: Share = 1.0
-    imitation: Weight = 0.0
+    distill_features: Weight = 0.0
     depth_noise: Noise = 0.0
     augment: bool = True
     feature_views: Annotated[int, Field(ge=0)] = 0
@@ -465,9 +466,9 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if fit.teacher_views and (fit.distill != "source" or fit.feature_views or not fit.augment):
         allowed = "0 unless fit.distill = 'source', fit.augment and no fit.feature_views"
         yield refused("fit.teacher_views", fit.teacher_views, allowed)
-    if fit.imitation and (fit.distill != "source" or fit.teacher_views or fit.blocks):
+    if fit.distill_features and (fit.distill != "source" or fit.teacher_views or fit.blocks):
         allowed = "0 unless fit.distill = 'source', no fit.teacher_views and no fit.blocks"
-        yield refused("fit.imitation", fit.imitation, allowed)
+        yield refused("fit.distill_features", fit.distill_features, allowed)
     for section, held in {"fit": fit, "network.train": network.train}.items():
         if held and held.bfloat16 and recipe.task != "classification":
             allowed = "false unless the task is classification"

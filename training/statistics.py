@@ -16,7 +16,7 @@ from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.representation import Anchored
 from neumeta.sample import sample_site, seed_of
-from neumeta.sites import measured, sites
+from neumeta.sites import sites
 from neumeta.space import Architecture
 from neumeta.statistics import Statistics, flatten, measure, unflatten
 from training import data as sets
@@ -39,9 +39,7 @@ def raw(manifold: Manifold, architecture: Architecture) -> dict[str, Tensor]:
     """The tensors of this size before folding, as a request without other wishes gets them."""
     made = sites(manifold.space, architecture)
     drawn = {name: sample_site(manifold, site, manifold.samples, 0) for name, site in made.items()}
-    differ = measured(manifold.space.graph_of(architecture))
-    own = {name: value for name, value in manifold.frozen.items() if name not in differ}
-    return {**own, **drawn}
+    return {**manifold.frozen, **drawn}
 
 
 @torch.no_grad()
@@ -55,8 +53,9 @@ def whole(manifold: Manifold, architecture: Architecture) -> dict[str, Tensor]:
     norms = [node for node in graph.nodes if node.op == "batch_norm"]
     moments = unflatten(graph, sizes, manifold.statistics.kept[architecture.key]) if norms else {}
     for node in norms:
-        mean, variance = moments[node.name]
-        found |= {node.tensors["mean"]: mean, node.tensors["variance"]: variance}
+        if node.tensors["mean"] not in found:
+            mean, variance = moments[node.name]
+            found |= {node.tensors["mean"]: mean, node.tensors["variance"]: variance}
     return found
 
 
@@ -126,7 +125,7 @@ def moments(
             parts.append((second - second.mean(0)) / variance * weight)
 
     Program(graph, sizes).run(held, x, watch=watch)
-    return torch.cat(parts, 1)
+    return torch.cat(parts, 1) if parts else x.new_zeros(len(x), 1)
 
 
 def products(features: Float[Tensor, "N features"]) -> Float[Tensor, "N N"]:
@@ -237,7 +236,8 @@ def calibrate(
 ) -> None:
     """Fill `manifold.statistics`: the images it carries (of training images those that together have
     the moments of many more) and the statistics of the usual sizes, on images that are chosen so too.
-    The source's own size, if it is kept as it is, keeps the statistics among the `source`'s tensors.
+    The source's own size, if it is kept as it is, keeps the statistics among the `source`'s tensors,
+    and batch norms in front of all that morphs keep them at every size, whatever the images.
 
     `images` is 'training', 'noise' or the path of the user's own, whose statistics then are the kept
     ones too. Nothing to do for a graph without batch norm. Raises Diverged if a statistic is not

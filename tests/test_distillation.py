@@ -1,4 +1,4 @@
-"""Feature imitation: where it is measured, how far apart two networks are, what a step does with it."""
+"""Feature distillation: where it is measured, how far apart two networks are, what a step does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from neumeta.program import Program
 from tests.support import runs
 from tests.test_steps import TASK, tiny
-from training import data, fit, imitation, networks, source
+from training import data, distillation, fit, networks, source
 from training.trace import trace
 
 
@@ -24,36 +24,42 @@ def graph(module: nn.Module, morph: tuple[str, ...], side: int = 8) -> Any:
 
 def test_blocks_are_compared_where_their_hidden_widths_alone_morph() -> None:
     net = networks.resnet_cifar()
-    assert imitation.places(graph(net, ("layer3.*.conv1",))) == (
+    assert distillation.places(graph(net, ("layer3.*.conv1",))) == (
         "layer3.1.conv1", "layer3.2.conv1", "mean", "linear",
     )  # fmt: skip
-    assert imitation.places(graph(net, ("layer3.2.conv1",))) == ("mean", "linear")
+    assert distillation.places(graph(net, ("layer3.2.conv1",))) == ("mean", "linear")
     # The shortcut reads the same value as the convolution beside it, which counts once.
-    assert imitation.places(graph(net, ("layer2.2.conv1",))) == (
+    assert distillation.places(graph(net, ("layer2.2.conv1",))) == (
         "layer3.0.conv1", "layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2", "layer3.2.conv1",
         "layer3.2.conv2", "mean", "linear",
     )  # fmt: skip
-    assert imitation.places(graph(net, ("*",))) == ()
+    assert distillation.places(graph(net, ("*",))) == ()
 
 
 def test_values_before_the_first_tensor_that_morphs_are_not_compared() -> None:
-    assert imitation.places(graph(networks.lenet(10, channels=3), ("conv2",))) == ("mean", "linear")
+    assert distillation.places(graph(networks.lenet(10, channels=3), ("conv2",))) == (
+        "mean",
+        "linear",
+    )
 
 
 def test_the_distance_is_a_share_of_what_the_source_makes() -> None:
     wanted = {"a": torch.tensor([3.0, 4.0]), "b": torch.full((2, 2), 2.0)}
     found = {"a": torch.tensor([3.0, 2.0]), "b": torch.zeros(2, 2), "c": torch.ones(1)}
-    assert float(imitation.distance(found, wanted)) == pytest.approx((4 / 25 + 1) / 2)
-    assert float(imitation.distance(wanted, wanted)) == 0
+    assert float(distillation.distance(found, wanted)) == pytest.approx((4 / 25 + 1) / 2)
+    assert float(distillation.distance(wanted, wanted)) == 0
+    nothing = {"a": torch.zeros(3)}  # of a dead ReLU
+    assert float(distillation.distance(nothing, nothing)) == 0
 
 
+@pytest.mark.parametrize("views", [0, 1])
 def test_a_step_pulls_what_the_network_makes_inside_towards_the_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    views: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the loss written out for LeNet, whose last convolution and mean have one shape."""
     asked = tiny(
-        morph=("conv2",), epochs=0.01, batch=64, distill="source", distill_weight=0.6, imitation=0.8,
-        augment=False, clip=0.0,
+        morph=("conv2",), epochs=0.01, batch=64, augment=False, clip=0.0, feature_views=views,
+        distill="source", distill_weight=0.6, distill_features=0.8,
     ).changed(representation={"noise": 0.0})  # fmt: skip
     digits = data.load("digits")
     manifold, smoothed = runs.prepared(asked, digits, tmp_path)
@@ -96,4 +102,7 @@ def test_a_step_pulls_what_the_network_makes_inside_towards_the_source(
     loss.backward()  # type: ignore[no-untyped-call]
     assert gradients
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
+        assert parameter.grad is not None
+        missed = (gradients[name] - parameter.grad).norm()
+        # Views are held in float16, by which a ReLU here and there opens or closes.
+        assert float(missed) <= (1e-2 if views else 1e-4) * float(parameter.grad.norm())

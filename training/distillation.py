@@ -1,5 +1,5 @@
-"""Feature imitation: what a smaller network makes inside, where that has the source's own shape, beside
-what the source makes there.
+"""Feature distillation: what a smaller network makes inside, where that has the source's own shape,
+beside what the source makes there (the hints of FitNets, Romero et al. 2015).
 
 Knows no recipe and no representation.
 """
@@ -16,11 +16,14 @@ from neumeta.operations import WEIGHTED
 from neumeta.program import Watch
 from neumeta.sites import POOLING, made
 
+SMALLEST = 1e-6
+"""A source that makes nothing but zeros is divided by that."""
+
 
 def places(graph: Graph) -> tuple[str, ...]:
     """The first weighted or pooling operation that reads each value of one shape at every width which
     morphing tensors had a part in: in a residual network of whose blocks the hidden widths morph, what
-    reads the outputs of these blocks and of all behind them. None where the stream's width morphs."""
+    reads the outputs of these blocks and of all behind them. None where every width morphs."""
     morphing = set(made(graph))
     shapes = {node.name: node.shape for node in graph.nodes}
     reached: set[str] = set()
@@ -46,10 +49,10 @@ def recorder(names: tuple[str, ...], kept: dict[str, Tensor]) -> Watch:
 
 
 def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
-    """The squared differences as a share of the source's own squares, the mean over places: 0 where all
-    are equal."""
+    """The squared differences as a share of the source's own squares on this batch, the mean over
+    places: 0 where all are equal."""
     errors = [
-        (found[name].float() - value).square().sum() / value.square().sum()
+        (found[name].float() - value).square().sum() / value.square().sum().clamp(min=SMALLEST)
         for name, value in wanted.items()
     ]
     return torch.stack(errors).mean()
