@@ -124,15 +124,21 @@ def statistics_names(node: Node) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=DEPTHS)
+def reached(graph: Graph) -> frozenset[str]:
+    """The nodes whose values a tensor that the representation makes has a part in."""
+    morphing, found = set(made(graph)), set[str]()
+    for node in graph.nodes:
+        if morphing & set(node.tensors.values()) or found & set(node.inputs):
+            found.add(node.name)
+    return frozenset(found)
+
+
+@lru_cache(maxsize=DEPTHS)
 def measured(graph: Graph) -> frozenset[str]:
     """The means and variances that differ by size: those of batch norms that something which morphs
     comes before. What the others read is what they read in the source, so its own hold for them."""
-    morphing, reached, found = set(made(graph)), set[str](), set[str]()
-    for node in graph.nodes:
-        if morphing & set(node.tensors.values()) or reached & set(node.inputs):
-            reached.add(node.name)
-            found |= set(statistics_names(node))
-    return frozenset(found)
+    behind = [node for node in graph.nodes if node.name in reached(graph)]
+    return frozenset(name for node in behind for name in statistics_names(node))
 
 
 @lru_cache(maxsize=DEPTHS)

@@ -14,7 +14,7 @@ from torch import Tensor
 from neumeta.graph import Graph
 from neumeta.operations import WEIGHTED
 from neumeta.program import Watch
-from neumeta.sites import POOLING, made
+from neumeta.sites import POOLING, reached
 
 SMALLEST = 1e-6
 """A source that makes nothing but zeros is divided by that."""
@@ -24,14 +24,10 @@ def places(graph: Graph) -> tuple[str, ...]:
     """The first weighted or pooling operation that reads each value of one shape at every width which
     morphing tensors had a part in: in a residual network of whose blocks the hidden widths morph, what
     reads the outputs of these blocks and of all behind them. None where every width morphs."""
-    morphing = set(made(graph))
     shapes = {node.name: node.shape for node in graph.nodes}
-    reached: set[str] = set()
     found: dict[str, str] = {}
     for node in graph.nodes:
-        if morphing & set(node.tensors.values()) or reached & set(node.inputs):
-            reached.add(node.name)
-        if node.op not in (*WEIGHTED, *POOLING) or not reached & set(node.inputs[:1]):
+        if node.op not in (*WEIGHTED, *POOLING) or node.inputs[0] not in reached(graph):
             continue
         if not any(axis for dim in shapes[node.inputs[0]][1:] for axis, _ in dim):
             found.setdefault(node.inputs[0], node.name)
