@@ -58,8 +58,8 @@ class Site:
     `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
     `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`),
     `narrowest` and `widest` which widths its narrowest and widest group may have been asked at
-    (`Space.ends`), `shallowest` and `deepest` how many blocks its shallowest and deepest stages have
-    (0 without stages). `occurs` is how many blocks a stage must have for the role to be in it.
+    (`Space.ends`), `depth` how many blocks each of its stages has. `stage` says which of these the
+    tensor is in (None: in none), `occurs` how many blocks that must have for the role to be in it.
     `positive` says that what the weight multiplies is never negative: it stands behind a ReLU.
     """
 
@@ -77,8 +77,8 @@ class Site:
     growth: float
     narrowest: float
     widest: float
-    shallowest: int
-    deepest: int
+    depth: tuple[int, ...]
+    stage: int | None
     occurs: int
     positive: bool
 

@@ -191,13 +191,13 @@ def _sites(
         shape = graph.tensors[name]
         rows = span(shape[0], sizes, full)
         columns = span(shape[1], sizes, full) if len(shape) > 1 else ONE
-        cell, length, step, occurs = (0.0, 1.0), 1, 1.0, 0
-        for stage in graph.stages:
+        cell, length, step, occurs, place = (0.0, 1.0), 1, 1.0, 0, None
+        for index, stage in enumerate(graph.stages):
             child = stage.child(name)
             if child is None or not stage.first <= child < stage.first + stage.blocks:
                 continue
             block, length = child - stage.first, stage.blocks
-            occurs = stage.children - stage.blocks + 1
+            place, occurs = index, stage.children - stage.blocks + 1
             low, high = block / length, (block + 1) / length
             cell = cells.get(stage.name, {}).get(block, (low, high))
             if name in ends:
@@ -229,8 +229,8 @@ def _sites(
                 growth,
                 narrowest,
                 widest,
-                min(architecture.depth, default=0),
-                max(architecture.depth, default=0),
+                architecture.depth,
+                place,
                 occurs,
                 name in behind,
             )

@@ -248,7 +248,7 @@ def deep(value: float, blocks: tuple[int, int] = (1, 4)) -> Manifold:
 
 
 def test_a_chart_of_shallow_sizes_has_the_blocks_that_their_deepest_has_and_no_more() -> None:
-    parts, sizes = [deep(1.0), deep(2.0)], [Sizes(0.25, 1, most_blocks=1), Sizes(0.25)]
+    parts, sizes = [deep(1.0), deep(2.0)], [Sizes(0.25, 1, most_blocks=(1,)), Sizes(0.25)]
     space = parts[0].space
     both = charts.joined(parts, sizes, space)
     for width, depth in ((1.0, 1), (0.4, 1), (1.0, 2), (0.4, 3)):
@@ -264,6 +264,55 @@ def test_a_chart_of_shallow_sizes_has_the_blocks_that_their_deepest_has_and_no_m
     grid = both.representation.parts[0].inner.grid
     assert {role.replace("/", ".") for role in grid} == wanted
     assert wanted < roles(space).keys()
+
+
+def test_a_chart_may_be_bounded_in_each_stage_by_itself() -> None:
+    parts = [deep(1.0), deep(2.0)]
+    space = parts[0].space
+    others = len(space.depth) - 1
+    both = charts.joined(
+        parts, [Sizes(0.25, 1, most_blocks=(*[3] * others, 1)), Sizes(0.25)], space
+    )
+    for first, last in ((1, 1), (3, 1), (4, 1), (1, 2), (3, 2)):
+        for site in sites(space, space.architecture(0.5, [first] * others + [last])).values():
+            made = both.representation(site, coordinates(site, 64))
+            value = 1.0 if first <= 3 and last == 1 else 2.0
+            torch.testing.assert_close(made, torch.full_like(made, value), atol=0, rtol=1e-6)
+    # It has the blocks of the source's other stages, and one of the last.
+    shape = space.architecture(1.0, [*space.depth[:others], 1])
+    grid = both.representation.parts[0].inner.grid
+    wanted = {site.role for site in sites(space, shape).values()}
+    assert {role.replace("/", ".") for role in grid} == wanted < roles(space).keys()
+
+
+def test_bounds_of_another_number_of_stages_are_refused() -> None:
+    part = deep(1.0)
+    many = (1,) * (len(part.space.depth) + 1)
+    with pytest.raises(
+        ValueError, match="charts: most_blocks has . numbers, and the network . stages"
+    ):
+        charts.joined([part, part], [Sizes(0.25, 1, most_blocks=many), Sizes(0.25)], part.space)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "covered"),
+    [
+        ((2, 3), (2, 3), True),
+        ((2, 3), (2, 2), True),
+        ((2, 3), (3, 2), False),
+        ((2, 3), (2,), True),
+        ((2, 3), (3,), False),
+        ((2,), (2, 1), True),
+        ((2,), (2, 3), False),
+        ((math.inf,), (9, 9), True),
+        ((9, 9), (math.inf,), False),
+    ],
+)
+def test_a_chart_takes_all_sizes_of_another_if_no_stage_of_that_is_deeper(
+    earlier: tuple[float, ...], later: tuple[float, ...], covered: bool
+) -> None:
+    mine, theirs = (Sizes(0.25, 1, most_blocks=each) for each in (earlier, later))
+    assert mine.covers(theirs) == covered
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -322,9 +371,10 @@ def test_a_file_of_charts_names_a_tensor_for_every_chart_and_dtype_alone() -> No
     assert held == {f"parts.{part}.{kind}" for part in (0, 1) for kind in kinds}
 
 
-def bounded() -> Manifold:
+def bounded(most_blocks: tuple[float, ...] = (1,)) -> Manifold:
     """Two charts, one of them for one block and narrow sizes alone."""
-    parts, sizes = [deep(1.0), deep(2.0)], [Sizes(0.25, 1, most=0.5, most_blocks=1), Sizes(0.25)]
+    parts = [deep(1.0), deep(2.0)]
+    sizes = [Sizes(0.25, 1, most=0.5, most_blocks=most_blocks), Sizes(0.25)]
     channels, *side = (extent(dim, {}) for dim in parts[0].space.graph.input[1:])
     images = torch.zeros(2, channels, *side, dtype=torch.uint8)
     contract = Contract((0.5,) * channels, (0.5,) * channels)
@@ -332,12 +382,15 @@ def bounded() -> Manifold:
     return replace(made, statistics=Statistics(images), contract=contract)
 
 
-def test_a_bounded_chart_comes_back_from_a_file_and_can_be_taken_out(tmp_path: Path) -> None:
-    both, path = bounded(), tmp_path / "both.safetensors"
+@pytest.mark.parametrize("most_blocks", [(1,), (1,) * len(deep(1.0).space.depth)])
+def test_a_bounded_chart_comes_back_from_a_file_and_can_be_taken_out(
+    tmp_path: Path, most_blocks: tuple[float, ...]
+) -> None:
+    both, path = bounded(most_blocks), tmp_path / "both.safetensors"
     checkpoint.write(both, path)
     again = checkpoint.read(path)
     assert again.options == both.options
-    assert again.representation.sizes[0] == Sizes(0.25, 1, most=0.5, most_blocks=1)
+    assert again.representation.sizes[0] == Sizes(0.25, 1, most=0.5, most_blocks=most_blocks)
     ones = [1] * len(both.space.depth)
     taken = charts.taken(again, 0)
     for depth, width, value in ((ones, 0.5, 1.0), (ones, 0.6, 2.0), (None, 0.5, 2.0)):
@@ -450,7 +503,7 @@ def test_manifolds_that_do_not_share_what_they_must_are_refused(other: Manifold,
         charts.joined([LARGE, other], HALVES, SPACE)
 
 
-@pytest.mark.parametrize("own", [Sizes(0.25, most=0.5), Sizes(0.25, most_blocks=1)])
+@pytest.mark.parametrize("own", [Sizes(0.25, most=0.5), Sizes(0.25, most_blocks=(1,))])
 def test_a_grid_with_noise_is_not_cut_to_narrow_or_shallow_sizes(own: Sizes) -> None:
     noisy = [replace(each, noise=0.25) for each in (SMALL, LARGE)]
     with pytest.raises(ValueError, match="without noise"):
@@ -473,6 +526,9 @@ PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
         [PART | {"least": 0.25, "most_blocks": 1, "blocks": 2}, PART | {"least": 0.25}],
         [PART | {"least": 0.25, "most_blocks": float("nan")}, PART | {"least": 0.25}],
         [PART | {"least": 0.25}, PART | {"least": 0.25, "most_blocks": 2}],
+        [PART | {"least": 0.25, "most_blocks": []}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25, "most_blocks": [1, float("nan")]}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25, "most_blocks": [1, 1]}, PART | {"least": 0.25}],
         [PART | {"least": 0.6, "most": 0.5}, PART | {"least": 0.5}],
         [PART | {"least": -1.0}],
         [PART | {"least": 0.25, "most": float("nan")}, PART | {"least": 0.25}],

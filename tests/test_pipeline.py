@@ -349,6 +349,64 @@ def test_of_a_manifold_of_many_depths_the_sources_own_is_copied(tmp_path: Path) 
         pipeline.check(deeper, loaded, tmp_path, tmp_path / "b", net)
 
 
+def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
+    tmp_path: Path,
+) -> None:
+    """And a recipe that asks for more is told so."""
+    torch.manual_seed(0)
+    net = networks.resnet_cifar((3, 3, 3), 10, (4, 6, 8))
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    half = [0.5, 0.5, 0.5]
+    labels, classes = torch.arange(40) % 10, tuple("abcdefghij")
+    loaded = data.Dataset("x", images, labels, images, labels, classes, half, half, False, 0)
+    common: dict[str, Any] = {
+        "name": "x",
+        "title": "x",
+        "network": {"network": "python:ResNet"},
+        "data": {"path": "x"},
+        "representation": {"kind": "grid", "noise": 0.0, "samples": 1},
+    }
+    sizes = {"width": [0.5, 1.0], "blocks": [1, 3]}
+    base = recipe.parse({**common, "fit": {**sizes, "epochs": 0.1, "batch": 20}}, "morph")
+    assert pipeline.run(base, loaded, tmp_path, tmp_path / "a", tmp_path / "m", module=net)
+
+    def joined(first: dict[str, Any]) -> Manifold:
+        rest = {"file": "m", "least": 0.5, "blocks": 1}
+        asked = recipe.parse(
+            {**common, "fit": sizes, "charts": [{"least": 0.5, "blocks": 1, **first}, rest]},
+            "morph",
+        )
+        covered = pipeline.space(asked, checkpoint.read(tmp_path / "m").space.graph)
+        return given.joined(asked, loaded, covered, tmp_path)
+
+    both = joined({"file": "m", "most_blocks": [3, 2, 1]})
+    assert both.about["charts"][0]["most_blocks"] == (3, 2, 1)
+    checkpoint.write(
+        replace(both, statistics=checkpoint.read(tmp_path / "m").statistics), tmp_path / "b"
+    )
+    taken = {"file": "b", "chart": 0}
+    joined({**taken, "most_blocks": [2, 2, 1]})
+    for most in (3, [3, 2, 2]):
+        with pytest.raises(recipe.BadRecipe, match=r"charts\[0\].most_blocks: .*; 3, 2, 1 or less"):
+            joined({**taken, "most_blocks": most})
+
+    def further(**fit: Any) -> None:
+        told = {**sizes, "start": "b", "chart": 0, "batch": 20, **fit}
+        asked = recipe.parse({**common, "fit": told}, "morph")
+        pipeline.check(asked, loaded, tmp_path, tmp_path / "c", net)
+
+    further(blocks=[1, 2], shallow=[2])
+    further(blocks=[1, 1])
+    for wrong, allowed in (
+        ({"blocks": [1, 2]}, "fit.blocks: .*; chart 0 of .* has no more than 1 blocks in stage 2"),
+        ({"blocks": [1, 2], "shallow": True}, "no more than 1 blocks in stage 2"),
+        ({"blocks": [1, 3], "shallow": [2]}, "no more than 2 blocks in stage 1"),
+        ({"blocks": [1, 2], "shallow": [2, 3]}, "fit.shallow: .*; of stages 0 to 2"),
+    ):
+        with pytest.raises(recipe.BadRecipe, match=allowed):
+            further(**wrong)
+
+
 def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: Path) -> None:
     def again(text: str) -> Manifold:
         (place / "again.toml").write_text(text)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -93,9 +94,12 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
                 told = "only a grid without noise can be for narrow or shallow sizes alone"
                 raise ValueError(f"{told} (most, most_blocks)")
             model = _cut(model, build_chart(part.kind, options, roles(covered), own))
-        bounds: dict[str, float] = {"least": own.least, "blocks": own.blocks}
-        above = {"most": own.most, "most_blocks": own.most_blocks}
-        bounds |= {name: most for name, most in above.items() if math.isfinite(most)}
+        bounds: dict[str, Any] = {"least": own.least, "blocks": own.blocks}
+        if math.isfinite(own.most):
+            bounds["most"] = own.most
+        if own.most_blocks != Sizes.most_blocks:
+            each, one = list(own.most_blocks), len(own.most_blocks) == 1
+            bounds["most_blocks"] = each[0] if one else each
         held.append((model, {"kind": part.kind, "options": options, **bounds}))
     charts = Charts([model for model, _ in held], sizes)
     return replace(

@@ -224,10 +224,14 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     if wanted.width[1] > sizes.most:
         allowed = f"{held} no channels beyond a width of {sizes.most:g}"
         problems.append(refused("fit.width", wanted.width, allowed))
-    deepest = wanted.blocks[1] if wanted.blocks else max(found.space.depth, default=0)
-    if deepest > sizes.most_blocks:
-        allowed = f"{held} no stage of more than {sizes.most_blocks:g} blocks"
-        problems.append(refused("fit.blocks", wanted.blocks, allowed))
+    shallow = () if isinstance(wanted.shallow, bool) else wanted.shallow
+    for stage, own in enumerate(found.space.depth):
+        least, deepest = wanted.blocks or (own, own)
+        most = sizes.deepest(stage)
+        if (least if stage in shallow else deepest) > most:
+            allowed = f"{held} no more than {most:g} blocks in stage {stage}"
+            problems.append(refused("fit.blocks", wanted.blocks, allowed))
+            break
     if sizes.bounded and wanted.sandwich and wanted.full_weight:
         allowed = f"false: {held} not the full size, which it trains"
         problems.append(refused("fit.sandwich", wanted.sandwich, allowed))
@@ -243,11 +247,13 @@ def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold, path: Pa
     if wanted.chart is None and found.kind != "charts":
         return found
     chart, sizes = _taken(asked, f"{key}.chart", wanted.chart, found, path)
-    problems = [
-        refused(f"{key}.{name}", getattr(wanted, name), f"{have:g} or less, as it was")
-        for name, have in (("most", sizes.most), ("most_blocks", sizes.most_blocks))
-        if getattr(wanted.sizes, name) > have
-    ]
+    problems = []
+    if wanted.sizes.most > sizes.most:
+        problems.append(refused(f"{key}.most", wanted.most, f"{sizes.most:g} or less, as it was"))
+    stages = range(len(found.space.depth))
+    if any(wanted.sizes.deepest(stage) > sizes.deepest(stage) for stage in stages):
+        allowed = f"{', '.join(f'{n:g}' for n in sizes.most_blocks)} or less, as it was"
+        problems.append(refused(f"{key}.most_blocks", wanted.most_blocks, allowed))
     if problems:
         raise BadRecipe(asked.file, problems)
     return chart

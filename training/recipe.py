@@ -170,8 +170,9 @@ class FitSection(_Section):
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
     group; `per_depth`: the share of random widths that come with a random depth (half of these with
     the same in all stages), where both morph; the others have the source's. `shallow`: of every
-    network one stage, drawn at random, has the fewest blocks. `full_weight`: of the largest in the
-    loss; 0 where the representation keeps the source's own size as it is (anchored).
+    network one stage, drawn at random, has the fewest blocks; or a list of the stages that have (the
+    first is 0). `full_weight`: of the largest in the loss; 0 where the representation keeps the
+    source's own size as it is (anchored).
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones), with `distill_weight` of the loss. `distill_features`: of feature
     distillation, added to the loss where the source teaches: what is made inside, wherever that has one
@@ -214,7 +215,7 @@ class FitSection(_Section):
     smallest: Share = 0.0
     per_group: Share = 0.0
     per_depth: Share = 0.0
-    shallow: bool = False
+    shallow: bool | tuple[Annotated[int, Field(ge=0)], ...] = False
     full_weight: Weight = 1.0
     reconstruction: Weight = 1.0
     regularisation: Weight = 1e-4
@@ -240,21 +241,23 @@ class ChartSection(_Section):
     """One of several manifolds that were trained apart and are put together: its `file`, or several
     whose mean it is (cycles of one training, or trainings from one start), and the sizes that are
     drawn from it: all groups have from `least` to `most` of the source's width, all stages from
-    `blocks` to `most_blocks` blocks. Of a file of charts, `chart` says which one it is; beside it may
-    stand a manifold that went on from that chart (`fit.chart`)."""
+    `blocks` to `most_blocks` blocks (a list: of each stage). Of a file of charts, `chart` says which
+    one it is; beside it may stand a manifold that went on from that chart (`fit.chart`)."""
 
     file: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more)]
     chart: Annotated[int, Field(ge=0)] | None = None
     least: Width
     blocks: Annotated[int, Field(ge=0)] = 0
     most: Width | None = None
-    most_blocks: Annotated[int, Field(ge=1)] | None = None
+    most_blocks: Count | Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
 
     @property
     def sizes(self) -> Sizes:
         """The sizes, as the representation has them."""
-        above = [math.inf if most is None else most for most in (self.most, self.most_blocks)]
-        return Sizes(self.least, self.blocks, *above)
+        most = math.inf if self.most is None else self.most
+        deepest = math.inf if self.most_blocks is None else self.most_blocks
+        each = deepest if isinstance(deepest, tuple) else (deepest,)
+        return Sizes(self.least, self.blocks, most, each)
 
 
 class EvaluateSection(_Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neumeta.coordinates import Site
@@ -49,8 +49,8 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
     """A new representation; `options` are its own, and by name those of the wrappers around it.
 
     Of kind 'charts' they are `charts`, a list of {kind, options, least, blocks, most, most_blocks}:
-    what each is built of, and the sizes that it is for; the last two may be left out. Raises
-    ValueError for an unknown kind or option.
+    what each is built of, and the sizes that it is for; the last two may be left out, and `most_blocks`
+    may be a list with one for each stage. Raises ValueError for an unknown kind or option.
     """
     if kind == "charts":
         held = options["charts"]
@@ -61,7 +61,7 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
                 float(each["least"]),
                 int(each["blocks"]),
                 float(each.get("most", math.inf)),
-                float(each.get("most_blocks", math.inf)),
+                _each(each.get("most_blocks", math.inf)),
             )
             for each in held
         ]
@@ -82,6 +82,12 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
     except TypeError as error:
         raise ValueError(f"representation: {kind}: {error}") from None
     return made
+
+
+def _each(most_blocks: float | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(most_blocks, Sequence):
+        return tuple(map(float, most_blocks))
+    return (float(most_blocks),)
 
 
 def build_chart(

@@ -21,27 +21,35 @@ from neumeta.representation.wrappers import Corrected
 @dataclass(frozen=True)
 class Sizes:
     """The sizes that a chart is for: every group has the channels of some width from `least` to `most`,
-    each of its own, and every stage from `blocks` to `most_blocks` blocks."""
+    each of its own, and every stage from `blocks` to `most_blocks` blocks (one number for all, or one
+    for each)."""
 
     least: float
     blocks: int = 0
     most: float = math.inf
-    most_blocks: float = math.inf
+    most_blocks: tuple[float, ...] = (math.inf,)
 
     def holds(self, site: Site) -> bool:
         """Whether the network that the tensor belongs to is of such a size."""
         wide = self.least - 1e-9 <= site.narrowest and site.widest <= self.most + 1e-9
-        return wide and self.blocks <= site.shallowest and site.deepest <= self.most_blocks
+        deep = all(blocks <= self.deepest(stage) for stage, blocks in enumerate(site.depth))
+        return wide and deep and self.blocks <= min(site.depth, default=0)
+
+    def deepest(self, stage: int) -> float:
+        """How many blocks this stage has at most."""
+        return self.most_blocks[stage % len(self.most_blocks)]
 
     def covers(self, other: Sizes) -> bool:
         """Whether every one of the other sizes is one of these."""
         wide = self.least <= other.least and other.most <= self.most
-        return wide and self.blocks <= other.blocks and other.most_blocks <= self.most_blocks
+        stages = range(max(len(self.most_blocks), len(other.most_blocks)))
+        deep = all(other.deepest(stage) <= self.deepest(stage) for stage in stages)
+        return wide and self.blocks <= other.blocks and deep
 
     @property
     def bounded(self) -> bool:
         """Whether some networks are too wide or too deep for it."""
-        return math.isfinite(self.most) or math.isfinite(self.most_blocks)
+        return any(map(math.isfinite, (self.most, *self.most_blocks)))
 
 
 class Charts(Representation):
@@ -72,8 +80,8 @@ def check_sizes(sizes: Sequence[Sizes]) -> None:
     for later, wanted in enumerate(sizes):
         if not 0 < wanted.least <= wanted.most or math.isinf(wanted.least):
             raise ValueError(f"charts[{later}]: no width is from {wanted.least} to {wanted.most}")
-        if not 0 <= wanted.blocks <= wanted.most_blocks:
-            told = f"{wanted.blocks} to {wanted.most_blocks}"
+        if not wanted.most_blocks or not all(0 <= wanted.blocks <= n for n in wanted.most_blocks):
+            told = f"{wanted.blocks} to {', '.join(f'{n:g}' for n in wanted.most_blocks)}"
             raise ValueError(f"charts[{later}]: no number of blocks is from {told}")
         for earlier, taken in enumerate(sizes[:later]):
             if taken.covers(wanted):
@@ -86,14 +94,21 @@ def bounded(roles: Mapping[str, Site], sizes: Sizes) -> dict[str, Site]:
     """What networks of these sizes can have: the roles of so few blocks, and of every dimension the
     first channels, which only a grid over absolute indices without noise is content with.
 
-    A dimension of several parts is left whole.
+    A dimension of several parts is left whole. Raises ValueError if the sizes are of another number of
+    stages.
     """
+    stages = len(next(iter(roles.values())).depth) if roles else 1
+    if len(sizes.most_blocks) not in (1, stages):
+        given = len(sizes.most_blocks)
+        raise ValueError(
+            f"charts: most_blocks has {given} numbers, and the network {stages} stages"
+        )
     return {
         role: replace(
             site, rows=_narrowed(site.rows, sizes.most), columns=_narrowed(site.columns, sizes.most)
         )
         for role, site in roles.items()
-        if site.occurs <= sizes.most_blocks
+        if site.stage is None or site.occurs <= sizes.deepest(site.stage)
     }
 
 
