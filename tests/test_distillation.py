@@ -12,7 +12,7 @@ from torch import nn
 
 from neumeta.program import Program
 from tests.support import runs
-from tests.test_steps import TASK, tiny
+from tests.test_steps import tiny
 from training import data, distillation, fit, networks, source
 from training.trace import trace
 
@@ -54,7 +54,7 @@ def test_the_distance_is_a_share_of_what_the_source_makes() -> None:
 
 @pytest.mark.parametrize("views", [0, 1])
 def test_a_step_pulls_what_the_network_makes_inside_towards_the_source(
-    views: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    views: int, tmp_path: Path
 ) -> None:
     """Against the loss written out for LeNet, whose last convolution and mean have one shape."""
     asked = tiny(
@@ -65,19 +65,7 @@ def test_a_step_pulls_what_the_network_makes_inside_towards_the_source(
     manifold, smoothed = runs.prepared(asked, digits, tmp_path)
     space, model = manifold.space, manifold.representation
     small = space.architecture(0.5)
-    gradients: dict[str, torch.Tensor] = {}
-    before: dict[str, torch.Tensor] = {}
-
-    def recorded(model: nn.Module, *_: Any) -> bool:
-        before.update({name: value.clone() for name, value in model.state_dict().items()})
-        gradients.update({n: p.grad.clone() for n, p in model.named_parameters()})  # type: ignore[union-attr]
-        return False
-
-    monkeypatch.setattr(fit, "choose", lambda *_: (small,))
-    monkeypatch.setattr(fit, "_finish", recorded)
-    assert fit.fit(manifold, smoothed, digits, TASK, asked, tmp_path)
-    model.load_state_dict(before)
-    model.zero_grad()
+    gradients = runs.gradients(manifold, smoothed, digits, asked, (small,), tmp_path)
     ((x, y),) = digits.batches(source.epoch_plan(asked.seed, "fit", len(digits), 64, 0, 1), False)
 
     def inside(weights: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +88,6 @@ def test_a_step_pulls_what_the_network_makes_inside_towards_the_source(
     loss = 0.4 * F.cross_entropy(made[2], y) + 0.6 * (teacher * (teacher.log() - log)).sum(1).mean()
     loss = loss + 0.8 * (apart[0] + apart[1]) / 2
     loss.backward()  # type: ignore[no-untyped-call]
-    assert gradients
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         missed = (gradients[name] - parameter.grad).norm()

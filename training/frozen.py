@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from neumeta.program import Program
 from neumeta.sample import seed_of
-from neumeta.sites import made
+from neumeta.sites import reached
 from neumeta.space import Space
 from training.data import Dataset
 from training.layout import channels_last
@@ -20,12 +20,9 @@ from training.regression import Tensors
 
 
 def steps(space: Space) -> int:
-    """How many leading operations of the network hold no tensor that the representation makes."""
-    morphing = set(made(space.graph))
-    for count, node in enumerate(space.graph.nodes):
-        if morphing & set(node.tensors.values()):
-            return count
-    return len(space.graph.nodes)  # pragma: no cover (something morphs)
+    """How many leading operations of the network nothing that morphs has a part in."""
+    behind = reached(space.graph)
+    return [node.name in behind for node in space.graph.nodes].index(True)
 
 
 @torch.no_grad()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from neumeta.manifold import Manifold, roles
 from neumeta.representation import build
 from neumeta.representation.base import Representation
-from neumeta.space import Space
-from training import data, networks, pipeline
+from neumeta.space import Architecture, Space
+from training import data, fit, networks, pipeline
 from training.recipe import Recipe
+from training.task import TASKS
 from training.trace import trace
 
 
@@ -27,6 +29,36 @@ def prepared(asked: Recipe, loaded: data.Data, folder: Path) -> tuple[Manifold, 
     """The manifold before its fit, and the tensors of the smoothed source."""
     net = source(asked, loaded, folder)
     return pipeline.prepare(asked, loaded, pipeline.traced(asked, loaded, net).graph, net)
+
+
+def gradients(
+    manifold: Manifold,
+    smoothed: dict[str, Tensor],
+    loaded: data.Data,
+    asked: Recipe,
+    sizes: tuple[Architecture, ...],
+    folder: Path,
+) -> dict[str, Tensor]:
+    """The gradients of a fit's one step, which trains these sizes, by parameter. The representation is
+    left as it was before the step."""
+    before: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+
+    def recorded(model: nn.Module, *_: Any) -> bool:
+        before.update({name: value.clone() for name, value in model.state_dict().items()})
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            found[name] = parameter.grad.clone()
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "choose", lambda *_: sizes)
+        patch.setattr(fit, "_finish", recorded)
+        assert fit.fit(manifold, smoothed, loaded, TASKS[asked.task], asked, folder)
+    manifold.representation.load_state_dict(before)
+    manifold.representation.zero_grad()
+    assert found
+    return found
 
 
 def space(asked: Recipe, loaded: data.Data) -> Space:
