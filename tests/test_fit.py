@@ -126,6 +126,10 @@ def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_
     depths = [sizes.choose(last, covered, generator)[0].depth for _ in range(300)]
     assert {depth[2] for depth in depths} == {1}
     assert {n for depth in depths for n in depth[:2]} == {1, 2, 3, 4, 5}
+    others = asked.changed(fit={"shallow": [0, 1]})
+    depths = [sizes.choose(others, covered, generator)[0].depth for _ in range(300)]
+    assert all(min(depth[:2]) == 1 for depth in depths)
+    assert {depth.index(1) for depth in depths} == {0, 1}
 
 
 def test_a_size_that_is_kept_is_not_trained(digits: Dataset) -> None:

@@ -401,6 +401,7 @@ def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
         ({"blocks": [1, 2]}, "fit.blocks: .*; chart 0 of .* has no more than 1 blocks in stage 2"),
         ({"blocks": [1, 2], "shallow": True}, "no more than 1 blocks in stage 2"),
         ({"blocks": [1, 3], "shallow": [2]}, "no more than 2 blocks in stage 1"),
+        ({"blocks": [1, 2], "shallow": [1, 2]}, "no more than 1 blocks in stage 2"),
         ({"blocks": [1, 2], "shallow": [2, 3]}, "fit.shallow: .*; of stages 0 to 2"),
     ):
         with pytest.raises(recipe.BadRecipe, match=allowed):

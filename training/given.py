@@ -224,11 +224,11 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     if wanted.width[1] > sizes.most:
         allowed = f"{held} no channels beyond a width of {sizes.most:g}"
         problems.append(refused("fit.width", wanted.width, allowed))
-    shallow = () if isinstance(wanted.shallow, bool) else wanted.shallow
+    shallow = wanted.shallow if isinstance(wanted.shallow, tuple) else ()
     for stage, own in enumerate(found.space.depth):
         least, deepest = wanted.blocks or (own, own)
         most = sizes.deepest(stage)
-        if (least if stage in shallow else deepest) > most:
+        if (least if shallow == (stage,) else deepest) > most:
             allowed = f"{held} no more than {most:g} blocks in stage {stage}"
             problems.append(refused("fit.blocks", wanted.blocks, allowed))
             break

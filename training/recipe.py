@@ -170,8 +170,8 @@ class FitSection(_Section):
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
     group; `per_depth`: the share of random widths that come with a random depth (half of these with
     the same in all stages), where both morph; the others have the source's. `shallow`: of every
-    network one stage, drawn at random, has the fewest blocks; or a list of the stages that have (the
-    first is 0). `full_weight`: of the largest in the loss; 0 where the representation keeps the
+    network one stage, drawn at random, has the fewest blocks; a list says which it may be (the first
+    is 0). `full_weight`: of the largest in the loss; 0 where the representation keeps the
     source's own size as it is (anchored).
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones), with `distill_weight` of the loss. `distill_features`: of feature
@@ -215,7 +215,7 @@ class FitSection(_Section):
     smallest: Share = 0.0
     per_group: Share = 0.0
     per_depth: Share = 0.0
-    shallow: bool | tuple[Annotated[int, Field(ge=0)], ...] = False
+    shallow: bool | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = False
     full_weight: Weight = 1.0
     reconstruction: Weight = 1.0
     regularisation: Weight = 1e-4

@@ -39,11 +39,8 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
             depth = [depth[0]] * len(depth)
     if asked.shallow and space.blocks is not None:
         depth = depth or list(space.depth)
-        shallow = asked.shallow
-        if isinstance(shallow, bool):
-            shallow = (int(torch.randint(len(depth), (), generator=generator)),)
-        for stage in shallow:
-            depth[stage] = space.blocks[0]
+        stages = asked.shallow if isinstance(asked.shallow, tuple) else range(len(depth))
+        depth[stages[int(torch.randint(len(stages), (), generator=generator))]] = space.blocks[0]
     drawn = space.architecture(width, depth)
     if not asked.sandwich:
         return (drawn,)
