@@ -58,8 +58,8 @@ class Site:
     `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
     `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`),
     `narrowest` and `widest` which widths its narrowest and widest group may have been asked at
-    (`Space.ends`), `depth` how many blocks each of its stages has. `stage` says which of these the
-    tensor is in (None: in none), `occurs` how many blocks that must have for the role to be in it.
+    (`Space.ends`), `depth` how many blocks each of its stages has. `stage` says among whose blocks that
+    are alike the tensor is (None: no stage's), `occurs` how many blocks that must have for it to be.
     `positive` says that what the weight multiplies is never negative: it stands behind a ReLU.
     """
 

@@ -289,7 +289,7 @@ def test_bounds_of_another_number_of_stages_are_refused() -> None:
     part = deep(1.0)
     many = (1,) * (len(part.space.depth) + 1)
     with pytest.raises(
-        ValueError, match="charts: most_blocks has . numbers, and the network . stages"
+        ValueError, match=r"charts\[0\].most_blocks: . numbers; .* each of . stages"
     ):
         charts.joined([part, part], [Sizes(0.25, 1, most_blocks=many), Sizes(0.25)], part.space)
 
@@ -527,7 +527,10 @@ PART: dict[str, Any] = {"kind": "grid", "options": {}, "blocks": 0}
         [PART | {"least": 0.25, "most_blocks": float("nan")}, PART | {"least": 0.25}],
         [PART | {"least": 0.25}, PART | {"least": 0.25, "most_blocks": 2}],
         [PART | {"least": 0.25, "most_blocks": []}, PART | {"least": 0.25}],
-        [PART | {"least": 0.25, "most_blocks": [1, float("nan")]}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25, "most_blocks": [float("nan")]}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25, "most_blocks": ["1"]}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25, "most_blocks": "1"}, PART | {"least": 0.25}],
+        [PART | {"least": 0.25, "most_blocks": [True]}, PART | {"least": 0.25}],
         [PART | {"least": 0.25, "most_blocks": [1, 1]}, PART | {"least": 0.25}],
         [PART | {"least": 0.6, "most": 0.5}, PART | {"least": 0.5}],
         [PART | {"least": -1.0}],

@@ -26,6 +26,7 @@ from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
 from training import charts, cli, data, fit, given, networks, pipeline, recipe, source, statistics
 from training.copied import Copied
+from training.sizes import choose
 from training.task import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -364,7 +365,12 @@ def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
         "title": "x",
         "network": {"network": "python:ResNet"},
         "data": {"path": "x"},
-        "representation": {"kind": "grid", "noise": 0.0, "samples": 1},
+        "representation": {
+            "kind": "grid",
+            "noise": 0.0,
+            "samples": 1,
+            "anchored": {"reach": 0.1},
+        },
     }
     sizes = {"width": [0.5, 1.0], "blocks": [1, 3]}
     base = recipe.parse({**common, "fit": {**sizes, "epochs": 0.1, "batch": 20}}, "morph")
@@ -390,17 +396,29 @@ def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
         with pytest.raises(recipe.BadRecipe, match=r"charts\[0\].most_blocks: .*; 3, 2, 1 or less"):
             joined({**taken, "most_blocks": most})
 
-    def further(**fit: Any) -> None:
+    def further(**fit: Any) -> set[tuple[int, ...]]:
         told = {**sizes, "start": "b", "chart": 0, "batch": 20, **fit}
         asked = recipe.parse({**common, "fit": told}, "morph")
-        pipeline.check(asked, loaded, tmp_path, tmp_path / "c", net)
+        found = pipeline.check(asked, loaded, tmp_path, tmp_path / "c", net)
+        covered, generator = pipeline.space(asked, found.graph), torch.Generator().manual_seed(0)
+        drawn = [size for _ in range(50) for size in choose(asked, covered, generator)]
+        return {size.depth for size in drawn}
 
-    further(blocks=[1, 2], shallow=[2])
-    further(blocks=[1, 1])
+    # Of what is trained, no stage has more blocks than the chart.
+    assert further(blocks=[1, 2], shallow=[2]) == {(2, 2, 1)}
+    assert further(blocks=[1, 2], shallow=[2, 2]) == {(2, 2, 1)}
+    assert further(blocks=[1, 1]) == {(1, 1, 1)}
+    assert further(blocks=[1, 1], sandwich=True, full_weight=0.0) == {(1, 1, 1)}
+    some = further(blocks=[1, 2], shallow=[2], per_depth=1.0)
+    assert some == {(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1)}
     for wrong, allowed in (
         ({"blocks": [1, 2]}, "fit.blocks: .*; chart 0 of .* has no more than 1 blocks in stage 2"),
         ({"blocks": [1, 2], "shallow": True}, "no more than 1 blocks in stage 2"),
         ({"blocks": [1, 3], "shallow": [2]}, "no more than 2 blocks in stage 1"),
+        (
+            {"blocks": [1, 2], "shallow": [2], "sandwich": True, "full_weight": 0.0},
+            "no more than 1 blocks in stage 2",
+        ),
         ({"blocks": [1, 2], "shallow": [1, 2]}, "no more than 1 blocks in stage 2"),
         ({"blocks": [1, 2], "shallow": [2, 3]}, "fit.shallow: .*; of stages 0 to 2"),
     ):

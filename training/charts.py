@@ -71,7 +71,7 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
     Raises ValueError if the parts are not of one network or differ in what they share, or if a part is
     for no size.
     """
-    check_sizes(sizes)
+    check_sizes(sizes, len(covered.depth))
     first = parts[0]
     for part in parts:
         if pack(part.space.graph) != pack(covered.graph):

@@ -224,11 +224,12 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     if wanted.width[1] > sizes.most:
         allowed = f"{held} no channels beyond a width of {sizes.most:g}"
         problems.append(refused("fit.width", wanted.width, allowed))
-    shallow = wanted.shallow if isinstance(wanted.shallow, tuple) else ()
+    # Beside the random network, a sandwich has others whose depth is any.
+    shallow = set() if isinstance(wanted.shallow, bool) or wanted.sandwich else set(wanted.shallow)
     for stage, own in enumerate(found.space.depth):
         least, deepest = wanted.blocks or (own, own)
         most = sizes.deepest(stage)
-        if (least if shallow == (stage,) else deepest) > most:
+        if (least if shallow == {stage} else deepest) > most:
             allowed = f"{held} no more than {most:g} blocks in stage {stage}"
             problems.append(refused("fit.blocks", wanted.blocks, allowed))
             break

@@ -156,6 +156,15 @@ class RepresentationSection(_Section):
         return self.options | {name: held for name, held in around.items() if held is not None}
 
 
+def _stages(value: object) -> object:
+    if isinstance(value, list | tuple) and value:
+        if all(type(stage) is int and stage >= 0 for stage in value):
+            return value
+    elif isinstance(value, bool):
+        return value
+    raise ValueError("it must be true, false or a list of stages, the first of which is 0")
+
+
 class FitSection(_Section):
     """Algorithm 2. Units: rates per step, epochs of the training set, widths as factors.
 
@@ -170,8 +179,8 @@ class FitSection(_Section):
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
     group; `per_depth`: the share of random widths that come with a random depth (half of these with
     the same in all stages), where both morph; the others have the source's. `shallow`: of every
-    network one stage, drawn at random, has the fewest blocks; a list says which it may be (the first
-    is 0). `full_weight`: of the largest in the loss; 0 where the representation keeps the
+    random network one stage, drawn at random, has the fewest blocks; a list says which it may be (the
+    first is 0). `full_weight`: of the largest in the loss; 0 where the representation keeps the
     source's own size as it is (anchored).
     `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
     teaches the smaller ones), with `distill_weight` of the loss. `distill_features`: of feature
@@ -215,7 +224,7 @@ class FitSection(_Section):
     smallest: Share = 0.0
     per_group: Share = 0.0
     per_depth: Share = 0.0
-    shallow: bool | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = False
+    shallow: Annotated[bool | tuple[int, ...], BeforeValidator(_stages)] = False
     full_weight: Weight = 1.0
     reconstruction: Weight = 1.0
     regularisation: Weight = 1e-4
@@ -237,6 +246,10 @@ def _one_or_more(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _each(value: object) -> object:
+    return (value,) if type(value) is int else value
+
+
 class ChartSection(_Section):
     """One of several manifolds that were trained apart and are put together: its `file`, or several
     whose mean it is (cycles of one training, or trainings from one start), and the sizes that are
@@ -249,15 +262,15 @@ class ChartSection(_Section):
     least: Width
     blocks: Annotated[int, Field(ge=0)] = 0
     most: Width | None = None
-    most_blocks: Count | Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    most_blocks: Annotated[
+        Annotated[tuple[Count, ...], Field(min_length=1)] | None, BeforeValidator(_each)
+    ] = None
 
     @property
     def sizes(self) -> Sizes:
         """The sizes, as the representation has them."""
         most = math.inf if self.most is None else self.most
-        deepest = math.inf if self.most_blocks is None else self.most_blocks
-        each = deepest if isinstance(deepest, tuple) else (deepest,)
-        return Sizes(self.least, self.blocks, most, each)
+        return Sizes(self.least, self.blocks, most, self.most_blocks or Sizes.most_blocks)
 
 
 class EvaluateSection(_Section):
@@ -369,6 +382,7 @@ def _frozen(value: Any) -> Any:
 
 
 _SAYS = {
+    "Value error, ": "",
     "Input should be": "it must be",
     "a valid tuple": "a list",
     "a valid boolean": "true or false",
@@ -459,6 +473,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             yield refused(key, blocks, f"at most fit.most_blocks, {fit.most_blocks}")
     if listed.blocks and not fit.blocks:
         yield refused("evaluate.blocks", listed.blocks, "it needs fit.blocks: depth must morph")
+    if fit.shallow and not fit.blocks:
+        yield refused("fit.shallow", fit.shallow, "it needs fit.blocks: depth must morph")
     if network.named and not fit.blocks:
         yield refused("network.named", network.named, "it needs fit.blocks: depth must morph")
     whole = recipe.data.stream or recipe.task != "classification"

@@ -23,7 +23,10 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
 
     asked = recipe.fit
     both = space.blocks is not None and low < high
-    depth = None if both else blocks()
+    own = list(space.depth)
+    if space.blocks is not None:  # the source's, or the nearest that is trained
+        own = [min(max(n, space.blocks[0]), space.blocks[1]) for n in own]
+    depth = own if both else blocks()
     if asked.smallest and uniform() < asked.smallest:
         width: float | list[float] = low
     elif (asked.per_group or not asked.widths) and uniform() < asked.per_group:
@@ -38,7 +41,7 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         if uniform() < 0.5:
             depth = [depth[0]] * len(depth)
     if asked.shallow and space.blocks is not None:
-        depth = depth or list(space.depth)
+        depth = list(depth or own)
         stages = asked.shallow if isinstance(asked.shallow, tuple) else range(len(depth))
         depth[stages[int(torch.randint(len(stages), (), generator=generator))]] = space.blocks[0]
     drawn = space.architecture(width, depth)
@@ -52,7 +55,7 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         wide: float | list[float] = high
         if uniform() < 0.5:
             wide = [low + (high - low) * uniform() for _ in space.groups]
-        others = (space.architecture(low), drawn, space.architecture(wide, deep))
+        others = (space.architecture(low, own), drawn, space.architecture(wide, deep))
         # The source's own size needs no training where it is kept as it is.
         return (space.full, *others) if recipe.fit.full_weight else others
     if space.blocks is not None:

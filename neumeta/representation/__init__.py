@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from neumeta.coordinates import Site
@@ -65,7 +65,7 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
             )
             for each in held
         ]
-        check_sizes(sizes)
+        check_sizes(sizes, len(next(iter(roles.values())).depth) if roles else 0)
         parts = [
             build_chart(each["kind"], each["options"], roles, own)
             for each, own in zip(held, sizes, strict=True)
@@ -84,10 +84,11 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
     return made
 
 
-def _each(most_blocks: float | Sequence[float]) -> tuple[float, ...]:
-    if isinstance(most_blocks, Sequence):
-        return tuple(map(float, most_blocks))
-    return (float(most_blocks),)
+def _each(most_blocks: object) -> tuple[float, ...]:
+    each = most_blocks if isinstance(most_blocks, list | tuple) else [most_blocks]
+    if any(type(most) not in (int, float) for most in each):
+        raise ValueError(f"charts: most_blocks is {str(most_blocks)[:80]}, not numbers")
+    return tuple(map(float, each))
 
 
 def build_chart(

@@ -74,15 +74,22 @@ class Charts(Representation):
         return made
 
 
-def check_sizes(sizes: Sequence[Sizes]) -> None:
-    """Raises ValueError if there are no charts, one that is for no size or that earlier ones leave none
-    to, or if the last one is not for whatever is wide and deep."""
+def check_sizes(sizes: Sequence[Sizes], stages: int | None = None) -> None:
+    """Raises ValueError if there are no charts, one that is for no size, that earlier ones leave none
+    to or that bounds another number of stages, or if the last one is not for whatever is wide and deep.
+    """
+    for later, wanted in enumerate(sizes):
+        given = len(wanted.most_blocks)
+        if given != 1 and (not given or stages is not None and given != stages):
+            allowed = "a number" + (f", or one for each of {stages} stages" if stages else "")
+            raise ValueError(f"charts[{later}].most_blocks: {given} numbers; it must be {allowed}")
     for later, wanted in enumerate(sizes):
         if not 0 < wanted.least <= wanted.most or math.isinf(wanted.least):
             raise ValueError(f"charts[{later}]: no width is from {wanted.least} to {wanted.most}")
-        if not wanted.most_blocks or not all(0 <= wanted.blocks <= n for n in wanted.most_blocks):
-            told = f"{wanted.blocks} to {', '.join(f'{n:g}' for n in wanted.most_blocks)}"
-            raise ValueError(f"charts[{later}]: no number of blocks is from {told}")
+        for most in wanted.most_blocks:
+            if not 0 <= wanted.blocks <= most:
+                told = f"{wanted.blocks} to {most:g}"
+                raise ValueError(f"charts[{later}]: no number of blocks is from {told}")
         for earlier, taken in enumerate(sizes[:later]):
             if taken.covers(wanted):
                 raise ValueError(f"charts[{earlier}] already takes all sizes of charts[{later}]")
@@ -94,15 +101,8 @@ def bounded(roles: Mapping[str, Site], sizes: Sizes) -> dict[str, Site]:
     """What networks of these sizes can have: the roles of so few blocks, and of every dimension the
     first channels, which only a grid over absolute indices without noise is content with.
 
-    A dimension of several parts is left whole. Raises ValueError if the sizes are of another number of
-    stages.
+    A dimension of several parts is left whole.
     """
-    stages = len(next(iter(roles.values())).depth) if roles else 1
-    if len(sizes.most_blocks) not in (1, stages):
-        given = len(sizes.most_blocks)
-        raise ValueError(
-            f"charts: most_blocks has {given} numbers, and the network {stages} stages"
-        )
     return {
         role: replace(
             site, rows=_narrowed(site.rows, sizes.most), columns=_narrowed(site.columns, sizes.most)
