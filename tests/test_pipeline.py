@@ -297,15 +297,19 @@ def test_a_manifold_that_does_not_fit_is_not_copied(
     refused(run, place, COPY.replace(old, new), told)
 
 
+def noise() -> data.Dataset:
+    """Forty images of random pixels in three channels, of ten classes."""
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    labels, classes = torch.arange(40) % 10, tuple("abcdefghij")
+    half = [0.5, 0.5, 0.5]
+    return data.Dataset("x", images, labels, images, labels, classes, half, half, False, 0)
+
+
 def test_of_a_manifold_of_many_depths_the_sources_own_is_copied(tmp_path: Path) -> None:
     """And a recipe that folds batch norms away is told so."""
     torch.manual_seed(0)
     net = networks.resnet_cifar((2, 2, 2), 10, (4, 6, 8))
-    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
-    labels = torch.arange(40) % 10
-    told = tuple("abcdefghij")
-    half = [0.5, 0.5, 0.5]
-    loaded = data.Dataset("x", images, labels, images, labels, told, half, half, False, 0)
+    loaded = noise()
     grid: dict[str, Any] = {
         "name": "x",
         "title": "x",
@@ -356,10 +360,7 @@ def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
     """And a recipe that asks for more is told so."""
     torch.manual_seed(0)
     net = networks.resnet_cifar((3, 3, 3), 10, (4, 6, 8))
-    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
-    half = [0.5, 0.5, 0.5]
-    labels, classes = torch.arange(40) % 10, tuple("abcdefghij")
-    loaded = data.Dataset("x", images, labels, images, labels, classes, half, half, False, 0)
+    loaded = noise()
     common: dict[str, Any] = {
         "name": "x",
         "title": "x",

@@ -225,7 +225,7 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
         allowed = f"{held} no channels beyond a width of {sizes.most:g}"
         problems.append(refused("fit.width", wanted.width, allowed))
     # Beside the random network, a sandwich has others whose depth is any.
-    shallow = set() if isinstance(wanted.shallow, bool) or wanted.sandwich else set(wanted.shallow)
+    shallow = set() if wanted.sandwich else set(wanted.shallow_stages)
     for stage, own in enumerate(found.space.depth):
         least, deepest = wanted.blocks or (own, own)
         most = sizes.deepest(stage)

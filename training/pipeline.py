@@ -157,8 +157,7 @@ def space(asked: Recipe, graph: Graph) -> Space:
         if fit_.blocks and fit_.blocks[0] < stage.least:
             allowed = f"stage {stage.name} has at least {stage.least} blocks"
             problems.append(refused("fit.blocks", fit_.blocks, allowed))
-    shallow = fit_.shallow if isinstance(fit_.shallow, tuple) else ()
-    if any(stage >= len(made.stages) for stage in shallow):
+    if any(stage >= len(made.stages) for stage in fit_.shallow_stages):
         allowed = f"of stages 0 to {len(made.stages) - 1}"
         problems.append(refused("fit.shallow", fit_.shallow, allowed))
     for name, depth in asked.network.named.items():

@@ -241,6 +241,11 @@ class FitSection(_Section):
     teacher_views: Annotated[int, Field(ge=0)] = 0
     bfloat16: bool = False
 
+    @property
+    def shallow_stages(self) -> tuple[int, ...]:
+        """The stages that `shallow` lists; none if it lists none."""
+        return self.shallow if isinstance(self.shallow, tuple) else ()
+
 
 def _one_or_more(value: object) -> object:
     return (value,) if isinstance(value, str) else value
@@ -471,12 +476,14 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         yield from _ordered(key, blocks)
         if blocks[1] > fit.most_blocks:
             yield refused(key, blocks, f"at most fit.most_blocks, {fit.most_blocks}")
-    if listed.blocks and not fit.blocks:
-        yield refused("evaluate.blocks", listed.blocks, "it needs fit.blocks: depth must morph")
-    if fit.shallow and not fit.blocks:
-        yield refused("fit.shallow", fit.shallow, "it needs fit.blocks: depth must morph")
-    if network.named and not fit.blocks:
-        yield refused("network.named", network.named, "it needs fit.blocks: depth must morph")
+    deep = {
+        "evaluate.blocks": listed.blocks,
+        "fit.shallow": fit.shallow,
+        "network.named": network.named,
+    }
+    for key, asked in deep.items():
+        if asked and not fit.blocks:
+            yield refused(key, asked, "it needs fit.blocks: depth must morph")
     whole = recipe.data.stream or recipe.task != "classification"
     for key, views in (("feature", fit.feature_views), ("teacher", fit.teacher_views)):
         if views and whole:

@@ -42,7 +42,7 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
             depth = [depth[0]] * len(depth)
     if asked.shallow and space.blocks is not None:
         depth = list(depth or own)
-        stages = asked.shallow if isinstance(asked.shallow, tuple) else range(len(depth))
+        stages = asked.shallow_stages or range(len(depth))
         depth[stages[int(torch.randint(len(stages), (), generator=generator))]] = space.blocks[0]
     drawn = space.architecture(width, depth)
     if not asked.sandwich:
