@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -232,6 +233,7 @@ def fit(
                 state,
             )
 
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     bar = tqdm(
         batches(),
         desc=recipe.name,
@@ -291,9 +293,9 @@ def fit(
         where = f"fit, step {step + 1} of {steps}"
         late = _finish(model, optimiser, recipe, world, total, where, rate, late and rank == 0)
         decay = min(recipe.fit.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                average[name].lerp_(value, 1 - decay)
+        # All at once: on a GPU a call for each tensor takes longer than the arithmetic.
+        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        update([average[name] for name in trained], [*trained.values()], 0)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{total:.3f}")
             log("fit/task_loss", float(total), step)
