@@ -113,6 +113,27 @@ def test_a_run_is_bound_to_what_its_results_depend_on(
     assert (place / "run" / "recipe.json").read_text() == before
 
 
+def test_another_seed_is_the_run_of_a_recipe_that_says_so(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    assert cli.main(["small.toml", "--seed", "3"]) == 0
+    made = checkpoint.read(place / "runs" / "small-seed-3" / "manifold.safetensors")
+    assert made.about["recipe"]["seed"] == 3 and made.about["recipe"]["name"] == "small-seed-3"
+    assert run(text=f"seed = 3\n{SMALL}", folder="written") == (0, [])
+    ours, theirs, first = (
+        load_file(place / folder / "manifold.safetensors")
+        for folder in ("runs/small-seed-3", "written", "run")
+    )
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert any(not torch.equal(ours[name], value) for name, value in first.items())
+
+
+def test_a_seed_below_0_is_refused(run: Run) -> None:
+    code, (line,) = run("--seed", "-1", folder="none")
+    assert code == 2 and "small.toml: seed: -1" in line
+
+
 def test_a_run_that_was_begun_before_a_key_was_made_has_its_default(run: Run, place: Path) -> None:
     path = place / "run" / "recipe.json"
     told = json.loads(path.read_text())

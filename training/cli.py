@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="the manifold's file (default FOLDER/manifold.safetensors)"
     )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="in place of the recipe's, whose name then ends in -seed-N (folder runs/RECIPE-seed-N)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on where this run stopped")
     parser.add_argument("--max-minutes", type=_minutes, default=math.inf)
     return parser
@@ -134,6 +139,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return _explain(arguments.explain, arguments.shape)
     began = time.monotonic()
     asked = recipe.load(arguments.recipe)
+    if arguments.seed is not None:
+        asked = asked.changed(seed=arguments.seed, name=f"{asked.name}-seed-{arguments.seed}")
     folder: Path = arguments.folder or Path("runs") / asked.name
     out: Path = arguments.out or folder / "manifold.safetensors"
     for path in (folder / "recipe.json", out):
