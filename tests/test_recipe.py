@@ -31,7 +31,8 @@ def test_built_in_recipes_are_right_and_survive_a_checkpoint(name: str) -> None:
 @pytest.mark.parametrize("name", ["cifar10-resnet-charts", "cifar10-vgg-charts"])
 def test_what_a_chart_is_the_mean_of_is_one_representation(name: str) -> None:
     for chart in recipe.load(name).charts:
-        made_by = [recipe.load(Path(file).parent.name) for file in chart.file]
+        runs = [Path(file).parent.name.partition("-seed-")[0] for file in chart.file]
+        made_by = [recipe.load(name) for name in runs]
         built = [(each.representation.kind, each.representation.built) for each in made_by]
         assert all(each == built[0] for each in built), chart.file
 
@@ -41,6 +42,40 @@ def test_the_full_size_may_stay_untrained_where_only_widths_morph(tmp_path: Path
     path.write_text(GOOD + "full_weight = 0\n[representation]\nanchored = { reach = 0.1 }\n")
     asked = recipe.load(str(path))
     assert asked.fit.full_weight == 0 and asked.fit.blocks is None and not asked.fit.sandwich
+
+
+def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(f"seed = 4\n{GOOD}batch = 64\n")
+    path = tmp_path / "mine.toml"
+    text = 'extends = "base.toml"\ntitle = "y"\n[fit]\nbatch = 32\n[evaluate]\nwidths = [0.5]\n'
+    path.write_text(text + "[network]\ntrain = { epochs = 2, lr = 0.2 }\n")
+    asked, base = recipe.load(str(path)), recipe.load(str(tmp_path / "base.toml"))
+    assert (asked.name, asked.title, asked.seed) == ("mine", "y", 4)
+    assert (asked.fit.width, asked.fit.batch, asked.evaluate.widths) == ((0.5, 1.0), 32, (0.5,))
+    assert asked.network.network == "lenet" and asked.network.train != base.network.train
+    assert asked.network.train and asked.network.train.lr == 0.2
+    path.write_text('extends = "tiny"\ntitle = "y"\n')
+    assert recipe.load(str(path)) == TINY.changed(name="mine", title="y")
+
+
+@pytest.mark.parametrize(
+    ("extends", "told"),
+    [
+        ('"base.toml"', "extends: 'base.toml' is not allowed; it extends another recipe itself"),
+        ('"none.toml"', "extends: 'none.toml' is not allowed; it is neither"),
+        ('"nine"', "extends: 'nine' is not allowed; it is neither"),
+        ("3", "extends: 3 is not allowed; it is neither"),
+        ('"broken.toml"', "Invalid"),
+    ],
+)
+def test_no_more_than_two_files_are_one_recipe(tmp_path: Path, extends: str, told: str) -> None:
+    (tmp_path / "base.toml").write_text('extends = "tiny"\n')
+    (tmp_path / "broken.toml").write_text("title = \n")
+    path = tmp_path / "mine.toml"
+    path.write_text(f"extends = {extends}\n")
+    with pytest.raises(recipe.BadRecipe) as error:
+        recipe.load(str(path))
+    assert told in str(error.value)
 
 
 def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path: Path) -> None:

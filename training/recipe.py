@@ -341,24 +341,51 @@ class Recipe(_Section):
     def changed(self, **changes: Any) -> Recipe:
         """This recipe with other values, e.g. `changed(seed=1, fit={"lr": 0.1})`: a section's other
         keys stay. Raises BadRecipe."""
-        values = self.model_dump()
-        for key, value in changes.items():
-            inside = isinstance(value, Mapping) and isinstance(values.get(key), dict)
-            values[key] = {**values[key], **value} if inside else value
-        return parse(values, self.file)
+        return parse(_changed(self.model_dump(), changes), self.file)
 
 
 def load(name: str) -> Recipe:
-    """The recipe of this name among the built-in ones, or in this TOML file. Raises BadRecipe."""
-    path = Path(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
+    """The recipe of this name among the built-in ones, or in this TOML file. Raises BadRecipe.
+
+    With `extends`, a built-in recipe's name or a file beside this one, it has that one's values where
+    it says nothing else: key by key in a section, and whole what is inside a key. That one must not
+    extend another, so that no more than two files are to be read.
+    """
+    path = _place(name, Path())
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in BUILT_IN.glob("*.toml")))
         raise BadRecipe("recipe", [f"{name!r} is neither a .toml file nor one of {known}"])
+    own = _read(path)
+    base = own.pop("extends", None)
+    if base is None:
+        return parse({"name": path.stem, **own}, str(path))
+    under = _place(str(base), path.parent)
+    if not under.is_file():
+        told = refused("extends", base, "it is neither a .toml file beside this one nor built in")
+        raise BadRecipe(str(path), [told])
+    values = _read(under)
+    if "extends" in values:
+        raise BadRecipe(str(path), [refused("extends", base, "it extends another recipe itself")])
+    return parse({"name": path.stem, **_changed(values, own)}, str(path))
+
+
+def _place(name: str, folder: Path) -> Path:
+    return folder / name if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
+
+
+def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(values)
+    for key, value in changes.items():
+        inside = isinstance(value, Mapping) and isinstance(made.get(key), dict)
+        made[key] = {**made[key], **value} if inside else value
+    return made
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        given = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRecipe(str(path), [str(error)]) from None
-    return parse({"name": path.stem, **given}, str(path))
 
 
 def parse(values: Mapping[str, Any], file: str) -> Recipe:
