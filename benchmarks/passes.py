@@ -33,12 +33,16 @@ STEPS = 2_000
 
 def begun(name: str, seen: set[str], only: int | None = None) -> Iterator[Recipe]:
     """The built-in recipe, or if it is one of charts those of all charts or of `only` one, each after
-    all that it goes on from; none twice. A file's recipe is the one that its folder is named after."""
+    all that it goes on from; none twice. A file's recipe is the one that its folder is named after,
+    with another seed where that ends in -seed-N."""
     if name in seen:
         return
-    if not (BUILT_IN / f"{name}.toml").exists():
+    built, _, seed = name.partition("-seed-")
+    if not (BUILT_IN / f"{built}.toml").exists():
         raise SystemExit(f"{name or 'a file in no folder'}: no built-in recipe is named so")
-    asked = load(name)
+    asked = load(built)
+    if seed:
+        asked = asked.changed(seed=int(seed), name=name)
     for k, chart in enumerate(asked.charts):
         for each in chart.file if only in (None, k) else ():
             yield from begun(Path(each).parent.name, seen, chart.chart)
