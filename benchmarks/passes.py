@@ -24,7 +24,7 @@ from neumeta import checkpoint
 from neumeta.sample import seed_of
 from neumeta.space import Space
 from training import sizes
-from training.recipe import BUILT_IN, Recipe, load
+from training.recipe import BadRecipe, Recipe, of_run
 
 IMAGES = 50_000
 STEPS = 2_000
@@ -33,16 +33,15 @@ STEPS = 2_000
 
 def begun(name: str, seen: set[str], only: int | None = None) -> Iterator[Recipe]:
     """The built-in recipe, or if it is one of charts those of all charts or of `only` one, each after
-    all that it goes on from; none twice. A file's recipe is the one that its folder is named after,
-    with another seed where that ends in -seed-N."""
+    all that it goes on from; none twice. A file's recipe is the one whose run its folder is named
+    after."""
     if name in seen:
         return
-    built, _, seed = name.partition("-seed-")
-    if not (BUILT_IN / f"{built}.toml").exists():
-        raise SystemExit(f"{name or 'a file in no folder'}: no built-in recipe is named so")
-    asked = load(built)
-    if seed:
-        asked = asked.changed(seed=int(seed), name=name)
+    try:
+        asked = of_run(name)
+    except BadRecipe:
+        told = f"{name or 'a file in no folder'}: no built-in recipe is named so"
+        raise SystemExit(told) from None
     for k, chart in enumerate(asked.charts):
         for each in chart.file if only in (None, k) else ():
             yield from begun(Path(each).parent.name, seen, chart.chart)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,35 @@ def test_sixteen_bits_move_the_weights_as_thirty_two_do(
     start, exact, rounded = states
     assert not torch.equal(exact, rounded)
     assert float((rounded - exact).norm()) < 0.1 * float((exact - start).norm())
+
+
+def test_a_fit_ends_with_the_moving_average_of_every_weight(
+    digits: Dataset, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = TINY.changed(representation={"anchored": {"reach": 0.1}}, fit={"ema": 0.9, "epochs": 4})
+    made, smoothed = prepared(asked, digits, run_folder)
+    model, finish = made.representation, fit._finish
+    states = []
+
+    def remembered(*given: Any) -> bool:
+        if not states:
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+        late = finish(*given)
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        return late
+
+    monkeypatch.setattr(fit, "_finish", remembered)
+    assert fit.fit(made, smoothed, digits, TASK, asked, tmp_path)
+    average, *after = states
+    assert len(after) > 10
+    for step, state in enumerate(after):
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = {n: decay * average[n] + (1 - decay) * value for n, value in state.items()}
+    for name, value in model.state_dict().items():
+        # A few dozen roundings of each number, in its own type.
+        tolerance = 1e-5 if value.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(value, average[name], rtol=tolerance, atol=tolerance / 10)
+    assert any(not torch.equal(value, average[name]) for name, value in after[-1].items())
 
 
 SCRIPT = """

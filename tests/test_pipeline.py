@@ -129,9 +129,12 @@ def test_another_seed_is_the_run_of_a_recipe_that_says_so(
     assert any(not torch.equal(ours[name], value) for name, value in first.items())
 
 
-def test_a_seed_below_0_is_refused(run: Run) -> None:
-    code, (line,) = run("--seed", "-1", folder="none")
-    assert code == 2 and "small.toml: seed: -1" in line
+@pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**63), "9" * 5000])
+def test_a_seed_is_a_whole_number(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["tiny", "--seed", seed])
+    said = capsys.readouterr().err
+    assert f"--seed: {seed[:30]} is not a whole number from 0 to 2^63 - 1" in said
 
 
 def test_a_run_that_was_begun_before_a_key_was_made_has_its_default(run: Run, place: Path) -> None:

@@ -31,8 +31,7 @@ def test_built_in_recipes_are_right_and_survive_a_checkpoint(name: str) -> None:
 @pytest.mark.parametrize("name", ["cifar10-resnet-charts", "cifar10-vgg-charts"])
 def test_what_a_chart_is_the_mean_of_is_one_representation(name: str) -> None:
     for chart in recipe.load(name).charts:
-        runs = [Path(file).parent.name.partition("-seed-")[0] for file in chart.file]
-        made_by = [recipe.load(name) for name in runs]
+        made_by = [recipe.of_run(Path(file).parent.name) for file in chart.file]
         built = [(each.representation.kind, each.representation.built) for each in made_by]
         assert all(each == built[0] for each in built), chart.file
 
@@ -45,38 +44,90 @@ def test_the_full_size_may_stay_untrained_where_only_widths_morph(tmp_path: Path
 
 
 def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) -> None:
-    (tmp_path / "base.toml").write_text(f"seed = 4\n{GOOD}batch = 64\n")
+    base = GOOD.replace("epochs = 1 }", "epochs = 1, batch = 7 }")
+    (tmp_path / "base.toml").write_text(f'name = "base"\nseed = 4\n{base}batch = 64\n')
     path = tmp_path / "mine.toml"
     text = 'extends = "base.toml"\ntitle = "y"\n[fit]\nbatch = 32\n[evaluate]\nwidths = [0.5]\n'
-    path.write_text(text + "[network]\ntrain = { epochs = 2, lr = 0.2 }\n")
-    asked, base = recipe.load(str(path)), recipe.load(str(tmp_path / "base.toml"))
-    assert (asked.name, asked.title, asked.seed) == ("mine", "y", 4)
+    path.write_text(text + "[network]\ntrain = { epochs = 2 }\n")
+    asked = recipe.load(str(path))
+    assert (asked.name, asked.title, asked.seed, asked.file) == ("mine", "y", 4, str(path))
     assert (asked.fit.width, asked.fit.batch, asked.evaluate.widths) == ((0.5, 1.0), 32, (0.5,))
-    assert asked.network.network == "lenet" and asked.network.train != base.network.train
-    assert asked.network.train and asked.network.train.lr == 0.2
+    assert asked.network.network == "lenet" and asked.network.train
+    assert (asked.network.train.epochs, asked.network.train.batch) == (2, 128)  # a whole value
     path.write_text('extends = "tiny"\ntitle = "y"\n')
     expected = TINY.changed(name="mine", title="y")
     assert recipe.load(str(path)).as_dict() == expected.as_dict()
 
 
+def test_what_is_not_taken_over_is_as_by_default(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    without = 'without = ["network.train", "evaluate", "fit.widths"]'
+    base = GOOD + "widths = [0.6]\n[evaluate]\nwidths = [0.7]\n"
+    (tmp_path / "base.toml").write_text(base)
+    path.write_text(f'extends = "base.toml"\n{without}\n[fit]\nstart = "m.safetensors"\n')
+    asked = recipe.load(str(path))
+    assert asked.network.train is None and asked.fit.widths == () and asked.fit.start
+    assert asked.evaluate == recipe.EvaluateSection()
+
+
 @pytest.mark.parametrize(
-    ("extends", "told"),
+    ("text", "told"),
     [
-        ('"base.toml"', "extends: 'base.toml' is not allowed; it extends another recipe itself"),
-        ('"none.toml"', "extends: 'none.toml' is not allowed; it is neither"),
-        ('"nine"', "extends: 'nine' is not allowed; it is neither"),
-        ("3", "extends: 3 is not allowed; it is neither"),
-        ('"broken.toml"', "Invalid"),
+        (
+            'extends = "base.toml"',
+            "mine.toml: extends: 'base.toml' is not allowed; it extends 'tiny'",
+        ),
+        (
+            'extends = "mine.toml"',
+            "mine.toml: extends: 'mine.toml' is not allowed; it extends 'mine",
+        ),
+        (
+            'extends = "none.toml"',
+            "mine.toml: extends: 'none.toml' is not allowed; it must be a .toml",
+        ),
+        (
+            'extends = "../base.toml"',
+            "mine.toml: extends: '../base.toml' is not allowed; it must be",
+        ),
+        ('extends = "nine"', "camvid-unet, cifar10-resnet"),
+        (f'extends = "{"n" * 300}"', "is not allowed; it must be a .toml file in the same folder"),
+        ("extends = 3", "mine.toml: extends: 3 is not allowed; it must be a .toml file"),
+        ('extends = "broken.toml"', "broken.toml: Invalid value"),
+        ('extends = "tiny"\n[fit]\nlr = -1', "mine.toml (extends tiny): fit.lr: -1 is not allowed"),
+        ('extends = "tiny"\nwithout = ["fit.no"]', "mine.toml: without: ['fit.no'] is not allowed"),
+        (
+            'extends = "tiny"\nwithout = "fit.lr"',
+            "mine.toml: without: 'fit.lr' is not allowed; it must",
+        ),
+        ('extends = "tiny"\nwithout = [7]', "mine.toml: without: [7] is not allowed"),
+        ('without = ["fit.lr"]', "mine.toml: without: there must be `extends` beside it"),
+        ('extends = "tiny"\nnetwork = 3', "mine.toml (extends tiny): network: 3 is not allowed"),
+        (
+            'extends = "cifar10-vgg-wide"',
+            "its network is 'vgg.py:build', which is not in this folder",
+        ),
     ],
 )
-def test_no_more_than_two_files_are_one_recipe(tmp_path: Path, extends: str, told: str) -> None:
+def test_what_is_extended_is_one_whole_recipe_that_can_be_read(
+    tmp_path: Path, text: str, told: str
+) -> None:
     (tmp_path / "base.toml").write_text('extends = "tiny"\n')
     (tmp_path / "broken.toml").write_text("title = \n")
     path = tmp_path / "mine.toml"
-    path.write_text(f"extends = {extends}\n")
+    path.write_text(text)
     with pytest.raises(recipe.BadRecipe) as error:
         recipe.load(str(path))
     assert told in str(error.value)
+
+
+def test_a_run_is_of_the_recipe_that_its_folder_is_named_after() -> None:
+    asked = recipe.of_run("tiny-seed-3")
+    assert asked.as_dict() == TINY.seeded(3).as_dict()
+    assert (asked.name, asked.seed) == ("tiny-seed-3", 3)
+    assert recipe.of_run("tiny").as_dict() == TINY.as_dict()
+    for name in ("tiny-seed-", "tiny-seed-x", "tiny-seed--1", "tiny-seed-1-seed-2", ""):
+        with pytest.raises(recipe.BadRecipe, match="neither"):
+            recipe.of_run(name)
 
 
 def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path: Path) -> None:

@@ -85,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seed",
-        type=int,
-        help="in place of the recipe's, whose name then ends in -seed-N (folder runs/RECIPE-seed-N)",
+        type=_seed,
+        metavar="N",
+        help="in place of the recipe's; the run is then named RECIPE-seed-N",
     )
     parser.add_argument("--resume", action="store_true", help="go on where this run stopped")
     parser.add_argument("--max-minutes", type=_minutes, default=math.inf)
@@ -98,6 +99,12 @@ def _minutes(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not more than 0")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:30]} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -140,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     asked = recipe.load(arguments.recipe)
     if arguments.seed is not None:
-        asked = asked.changed(seed=arguments.seed, name=f"{asked.name}-seed-{arguments.seed}")
+        asked = asked.seeded(arguments.seed)
     folder: Path = arguments.folder or Path("runs") / asked.name
     out: Path = arguments.out or folder / "manifold.safetensors"
     for path in (folder / "recipe.json", out):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -343,34 +344,88 @@ class Recipe(_Section):
         keys stay. Raises BadRecipe."""
         return parse(_changed(self.model_dump(), changes), self.file)
 
+    def seeded(self, seed: int) -> Recipe:
+        """This recipe with another seed, under a name of its own. Raises BadRecipe."""
+        return self.changed(seed=seed, name=f"{self.name}-seed-{seed}")
+
 
 def load(name: str) -> Recipe:
     """The recipe of this name among the built-in ones, or in this TOML file. Raises BadRecipe.
 
-    With `extends`, a built-in recipe's name or a file beside this one, it has that one's values where
-    it says nothing else: key by key in a section, and whole what is inside a key. That one must not
-    extend another, so that no more than two files are to be read.
+    Beside the keys of `Recipe` a file may have two more. `extends`, the name of a built-in recipe or
+    of a file in the same folder, takes over the values of that one, which must not extend another: no
+    more than two files are to be read. A key that the file has itself replaces the whole value, a
+    table such as `network.train` too, and all `charts`. `without` lists keys that are not taken over.
     """
-    path = _place(name, Path())
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in BUILT_IN.glob("*.toml")))
-        raise BadRecipe("recipe", [f"{name!r} is neither a .toml file nor one of {known}"])
+    path = _path(name, Path())
+    if path is None:
+        raise BadRecipe("recipe", [f"{name!r} is neither a .toml file nor one of {_built_in()}"])
     own = _read(path)
-    base = own.pop("extends", None)
-    if base is None:
+    if "extends" not in own:
+        if "without" in own:
+            raise BadRecipe(str(path), ["without: there must be `extends` beside it"])
         return parse({"name": path.stem, **own}, str(path))
-    under = _place(str(base), path.parent)
-    if not under.is_file():
-        told = refused("extends", base, "it is neither a .toml file beside this one nor built in")
-        raise BadRecipe(str(path), [told])
+    try:
+        values, base = _extended(own, path)
+        return parse({"name": path.stem, **values}, f"{path} (extends {base})", str(path))
+    except _Misread as problem:
+        raise BadRecipe(str(path), [str(problem)]) from None
+
+
+def of_run(name: str) -> Recipe:
+    """The built-in recipe that makes the run of this name, `seeded` where that says so. Raises
+    BadRecipe."""
+    told = re.fullmatch(r"(.+)-seed-(\d{1,19})", name)
+    return load(told[1]).seeded(int(told[2])) if told else load(name)
+
+
+class _Misread(ValueError):
+    pass
+
+
+def _extended(own: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
+    """All values of a file that extends another, and what it extends."""
+    base, without = own.pop("extends"), own.pop("without", [])
+    under = _path(base, path.parent) if isinstance(base, str) and "/" not in base else None
+    if under is None:
+        allowed = f"it must be a .toml file in the same folder, or one of {_built_in()}"
+        raise _Misread(refused("extends", base, allowed))
     values = _read(under)
+    values.pop("name", None)  # of the file that is read, as its run's folder is
     if "extends" in values:
-        raise BadRecipe(str(path), [refused("extends", base, "it extends another recipe itself")])
-    return parse({"name": path.stem, **_changed(values, own)}, str(path))
+        allowed = f"it extends {values['extends']!r} itself: extend that one"
+        raise _Misread(refused("extends", base, allowed))
+    for key in without if isinstance(without, list) else [None]:
+        section, _, inner = str(key).rpartition(".")
+        held = values.get(section) if section else values
+        if not isinstance(held, dict) or held.pop(inner, None) is None:
+            allowed = f"it must be a list of keys that {base} has, like ['fit.start']"
+            raise _Misread(refused("without", without, allowed))
+    made, theirs = _changed(values, own), _built_by(values)
+    beside = under.parent.resolve() == path.parent.resolve()
+    if ".py:" in theirs and not beside and _built_by(made) == theirs:
+        allowed = (
+            f"its network is {theirs!r}, which is not in this folder: give network.network, too"
+        )
+        raise _Misread(refused("extends", base, allowed))
+    return made, base
 
 
-def _place(name: str, folder: Path) -> Path:
-    return folder / name if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
+def _built_by(values: Mapping[str, Any]) -> str:
+    section = values.get("network")
+    return str(section.get("network")) if isinstance(section, dict) else ""
+
+
+def _path(name: str, folder: Path) -> Path | None:
+    path = folder / name if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
+    try:
+        return path if path.is_file() else None
+    except OSError:  # a name that is too long for one
+        return None
+
+
+def _built_in() -> str:
+    return ", ".join(sorted(found.stem for found in BUILT_IN.glob("*.toml")))
 
 
 def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,16 +443,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise BadRecipe(str(path), [str(error)]) from None
 
 
-def parse(values: Mapping[str, Any], file: str) -> Recipe:
-    """The recipe of these plain values (lists stand for tuples). `file` is named in BadRecipe."""
+def parse(values: Mapping[str, Any], told: str, file: str = "") -> Recipe:
+    """The recipe of these plain values (lists stand for tuples). `told` is named in BadRecipe; it is
+    the `file` unless that is given."""
     try:
         recipe = Recipe.model_validate(_frozen(dict(values)))
     except ValidationError as error:
-        raise BadRecipe(file, [_told(each) for each in error.errors()]) from None
+        raise BadRecipe(told, [_told(each) for each in error.errors()]) from None
     problems = list(_conflicts(recipe))
     if problems:
-        raise BadRecipe(file, problems)
-    recipe._file = file
+        raise BadRecipe(told, problems)
+    recipe._file = file or told
     return recipe
 
 
@@ -450,7 +506,8 @@ def _keys(section: str) -> str:
         hints = (hint, *typing.get_args(hint))
         held = next(each for each in hints if inspect.isclass(each) and issubclass(each, _Section))
     where = f"[{section}]" if section else "the top level"
-    return f"{where} has {', '.join(held.model_fields)}"
+    names = [*held.model_fields, *(() if section else ("extends", "without"))]
+    return f"{where} has {', '.join(names)}"
 
 
 def _conflicts(recipe: Recipe) -> Iterator[str]:
