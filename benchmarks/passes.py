@@ -37,11 +37,12 @@ def begun(name: str, seen: set[str], only: int | None = None) -> Iterator[Recipe
     after."""
     if name in seen:
         return
+    if not name:
+        raise SystemExit("a file in no folder: no built-in recipe is named so")
     try:
         asked = of_run(name)
-    except BadRecipe:
-        told = f"{name or 'a file in no folder'}: no built-in recipe is named so"
-        raise SystemExit(told) from None
+    except BadRecipe as error:
+        raise SystemExit(str(error)) from None
     for k, chart in enumerate(asked.charts):
         for each in chart.file if only in (None, k) else ():
             yield from begun(Path(each).parent.name, seen, chart.chart)

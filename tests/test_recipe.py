@@ -94,17 +94,19 @@ def test_what_is_not_taken_over_is_as_by_default(tmp_path: Path) -> None:
         ("extends = 3", "mine.toml: extends: 3 is not allowed; it must be a .toml file"),
         ('extends = "broken.toml"', "broken.toml: Invalid value"),
         ('extends = "tiny"\n[fit]\nlr = -1', "mine.toml (extends tiny): fit.lr: -1 is not allowed"),
-        ('extends = "tiny"\nwithout = ["fit.no"]', "mine.toml: without: ['fit.no'] is not allowed"),
+        ('extends = "tiny"\nwithout = ["fit.no"]', "mine.toml: without: 'fit.no' is not allowed"),
         (
             'extends = "tiny"\nwithout = "fit.lr"',
             "mine.toml: without: 'fit.lr' is not allowed; it must",
         ),
-        ('extends = "tiny"\nwithout = [7]', "mine.toml: without: [7] is not allowed"),
+        ('extends = "tiny"\nwithout = [7]', "mine.toml: without: 7 is not allowed"),
+        ('extends = "tiny"\nwithout = ["fit", "fit.lr"]', "without: 'fit.lr' is not allowed; each"),
         ('without = ["fit.lr"]', "mine.toml: without: there must be `extends` beside it"),
+        ('extends = "bare.toml"', "bare.toml: without: there must be `extends` beside it"),
         ('extends = "tiny"\nnetwork = 3', "mine.toml (extends tiny): network: 3 is not allowed"),
         (
             'extends = "cifar10-vgg-wide"',
-            "its network is 'vgg.py:build', which is not in this folder",
+            "its network is in 'vgg.py', which is not in this folder",
         ),
     ],
 )
@@ -113,11 +115,22 @@ def test_what_is_extended_is_one_whole_recipe_that_can_be_read(
 ) -> None:
     (tmp_path / "base.toml").write_text('extends = "tiny"\n')
     (tmp_path / "broken.toml").write_text("title = \n")
+    (tmp_path / "bare.toml").write_text('without = ["fit.lr"]\n')
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(recipe.BadRecipe) as error:
         recipe.load(str(path))
     assert told in str(error.value)
+
+
+def test_a_file_of_the_users_own_stands_for_the_one_that_is_extended(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "cifar10-vgg-wide"\n')
+    (tmp_path / "vgg.py").write_text((recipe.BUILT_IN / "vgg.py").read_text())
+    assert recipe.load(str(path)).network.network == "vgg.py:build"
+    (tmp_path / "vgg.py").rename(tmp_path / "other.py")
+    path.write_text('extends = "cifar10-vgg-wide"\n[network]\nnetwork = "other.py:build"\n')
+    assert recipe.load(str(path)).network.network == "other.py:build"
 
 
 def test_a_run_is_of_the_recipe_that_its_folder_is_named_after() -> None:

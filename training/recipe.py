@@ -33,6 +33,7 @@ from training.data import KNOWN
 from training.networks import BUILT_IN as NETWORKS
 
 BUILT_IN = Path(__file__).parent / "recipes"
+NO_BASE = "without: there must be `extends` beside it"
 
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -363,7 +364,7 @@ def load(name: str) -> Recipe:
     own = _read(path)
     if "extends" not in own:
         if "without" in own:
-            raise BadRecipe(str(path), ["without: there must be `extends` beside it"])
+            raise BadRecipe(str(path), [NO_BASE])
         return parse({"name": path.stem, **own}, str(path))
     try:
         values, base = _extended(own, path)
@@ -388,32 +389,39 @@ def _extended(own: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
     base, without = own.pop("extends"), own.pop("without", [])
     under = _path(base, path.parent) if isinstance(base, str) and "/" not in base else None
     if under is None:
-        allowed = f"it must be a .toml file in the same folder, or one of {_built_in()}"
+        allowed = f"it must be a .toml file in the same folder, or one of {_built_in(whole=True)}"
         raise _Misread(refused("extends", base, allowed))
     values = _read(under)
     values.pop("name", None)  # of the file that is read, as its run's folder is
+    if "without" in values and "extends" not in values:
+        raise BadRecipe(str(under), [NO_BASE])
     if "extends" in values:
         allowed = f"it extends {values['extends']!r} itself: extend that one"
         raise _Misread(refused("extends", base, allowed))
-    for key in without if isinstance(without, list) else [None]:
+    if not isinstance(without, list):
+        raise _Misread(refused("without", without, "it must be a list of keys, like ['fit.start']"))
+    for key in without:
         section, _, inner = str(key).rpartition(".")
         held = values.get(section) if section else values
         if not isinstance(held, dict) or held.pop(inner, None) is None:
-            allowed = f"it must be a list of keys that {base} has, like ['fit.start']"
-            raise _Misread(refused("without", without, allowed))
-    made, theirs = _changed(values, own), _built_by(values)
-    beside = under.parent.resolve() == path.parent.resolve()
-    if ".py:" in theirs and not beside and _built_by(made) == theirs:
+            allowed = f"each must be a key of {base}, like 'fit.start', and not be listed twice"
+            raise _Misread(refused("without", key, allowed))
+    made = _changed(values, own)
+    file = _python_file(values)
+    there = under.parent.resolve() == path.parent.resolve() or (path.parent / file).is_file()
+    if file and not there and _python_file(made) == file:
         allowed = (
-            f"its network is {theirs!r}, which is not in this folder: give network.network, too"
+            f"its network is in {file!r}, which is not in this folder: give network.network, too"
         )
         raise _Misread(refused("extends", base, allowed))
     return made, base
 
 
-def _built_by(values: Mapping[str, Any]) -> str:
+def _python_file(values: Mapping[str, Any]) -> str:
     section = values.get("network")
-    return str(section.get("network")) if isinstance(section, dict) else ""
+    network = section.get("network") if isinstance(section, dict) else None
+    file = network.rpartition(":")[0] if isinstance(network, str) else ""
+    return file if file.endswith(".py") else ""
 
 
 def _path(name: str, folder: Path) -> Path | None:
@@ -424,8 +432,10 @@ def _path(name: str, folder: Path) -> Path | None:
         return None
 
 
-def _built_in() -> str:
-    return ", ".join(sorted(found.stem for found in BUILT_IN.glob("*.toml")))
+def _built_in(whole: bool = False) -> str:
+    """Their names; only of those which extend no other, if they must be `whole`."""
+    found = sorted(BUILT_IN.glob("*.toml"))
+    return ", ".join(each.stem for each in found if not (whole and "extends" in _read(each)))
 
 
 def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
