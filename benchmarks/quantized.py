@@ -82,7 +82,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     manifold = checkpoint.read(asked.manifold)
     root = asked.data or Path(os.environ.get("NEUMETA_DATA", "data"))
-    jpeg = data.load(manifold.about["data"]["name"], root)
+    jpeg = data.load("cifar10", root)
     tested = raw(jpeg, root)
     pixels = jpeg.train_images[:IMAGES].numpy().astype(np.float32) / 255
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -16,7 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dtypes, imagenet, passes, reach, size, statistics, streamed, versions
+from benchmarks import (
+    dtypes,
+    imagenet,
+    passes,
+    quantized,
+    reach,
+    size,
+    statistics,
+    streamed,
+    versions,
+)
 from benchmarks.life import body
 from benchmarks.manifolds import random_manifold, served, space
 from benchmarks.published import flops, published
@@ -283,3 +294,21 @@ def test_a_training_costs_what_its_steps_train_and_a_start_counts_once() -> None
         "cifar10-resnet-cycle"
     )
     assert "cifar10-resnet-charts" not in found
+
+
+def test_what_ships_is_quantized_beside_its_served_files(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every row is made; few images stand for many, and scores are left out."""
+    monkeypatch.setattr(quantized, "IMAGES", 8)
+    monkeypatch.setattr(quantized, "BATCH", 2)
+    monkeypatch.setattr(quantized, "score", lambda *_: 0.0)
+    monkeypatch.setattr(logging, "disable", lambda _: None)  # which would outlast this test
+    asked = ["quantized", "--widths", "0.25", "--rounds", "10", "--data", str(data_root)]
+    monkeypatch.setattr(sys, "argv", asked)
+    quantized.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    kinds = ["activations int8", "activations uint8", "float32", "int8"]
+    assert sorted({row["kind"] for row in rows}) == [*kinds, "the same, weights in 7 bits"]
+    sizes = {row["kind"]: row["bytes"] for row in rows}
+    assert sizes["int8"] < sizes["activations uint8"] < sizes["float32"]
