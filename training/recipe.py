@@ -33,7 +33,6 @@ from training.data import KNOWN
 from training.networks import BUILT_IN as NETWORKS
 
 BUILT_IN = Path(__file__).parent / "recipes"
-NO_BASE = "without: there must be `extends` beside it"
 
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -363,14 +362,9 @@ def load(name: str) -> Recipe:
         raise BadRecipe("recipe", [f"{name!r} is neither a .toml file nor one of {_built_in()}"])
     own = _read(path)
     if "extends" not in own:
-        if "without" in own:
-            raise BadRecipe(str(path), [NO_BASE])
         return parse({"name": path.stem, **own}, str(path))
-    try:
-        values, base = _extended(own, path)
-        return parse({"name": path.stem, **values}, f"{path} (extends {base})", str(path))
-    except _Misread as problem:
-        raise BadRecipe(str(path), [str(problem)]) from None
+    values, base = _extended(own, path)
+    return parse({"name": path.stem, **values}, f"{path} (extends {base})", str(path))
 
 
 def of_run(name: str) -> Recipe:
@@ -380,32 +374,30 @@ def of_run(name: str) -> Recipe:
     return load(told[1]).seeded(int(told[2])) if told else load(name)
 
 
-class _Misread(ValueError):
-    pass
-
-
 def _extended(own: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """All values of a file that extends another, and what it extends."""
+    """All values of a file that extends another, and what it extends. Raises BadRecipe."""
+
+    def problem(key: str, given: object, allowed: str) -> BadRecipe:
+        return BadRecipe(str(path), [refused(key, given, allowed)])
+
     base, without = own.pop("extends"), own.pop("without", [])
     under = _path(base, path.parent) if isinstance(base, str) and "/" not in base else None
     if under is None:
         allowed = f"it must be a .toml file in the same folder, or one of {_built_in(whole=True)}"
-        raise _Misread(refused("extends", base, allowed))
+        raise problem("extends", base, allowed)
     values = _read(under)
     values.pop("name", None)  # of the file that is read, as its run's folder is
-    if "without" in values and "extends" not in values:
-        raise BadRecipe(str(under), [NO_BASE])
     if "extends" in values:
         allowed = f"it extends {values['extends']!r} itself: extend that one"
-        raise _Misread(refused("extends", base, allowed))
+        raise problem("extends", base, allowed)
     if not isinstance(without, list):
-        raise _Misread(refused("without", without, "it must be a list of keys, like ['fit.start']"))
+        raise problem("without", without, "it must be a list of keys, like ['fit.start']")
     for key in without:
         section, _, inner = str(key).rpartition(".")
         held = values.get(section) if section else values
         if not isinstance(held, dict) or held.pop(inner, None) is None:
             allowed = f"each must be a key of {base}, like 'fit.start', and not be listed twice"
-            raise _Misread(refused("without", key, allowed))
+            raise problem("without", key, allowed)
     made = _changed(values, own)
     file = _python_file(values)
     there = under.parent.resolve() == path.parent.resolve() or (path.parent / file).is_file()
@@ -413,7 +405,7 @@ def _extended(own: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
         allowed = (
             f"its network is in {file!r}, which is not in this folder: give network.network, too"
         )
-        raise _Misread(refused("extends", base, allowed))
+        raise problem("extends", base, allowed)
     return made, base
 
 
@@ -448,9 +440,12 @@ def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRecipe(str(path), [str(error)]) from None
+    if "without" in values and "extends" not in values:
+        raise BadRecipe(str(path), ["without: there must be `extends` beside it"])
+    return values
 
 
 def parse(values: Mapping[str, Any], told: str, file: str = "") -> Recipe:
