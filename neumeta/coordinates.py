@@ -21,11 +21,13 @@ from torch import Tensor
 class Span:
     """One dimension of a tensor at its size and at the source's, part by part.
 
-    A part is (units, units in the source, indices per unit); `morphs` says whether any of it does.
+    A part is (units, units in the source, indices per unit); `morphs` says whether any of it does,
+    `group` whose width sizes a dimension of one part (None: none's).
     """
 
     parts: tuple[tuple[int, int, int], ...]
     morphs: bool
+    group: int | None = None
 
     @cached_property
     def count(self) -> int:
@@ -57,7 +59,7 @@ class Site:
     and the last layer of a residual branch by its cell, so that blocks are steps of an integrator.
     `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
     `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`),
-    `narrowest` and `widest` which widths its narrowest and widest group may have been asked at
+    `narrowest` and `widest` which widths its narrowest group and each group may have been asked at
     (`Space.ends`), `depth` how many blocks each of its stages has. `stage` says among whose blocks that
     are alike the tensor is (None: no stage's), `occurs` how many blocks that must have for it to be.
     `positive` says that what the weight multiplies is never negative: it stands behind a ReLU.
@@ -76,7 +78,7 @@ class Site:
     distance: float
     growth: float
     narrowest: float
-    widest: float
+    widest: tuple[float, ...]
     depth: tuple[int, ...]
     stage: int | None
     occurs: int

@@ -23,12 +23,15 @@ PASSING = (*POOLING, "reshape", "permute", "expand", "slice")
 """Operations whose values are never negative where those they read are not."""
 
 
-def span(dim: Dim, sizes: Mapping[str, int], full: Mapping[str, int]) -> Span:
-    """A dimension at these sizes."""
+def span(
+    dim: Dim, sizes: Mapping[str, int], full: Mapping[str, int], groups: Mapping[str, int]
+) -> Span:
+    """A dimension at these sizes; `groups` says by number which group an axis is of."""
     parts = tuple(
         (sizes[axis], full[axis], repeat) if axis else (repeat, repeat, 1) for axis, repeat in dim
     )
-    return Span(parts, any(axis for axis, _ in dim))
+    group = groups.get(dim[0][0]) if len(dim) == 1 else None
+    return Span(parts, any(axis for axis, _ in dim), group)
 
 
 def role(graph: Graph, name: str) -> str:
@@ -183,14 +186,15 @@ def _sites(
     sizes, full = space.sizes(architecture), graph.full
     distance, growth = space.distance(architecture)
     narrowest, widest = space.ends(architecture)
+    groups = {name: space.groups.index(axis.group) for name, axis in graph.axes.items()}
     ends, normed, behind = branch_ends(graph), _normed(graph), positive(graph)
     depths = {stage.name: stage for stage in source.stages}
     found = []
     for name in made(graph):
         owner = graph.owners[name]
         shape = graph.tensors[name]
-        rows = span(shape[0], sizes, full)
-        columns = span(shape[1], sizes, full) if len(shape) > 1 else ONE
+        rows = span(shape[0], sizes, full, groups)
+        columns = span(shape[1], sizes, full, groups) if len(shape) > 1 else ONE
         cell, length, step, occurs, place = (0.0, 1.0), 1, 1.0, 0, None
         for index, stage in enumerate(graph.stages):
             child = stage.child(name)

@@ -86,14 +86,15 @@ class Space:
         ]
         return max([0.0, *changed, *(-more for more in grown)]), max([0.0, *grown])
 
-    def ends(self, architecture: Architecture) -> tuple[float, float]:
-        """The largest width that may have been asked for its narrowest extent, and the smallest for its
-        widest: so many channels stand for all widths that round to them (both 1 where none morphs)."""
-        widths = list(zip(architecture.channels, self.full.channels, strict=True))
-        narrowest = min([(mine + 0.5) / full for mine, full in widths], default=1.0)
-        # One channel is the fewest: no width is too small for it.
-        least = [(mine - 0.5) / full if mine > 1 else 0.0 for mine, full in widths]
-        return narrowest, max(least, default=1.0)
+    def ends(self, architecture: Architecture) -> tuple[float, tuple[float, ...]]:
+        """The largest width that may have been asked for its narrowest extent (1 where none morphs),
+        and the smallest for each group: so many channels stand for all widths that round to them."""
+        narrowest, widest = [], dict.fromkeys(self.groups, 0.0)
+        for (group, full), mine in zip(self.extents, architecture.channels, strict=True):
+            narrowest.append((mine + 0.5) / full)
+            # One channel is the fewest: no width is too small for it.
+            widest[group] = max(widest[group], (mine - 0.5) / full if mine > 1 else 0.0)
+        return min(narrowest, default=1.0), tuple(widest.values())
 
     def graph_of(self, architecture: Architecture) -> Graph:
         """The source's graph at this depth."""

@@ -161,7 +161,7 @@ def test_a_chart_of_narrow_sizes_has_all_that_their_widest_needs_and_no_more(
     size = SPACE.architecture(width)
     channels = zip(size.channels, SPACE.full.channels, strict=True)
     part = SMALL if all(2 * mine - 1 <= full for mine, full in channels) else LARGE
-    both = charts.joined([SMALL, LARGE], [Sizes(0.25, most=0.5), Sizes(0.25)], SPACE)
+    both = charts.joined([SMALL, LARGE], [Sizes(0.25, most=(0.5,)), Sizes(0.25)], SPACE)
     gains = {name: site.gain for name, site in sites(SPACE, size).items()}
     for name, value, found in drawn(part, both, size):
         # What is cut off may have held a row's largest number: then it has another unit.
@@ -181,12 +181,12 @@ def test_a_size_asked_for_at_a_border_is_one_of_the_charts(width: float) -> None
     asked = [mine / own for mine, own in zip(size.channels, full.channels, strict=True)]
     assert min(asked) < width or max(asked) > width  # rounded
     narrowest, widest = SPACE.ends(size)
-    assert widest <= width <= narrowest
+    assert max(widest) <= width <= narrowest
     for site in sites(SPACE, size).values():
-        assert Sizes(width).holds(site) and Sizes(0.1, most=width).holds(site)
+        assert Sizes(width).holds(site) and Sizes(0.1, most=(width,)).holds(site)
     wider = replace(size, channels=tuple(n + 2 for n in size.channels))
     narrower = replace(size, channels=tuple(n - 2 for n in size.channels))
-    assert not any(Sizes(0.1, most=width).holds(site) for site in sites(SPACE, wider).values())
+    assert not any(Sizes(0.1, most=(width,)).holds(site) for site in sites(SPACE, wider).values())
     assert not any(Sizes(width).holds(site) for site in sites(SPACE, narrower).values())
 
 
@@ -285,6 +285,54 @@ def test_a_chart_may_be_bounded_in_each_stage_by_itself() -> None:
     assert {role.replace("/", ".") for role in grid} == wanted < roles(space).keys()
 
 
+def test_a_chart_may_be_bounded_in_each_group_by_itself() -> None:
+    parts = [deep(1.0), deep(2.0)]
+    space = parts[0].space
+    others = len(space.groups) - 1
+    bounds = Sizes(0.25, 1, most=(*[1.0] * others, 0.5))
+    both = charts.joined(parts, [bounds, Sizes(0.25)], space)
+    for first, last, value in ((1.0, 0.5, 1.0), (0.3, 0.3, 1.0), (0.5, 0.6, 2.0), (1.0, 1.0, 2.0)):
+        for site in sites(space, space.architecture([first] * others + [last])).values():
+            made = both.representation(site, coordinates(site, 64))
+            torch.testing.assert_close(made, torch.full_like(made, value), atol=0, rtol=1e-6)
+    # It has all channels of the other groups, and half of the last one's.
+    size = space.architecture([1.0] * others + [0.5])
+    grid = both.representation.parts[0].inner.grid
+    for site in sites(space, size).values():
+        held = grid[site.role.replace(".", "/")]
+        assert held.shape[1:3] == (site.rows.count, site.columns.count), site.name
+
+
+def test_a_chart_of_a_group_that_is_narrow_comes_back_from_a_file_and_can_be_taken_out(
+    tmp_path: Path,
+) -> None:
+    others = len(deep(1.0).space.groups) - 1
+    most = (*[1.0] * others, 0.5)
+    both, path = bounded(most=most), tmp_path / "both.safetensors"
+    checkpoint.write(both, path)
+    again = checkpoint.read(path)
+    assert again.options == both.options
+    assert again.representation.sizes[0] == Sizes(0.25, 1, most=most, most_blocks=(1,))
+    taken = charts.taken(again, 0)
+    size = both.space.architecture([1.0] * others + [0.5], [1] * len(both.space.depth))
+    for name, value in sample(both, size):
+        assert torch.equal(dict(sample(taken, size))[name], value)
+
+
+def test_bounds_of_another_number_of_groups_are_refused() -> None:
+    part = deep(1.0)
+    many = (0.5,) * (len(part.space.groups) + 1)
+    with pytest.raises(ValueError, match=r"charts\[0\].most: . numbers; .* each of . groups"):
+        charts.joined([part, part], [Sizes(0.25, 1, most=many), Sizes(0.25)], part.space)
+
+
+def test_a_chart_of_one_narrow_group_does_not_take_the_sizes_of_another() -> None:
+    first, last = Sizes(0.25, most=(0.5, 1.0)), Sizes(0.25, most=(1.0, 0.5))
+    both = Sizes(0.25, most=(0.5,))
+    assert first.covers(both) and last.covers(both) and Sizes(0.25).covers(first)
+    assert not any([first.covers(last), last.covers(first), both.covers(first)])
+
+
 def test_bounds_of_another_number_of_stages_are_refused() -> None:
     part = deep(1.0)
     many = (1,) * (len(part.space.depth) + 1)
@@ -317,7 +365,7 @@ def test_a_chart_takes_all_sizes_of_another_if_no_stage_of_that_is_deeper(
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_chart_that_is_taken_out_makes_the_weights_it_made_within(index: int) -> None:
-    bounds = [Sizes(0.25, most=0.5), Sizes(0.25)]
+    bounds = [Sizes(0.25, most=(0.5,)), Sizes(0.25)]
     both = charts.joined([SMALL, LARGE], bounds, SPACE)
     before = {name: value.clone() for name, value in both.representation.state_dict().items()}
     taken = charts.taken(both, index)
@@ -335,7 +383,7 @@ def test_a_chart_that_is_taken_out_makes_the_weights_it_made_within(index: int) 
 
 
 @pytest.mark.parametrize(
-    ("bounds", "index"), [(HALVES, 1), ([Sizes(0.25, most=0.5), Sizes(0.25)], 0)]
+    ("bounds", "index"), [(HALVES, 1), ([Sizes(0.25, most=(0.5,)), Sizes(0.25)], 0)]
 )
 @pytest.mark.parametrize("options", [{}, {"corrected": {}}, {"corrected": {}, "expanded": {}}])
 def test_a_chart_that_is_taken_out_keeps_the_source_that_others_keep(
@@ -371,10 +419,10 @@ def test_a_file_of_charts_names_a_tensor_for_every_chart_and_dtype_alone() -> No
     assert held == {f"parts.{part}.{kind}" for part in (0, 1) for kind in kinds}
 
 
-def bounded(most_blocks: tuple[float, ...] = (1,)) -> Manifold:
+def bounded(most_blocks: tuple[float, ...] = (1,), most: tuple[float, ...] = (0.5,)) -> Manifold:
     """Two charts, one of them for one block and narrow sizes alone."""
     parts = [deep(1.0), deep(2.0)]
-    sizes = [Sizes(0.25, 1, most=0.5, most_blocks=most_blocks), Sizes(0.25)]
+    sizes = [Sizes(0.25, 1, most, most_blocks), Sizes(0.25)]
     channels, *side = (extent(dim, {}) for dim in parts[0].space.graph.input[1:])
     images = torch.zeros(2, channels, *side, dtype=torch.uint8)
     contract = Contract((0.5,) * channels, (0.5,) * channels)
@@ -390,7 +438,7 @@ def test_a_bounded_chart_comes_back_from_a_file_and_can_be_taken_out(
     checkpoint.write(both, path)
     again = checkpoint.read(path)
     assert again.options == both.options
-    assert again.representation.sizes[0] == Sizes(0.25, 1, most=0.5, most_blocks=most_blocks)
+    assert again.representation.sizes[0] == Sizes(0.25, 1, most=(0.5,), most_blocks=most_blocks)
     ones = [1] * len(both.space.depth)
     taken = charts.taken(again, 0)
     for depth, width, value in ((ones, 0.5, 1.0), (ones, 0.6, 2.0), (None, 0.5, 2.0)):
@@ -503,7 +551,7 @@ def test_manifolds_that_do_not_share_what_they_must_are_refused(other: Manifold,
         charts.joined([LARGE, other], HALVES, SPACE)
 
 
-@pytest.mark.parametrize("own", [Sizes(0.25, most=0.5), Sizes(0.25, most_blocks=(1,))])
+@pytest.mark.parametrize("own", [Sizes(0.25, most=(0.5,)), Sizes(0.25, most_blocks=(1,))])
 def test_a_grid_with_noise_is_not_cut_to_narrow_or_shallow_sizes(own: Sizes) -> None:
     noisy = [replace(each, noise=0.25) for each in (SMALL, LARGE)]
     with pytest.raises(ValueError, match="without noise"):

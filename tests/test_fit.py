@@ -131,6 +131,11 @@ def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_
     depths = [sizes.choose(others, covered, generator)[0].depth for _ in range(300)]
     assert all(min(depth[:2]) == 1 for depth in depths)
     assert {depth.index(1) for depth in depths} == {0, 1}
+    narrow = asked.changed(fit={"widths": (1.0, 0.3), "most": (1.0, 1.0, 0.5)})
+    drawn = [sizes.choose(narrow, covered, generator)[0].channels for _ in range(300)]
+    assert {(16, 32, 32), covered.architecture(0.3).channels, quarter} < set(drawn)
+    assert max(last for *_, last in drawn) == 32
+    assert len({first for first, *_ in drawn}) == 13  # 4 to 16
 
 
 def test_a_size_that_is_kept_is_not_trained(digits: Dataset) -> None:

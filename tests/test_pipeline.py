@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,22 @@ def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
         with pytest.raises(recipe.BadRecipe, match=r"charts\[0\].most_blocks: .*; 3, 2, 1 or less"):
             joined({**taken, "most_blocks": most})
 
+    # A chart of one narrow group has no more of that group, and all of the others.
+    groups = both.space.groups
+    narrow = [1.0] * (len(groups) - 1) + [0.75]
+    some = joined({"file": "m", "most": narrow})
+    checkpoint.write(
+        replace(some, statistics=checkpoint.read(tmp_path / "m").statistics), tmp_path / "n"
+    )
+    with pytest.raises(recipe.BadRecipe, match=r"charts\[0\].most: .*; 1, .*, 0.75 or less"):
+        joined({"file": "n", "chart": 0, "most": [*narrow[:-1], 0.8]})
+    fit = {**sizes, "start": "n", "chart": 0, "batch": 20}
+    told = f"fit.width: .*; chart 0 of .* has no channels of {groups[-1]} beyond a width of 0.75"
+    for most, refused in (([], True), ([0.75, *narrow[1:-1], 1.0], True), (narrow, False)):
+        asked = recipe.parse({**common, "fit": {**fit, "most": most}}, "morph")
+        with pytest.raises(recipe.BadRecipe, match=told) if refused else nullcontext():
+            pipeline.check(asked, loaded, tmp_path, tmp_path / "d", net)
+
     def further(**fit: Any) -> set[tuple[int, ...]]:
         told = {**sizes, "start": "b", "chart": 0, "batch": 20, **fit}
         asked = recipe.parse({**common, "fit": told}, "morph")
@@ -531,7 +548,7 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
             for name, value in sample(cycle, size)
         )
     assert [each["least"] for each in both.about["charts"]] == [0.6, 0.25, 0.25]
-    assert [each.get("most") for each in both.about["charts"]] == [None, 0.4, None]
+    assert [each.get("most") for each in both.about["charts"]] == [None, (0.4,), None]
     assert both.about["source"]["kind"] == "charts"
     # And one of them goes on by itself.
     alone = narrow.replace("run/manifold", "both/manifold").replace("[fit]", "[fit]\nchart = 1")
@@ -544,7 +561,9 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
     for old, new, told in (
         ("chart = 1", "chart = 3", "fit.chart: 3 is not allowed; its charts are 0 to 2"),
         ("chart = 1", "", "fit.chart: None is not allowed; it must say which chart of "),
-        ("[0.25, 0.4]", "[0.25, 0.5]", "fit.width: .*no channels beyond a width of 0.4"),
+        ("[0.25, 0.4]", "[0.25, 0.5]", "fit.width: .*no channels of .* beyond a width of 0.4"),
+        ("[fit]", "[fit]\nmost = [0.4, 0.4]", "fit.most: .*; one number for each of "),
+        ("[fit]", "[fit]\nmost = [0.5]", "fit.most: 0.5 .*; numbers within fit.width, 0.25 to 0.4"),
         ("both/manifold", "run/manifold", "fit.chart: 1 .*has no charts"),
         ("[fit]", "[fit]\nsandwich = true", "fit.sandwich: True is not allowed; false: chart 1"),
     ):

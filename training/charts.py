@@ -6,7 +6,6 @@ Knows no recipe and no training.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -71,7 +70,7 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
     Raises ValueError if the parts are not of one network or differ in what they share, or if a part is
     for no size.
     """
-    check_sizes(sizes, len(covered.depth))
+    check_sizes(sizes, len(covered.groups), len(covered.depth))
     first = parts[0]
     for part in parts:
         if pack(part.space.graph) != pack(covered.graph):
@@ -95,11 +94,10 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
                 raise ValueError(f"{told} (most, most_blocks)")
             model = _cut(model, build_chart(part.kind, options, roles(covered), own))
         bounds: dict[str, Any] = {"least": own.least, "blocks": own.blocks}
-        if math.isfinite(own.most):
-            bounds["most"] = own.most
-        if own.most_blocks != Sizes.most_blocks:
-            each, one = list(own.most_blocks), len(own.most_blocks) == 1
-            bounds["most_blocks"] = each[0] if one else each
+        for key in ("most", "most_blocks"):
+            each = getattr(own, key)
+            if each != getattr(Sizes, key):
+                bounds[key] = list(each) if len(each) > 1 else each[0]
         held.append((model, {"kind": part.kind, "options": options, **bounds}))
     charts = Charts([model for model, _ in held], sizes)
     return replace(

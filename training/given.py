@@ -221,9 +221,12 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
     chart, sizes = _taken(asked, "fit.chart", wanted.chart, found, path)
     held = f"chart {wanted.chart} of {path} has"
     problems = []
-    if wanted.width[1] > sizes.most:
-        allowed = f"{held} no channels beyond a width of {sizes.most:g}"
-        problems.append(refused("fit.width", wanted.width, allowed))
+    for group, name in enumerate(found.space.groups):
+        most = sizes.widest(group)
+        if wanted.widest(group) > most:
+            allowed = f"{held} no channels of {name} beyond a width of {most:g}"
+            problems.append(refused("fit.width", wanted.width, allowed))
+            break
     # Beside the random network, a sandwich has others whose depth is any.
     shallow = set() if wanted.sandwich else set(wanted.shallow_stages)
     for stage, own in enumerate(found.space.depth):
@@ -249,8 +252,10 @@ def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold, path: Pa
         return found
     chart, sizes = _taken(asked, f"{key}.chart", wanted.chart, found, path)
     problems = []
-    if wanted.sizes.most > sizes.most:
-        problems.append(refused(f"{key}.most", wanted.most, f"{sizes.most:g} or less, as it was"))
+    groups = range(len(found.space.groups))
+    if any(wanted.sizes.widest(group) > sizes.widest(group) for group in groups):
+        allowed = f"{', '.join(f'{n:g}' for n in sizes.most)} or less, as it was"
+        problems.append(refused(f"{key}.most", wanted.most, allowed))
     stages = range(len(found.space.depth))
     if any(wanted.sizes.deepest(stage) > sizes.deepest(stage) for stage in stages):
         allowed = f"{', '.join(f'{n:g}' for n in sizes.most_blocks)} or less, as it was"

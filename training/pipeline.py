@@ -153,6 +153,9 @@ def space(asked: Recipe, graph: Graph) -> Space:
     if fit_.blocks and not made.stages:
         allowed = "this network has no stages: no container of blocks that are alike"
         problems.append(refused("fit.blocks", fit_.blocks, allowed))
+    if fit_.most and len(fit_.most) != len(made.groups):
+        allowed = f"one number for each of {', '.join(made.groups)}"
+        problems.append(refused("fit.most", fit_.most, allowed))
     for stage in made.stages:
         if fit_.blocks and fit_.blocks[0] < stage.least:
             allowed = f"stage {stage.name} has at least {stage.least} blocks"

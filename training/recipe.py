@@ -7,7 +7,6 @@ checkpoint holds: `parse`. All problems that can be seen together are told toget
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import tomllib
 import typing
@@ -174,7 +173,8 @@ class FitSection(_Section):
     layers took up (the paper's folded training; what an mlp and an integral do unless told
     otherwise); else with them, on statistics of each batch. Before any image,
     `regression_steps` on the smoothed weights. `widths`: the pool that random widths come from
-    (empty: the whole range). `sandwich`: each step trains the largest, the smallest and one random
+    (empty: the whole range); `most`: the largest that is trained of each group
+    (empty: the range's). `sandwich`: each step trains the largest, the smallest and one random
     architecture; where width and depth both morph, the smallest, one of a random width, one of a random
     depth (at full width as often as not), and the largest if `full_weight` counts it. `smallest`: the
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
@@ -221,6 +221,7 @@ class FitSection(_Section):
     warm: Share = 0.1
     ema: Share = 0.995
     widths: tuple[Width, ...] = ()
+    most: tuple[Width, ...] = ()
     sandwich: bool = False
     smallest: Share = 0.0
     per_group: Share = 0.0
@@ -242,6 +243,10 @@ class FitSection(_Section):
     teacher_views: Annotated[int, Field(ge=0)] = 0
     bfloat16: bool = False
 
+    def widest(self, group: int) -> float:
+        """The largest width of this group that is trained."""
+        return self.most[group] if group < len(self.most) else self.width[1]
+
     @property
     def shallow_stages(self) -> tuple[int, ...]:
         """The stages that `shallow` lists; none if it lists none."""
@@ -253,21 +258,24 @@ def _one_or_more(value: object) -> object:
 
 
 def _each(value: object) -> object:
-    return (value,) if type(value) is int else value
+    return (value,) if type(value) in (int, float) else value
 
 
 class ChartSection(_Section):
     """One of several manifolds that were trained apart and are put together: its `file`, or several
     whose mean it is (cycles of one training, or trainings from one start), and the sizes that are
     drawn from it: all groups have from `least` to `most` of the source's width, all stages from
-    `blocks` to `most_blocks` blocks (a list: of each stage). Of a file of charts, `chart` says which
-    one it is; beside it may stand a manifold that went on from that chart (`fit.chart`)."""
+    `blocks` to `most_blocks` blocks (lists: of each group, of each stage). Of a file of charts,
+    `chart` says which one it is; beside it may stand a manifold that went on from that chart
+    (`fit.chart`)."""
 
     file: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more)]
     chart: Annotated[int, Field(ge=0)] | None = None
     least: Width
     blocks: Annotated[int, Field(ge=0)] = 0
-    most: Width | None = None
+    most: Annotated[
+        Annotated[tuple[Width, ...], Field(min_length=1)] | None, BeforeValidator(_each)
+    ] = None
     most_blocks: Annotated[
         Annotated[tuple[Count, ...], Field(min_length=1)] | None, BeforeValidator(_each)
     ] = None
@@ -275,8 +283,8 @@ class ChartSection(_Section):
     @property
     def sizes(self) -> Sizes:
         """The sizes, as the representation has them."""
-        most = math.inf if self.most is None else self.most
-        return Sizes(self.least, self.blocks, most, self.most_blocks or Sizes.most_blocks)
+        most, deepest = self.most or Sizes.most, self.most_blocks or Sizes.most_blocks
+        return Sizes(self.least, self.blocks, most, deepest)
 
 
 class EvaluateSection(_Section):
@@ -559,6 +567,12 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         if not fit.width[0] <= width <= fit.width[1]:
             low, high = fit.width
             yield refused("fit.widths", width, f"numbers within fit.width, {low:g} to {high:g}")
+    for width in fit.most:
+        if not fit.width[0] <= width <= fit.width[1]:
+            low, high = fit.width
+            yield refused("fit.most", width, f"numbers within fit.width, {low:g} to {high:g}")
+    if fit.most and fit.sandwich:
+        yield refused("fit.most", fit.most, "left out with fit.sandwich, which trains the largest")
     for key, blocks in (("fit.blocks", fit.blocks), ("evaluate.blocks", listed.blocks)):
         if blocks is None:
             continue

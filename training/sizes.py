@@ -22,6 +22,7 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         return [int(torch.randint(least, most + 1, (), generator=generator)) for _ in space.depth]
 
     asked = recipe.fit
+    widest = [asked.widest(group) for group in range(len(space.groups))]
     both = space.blocks is not None and low < high
     own = list(space.depth)
     if space.blocks is not None:  # the source's, or the nearest that is trained
@@ -30,7 +31,7 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
     if asked.smallest and uniform() < asked.smallest:
         width: float | list[float] = low
     elif (asked.per_group or not asked.widths) and uniform() < asked.per_group:
-        width = [low + (high - low) * uniform() for _ in space.groups]
+        width = [low + (most - low) * uniform() for most in widest]
     elif asked.widths:
         index = int(torch.randint(len(asked.widths), (), generator=generator))
         width = asked.widths[index]
@@ -44,6 +45,9 @@ def choose(recipe: Recipe, space: Space, generator: torch.Generator) -> tuple[Ar
         depth = list(depth or own)
         stages = asked.shallow_stages or range(len(depth))
         depth[stages[int(torch.randint(len(stages), (), generator=generator))]] = space.blocks[0]
+    if asked.most:
+        each = width if isinstance(width, list) else [width] * len(widest)
+        width = [min(factor, most) for factor, most in zip(each, widest, strict=True)]
     drawn = space.architecture(width, depth)
     if not asked.sandwich:
         return (drawn,)

@@ -49,8 +49,8 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
     """A new representation; `options` are its own, and by name those of the wrappers around it.
 
     Of kind 'charts' they are `charts`, a list of {kind, options, least, blocks, most, most_blocks}:
-    what each is built of, and the sizes that it is for; the last two may be left out, and `most_blocks`
-    may be a list with one for each stage. Raises ValueError for an unknown kind or option.
+    what each is built of, and the sizes that it is for; the last two may be left out, or be lists
+    with one for each group or stage. Raises ValueError for an unknown kind or option.
     """
     if kind == "charts":
         held = options["charts"]
@@ -60,12 +60,13 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
             Sizes(
                 float(each["least"]),
                 int(each["blocks"]),
-                float(each.get("most", math.inf)),
-                _each(each.get("most_blocks", math.inf)),
+                _each("most", each),
+                _each("most_blocks", each),
             )
             for each in held
         ]
-        check_sizes(sizes, len(next(iter(roles.values())).depth) if roles else 0)
+        first = next(iter(roles.values()), None)
+        check_sizes(sizes, *((len(first.widest), len(first.depth)) if first else (0, 0)))
         parts = [
             build_chart(each["kind"], each["options"], roles, own)
             for each, own in zip(held, sizes, strict=True)
@@ -84,10 +85,11 @@ def build(kind: str, options: Mapping[str, Any], roles: Mapping[str, Site]) -> R
     return made
 
 
-def _each(most_blocks: object) -> tuple[float, ...]:
-    each = most_blocks if isinstance(most_blocks, list | tuple) else [most_blocks]
+def _each(key: str, told: Mapping[str, Any]) -> tuple[float, ...]:
+    held = told.get(key, math.inf)
+    each = held if isinstance(held, list | tuple) else [held]
     if any(type(most) not in (int, float) for most in each):
-        raise ValueError(f"charts: most_blocks is {str(most_blocks)[:80]}, not numbers")
+        raise ValueError(f"charts: {key} is {str(held)[:80]}, not numbers")
     return tuple(map(float, each))
 
 

@@ -21,19 +21,24 @@ from neumeta.representation.wrappers import Corrected
 @dataclass(frozen=True)
 class Sizes:
     """The sizes that a chart is for: every group has the channels of some width from `least` to `most`,
-    each of its own, and every stage from `blocks` to `most_blocks` blocks (one number for all, or one
-    for each)."""
+    each of its own, and every stage from `blocks` to `most_blocks` blocks. Of `most` and `most_blocks`
+    there is one number for all groups or stages, or one for each."""
 
     least: float
     blocks: int = 0
-    most: float = math.inf
+    most: tuple[float, ...] = (math.inf,)
     most_blocks: tuple[float, ...] = (math.inf,)
 
     def holds(self, site: Site) -> bool:
         """Whether the network that the tensor belongs to is of such a size."""
-        wide = self.least - 1e-9 <= site.narrowest and site.widest <= self.most + 1e-9
+        wide = all(width <= self.widest(group) + 1e-9 for group, width in enumerate(site.widest))
         deep = all(blocks <= self.deepest(stage) for stage, blocks in enumerate(site.depth))
-        return wide and deep and self.blocks <= min(site.depth, default=0)
+        least = self.least - 1e-9 <= site.narrowest and self.blocks <= min(site.depth, default=0)
+        return least and wide and deep
+
+    def widest(self, group: int) -> float:
+        """The largest width that this group has."""
+        return self.most[group % len(self.most)]
 
     def deepest(self, stage: int) -> float:
         """How many blocks this stage has at most."""
@@ -41,15 +46,16 @@ class Sizes:
 
     def covers(self, other: Sizes) -> bool:
         """Whether every one of the other sizes is one of these."""
-        wide = self.least <= other.least and other.most <= self.most
+        groups = range(max(len(self.most), len(other.most)))
         stages = range(max(len(self.most_blocks), len(other.most_blocks)))
+        wide = all(other.widest(group) <= self.widest(group) for group in groups)
         deep = all(other.deepest(stage) <= self.deepest(stage) for stage in stages)
-        return wide and self.blocks <= other.blocks and deep
+        return self.least <= other.least and self.blocks <= other.blocks and wide and deep
 
     @property
     def bounded(self) -> bool:
         """Whether some networks are too wide or too deep for it."""
-        return any(map(math.isfinite, (self.most, *self.most_blocks)))
+        return any(map(math.isfinite, (*self.most, *self.most_blocks)))
 
 
 class Charts(Representation):
@@ -74,18 +80,19 @@ class Charts(Representation):
         return made
 
 
-def check_sizes(sizes: Sequence[Sizes], stages: int | None = None) -> None:
+def check_sizes(
+    sizes: Sequence[Sizes], groups: int | None = None, stages: int | None = None
+) -> None:
     """Raises ValueError if there are no charts, one that is for no size, that earlier ones leave none
-    to or that bounds another number of stages, or if the last one is not for whatever is wide and deep.
-    """
+    to or that bounds another number of groups or stages, or if the last one is not for whatever is wide
+    and deep."""
     for later, wanted in enumerate(sizes):
-        given = len(wanted.most_blocks)
-        if given != 1 and (not given or stages is not None and given != stages):
-            allowed = "a number" + (f", or one for each of {stages} stages" if stages else "")
-            raise ValueError(f"charts[{later}].most_blocks: {given} numbers; it must be {allowed}")
+        _check_count(f"charts[{later}].most", len(wanted.most), groups, "groups")
+        _check_count(f"charts[{later}].most_blocks", len(wanted.most_blocks), stages, "stages")
     for later, wanted in enumerate(sizes):
-        if not 0 < wanted.least <= wanted.most or math.isinf(wanted.least):
-            raise ValueError(f"charts[{later}]: no width is from {wanted.least} to {wanted.most}")
+        for width in wanted.most:
+            if not 0 < wanted.least <= width or math.isinf(wanted.least):
+                raise ValueError(f"charts[{later}]: no width is from {wanted.least} to {width}")
         for most in wanted.most_blocks:
             if not 0 <= wanted.blocks <= most:
                 told = f"{wanted.blocks} to {most:g}"
@@ -97,6 +104,12 @@ def check_sizes(sizes: Sequence[Sizes], stages: int | None = None) -> None:
         raise ValueError("charts: the last one must be for all widths and blocks above its least")
 
 
+def _check_count(key: str, given: int, there: int | None, of: str) -> None:
+    if given != 1 and (not given or there is not None and given != there):
+        allowed = "a number" + (f", or one for each of {there} {of}" if there else "")
+        raise ValueError(f"{key}: {given} numbers; it must be {allowed}")
+
+
 def bounded(roles: Mapping[str, Site], sizes: Sizes) -> dict[str, Site]:
     """What networks of these sizes can have: the roles of so few blocks, and of every dimension the
     first channels, which only a grid over absolute indices without noise is content with.
@@ -105,16 +118,16 @@ def bounded(roles: Mapping[str, Site], sizes: Sizes) -> dict[str, Site]:
     """
     return {
         role: replace(
-            site, rows=_narrowed(site.rows, sizes.most), columns=_narrowed(site.columns, sizes.most)
+            site, rows=_narrowed(site.rows, sizes), columns=_narrowed(site.columns, sizes)
         )
         for role, site in roles.items()
         if site.stage is None or site.occurs <= sizes.deepest(site.stage)
     }
 
 
-def _narrowed(span: Span, most: float) -> Span:
-    if not span.morphs or not span.leading or most >= 1:
+def _narrowed(span: Span, sizes: Sizes) -> Span:
+    if span.group is None or not span.leading or (most := sizes.widest(span.group)) >= 1:
         return span
     ((_, full, repeat),) = span.parts
     units = max(1, math.floor((most + 1e-9) * full + 0.5))
-    return Span(((units, units, repeat),), span.morphs)
+    return replace(span, parts=((units, units, repeat),))
