@@ -22,7 +22,7 @@ import torch
 from benchmarks.local import hardware
 from benchmarks.prepared import prepare
 from neumeta.program import Program
-from training import evaluate, fit, plots, recipe, source
+from training import evaluate, fit, plots, recipe, recipe_file, source
 
 WIDTHS = (1.0, 0.75, 0.5, 0.375, 0.25)
 MLP = {"layers": 5, "hidden": 64, "num_freq": 6, "residual": True, "block_based": True}
@@ -30,7 +30,7 @@ MLP = {"layers": 5, "hidden": 64, "num_freq": 6, "residual": True, "block_based"
 
 def variants() -> dict[str, recipe.Recipe]:
     """Each variant's recipe, but for the seed."""
-    tiny = recipe.load("tiny").changed(
+    tiny = recipe_file.load("tiny").changed(
         fit={"morph": ["conv3"], "width": [0.5, 1.0], "feature_views": 8, "epochs": 30},
         evaluate={"widths": WIDTHS},
     )

@@ -28,14 +28,14 @@ from neumeta.manifold import Manifold
 from neumeta.sample import sample, sample_site, seed_of
 from neumeta.sites import sites
 from neumeta.space import Architecture
-from training import data, plots, recipe
+from training import data, plots, recipe_file
 from training.task import TASKS
 
 
 def small_mlp(run: Path, root: Path | None) -> Manifold:
     """The residual MLP trained on the digits: regression, then Algorithm 2."""
     options = {"layers": 5, "hidden": 64, "num_freq": 6}
-    asked = recipe.load("tiny").changed(
+    asked = recipe_file.load("tiny").changed(
         name="tiny-mlp",
         representation={"kind": "mlp", "options": options, "corrected": None, "noise": 0.5},
         fit={"regression_steps": 1500, "optimiser": "adamw", "lr": 5e-4, "reconstruction": 1.0},

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from neumeta.fold import fold
-from training import networks, order, plots, recipe, source
+from training import networks, order, plots, recipe, recipe_file, source
 from training.trace import trace
 
 TENSOR = "layer3.1.conv1.weight"
@@ -48,7 +48,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     written = []
     for name in ("tiny", "cifar10-resnet", "cifar10-resnet20-last-block", "mnist-resnet-depth"):
-        run, asked = arguments.runs / name, recipe.load(name)
+        run, asked = arguments.runs / name, recipe_file.load(name)
         report = rows_of(run / "evaluation.json")
         if report is None:
             continue

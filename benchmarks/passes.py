@@ -24,7 +24,8 @@ from neumeta import checkpoint
 from neumeta.sample import seed_of
 from neumeta.space import Space
 from training import sizes
-from training.recipe import BadRecipe, Recipe, of_run
+from training.recipe import BadRecipe, Recipe
+from training.recipe_file import of_run
 
 IMAGES = 50_000
 STEPS = 2_000

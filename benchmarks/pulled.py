@@ -23,7 +23,7 @@ import torch
 from benchmarks.local import Service, hardware
 from neumeta import checkpoint, network
 from neumeta.manifold import Manifold
-from training import pipeline, recipe, source
+from training import pipeline, recipe, recipe_file, source
 from training.data import Data
 from training.task import TASKS
 
@@ -76,7 +76,7 @@ def main() -> int:
     asked = parser.parse_args()
     file = asked.run / "manifold.safetensors"
     manifold = checkpoint.read(file)
-    made = recipe.parse(manifold.about["recipe"], str(recipe.BUILT_IN / "of-the-run.toml"))
+    made = recipe.parse(manifold.about["recipe"], str(recipe_file.BUILT_IN / "of-the-run.toml"))
     data, space, chance = (
         pipeline.dataset(made, asked.data),
         manifold.space,

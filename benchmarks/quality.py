@@ -35,7 +35,7 @@ from neumeta.sample import sample
 from neumeta.sites import measured
 from neumeta.space import Architecture, Space
 from neumeta.statistics import measure as moments_of
-from training import networks, order, plots, recipe, sizes, source, statistics
+from training import networks, order, plots, recipe, recipe_file, sizes, source, statistics
 
 WIDTHS = (1.0, 0.75, 0.6, 0.5, 0.35, 0.25)
 CALIBRATION = 2000
@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.run: Path = arguments.run
         self.root: Path | None = arguments.data
-        self.asked = recipe.load(arguments.recipe)
+        self.asked = recipe_file.load(arguments.recipe)
         self.epochs = arguments.epochs or round(self.asked.fit.epochs)
         root = arguments.data or Path(os.environ.get("NEUMETA_DATA", "data"))
         self.checkpoints: Path = arguments.checkpoints or root.parent / "checkpoints"
@@ -185,7 +185,7 @@ def pruned(bench: Bench, architecture: Architecture) -> dict[str, Any]:
 def baseline(bench: Bench, name: str) -> Prepared:
     """A whole-network manifold of another kind, trained by the same Algorithm 2."""
     changes = BASELINES[name]
-    asked = recipe.load("cifar10-resnet20").changed(
+    asked = recipe_file.load("cifar10-resnet20").changed(
         name=name, **{**changes, "fit": {**changes["fit"], "epochs": bench.epochs}}
     )
     run = bench.run / name
@@ -256,7 +256,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.report:
         measure(Bench(arguments), arguments)
-    report(arguments.run, recipe.load(arguments.recipe), arguments.figure)
+    report(arguments.run, recipe_file.load(arguments.recipe), arguments.figure)
 
 
 def measure(bench: Bench, arguments: argparse.Namespace) -> None:

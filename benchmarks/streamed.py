@@ -31,7 +31,7 @@ from PIL import Image
 
 from benchmarks.local import hardware
 from tests.support.torchvision import models
-from training import cli, recipe
+from training import cli, recipe_file
 
 CLASSES, SIZE, BATCH, TEST = 8, 64, 16, 64
 RECIPES = ("imagenet-resnet18", "imagenet-resnet50")
@@ -60,7 +60,7 @@ def generate(folder: Path, images: int) -> None:
 
 def small(name: str, images: int, steps: int, folder: Path) -> Path:
     """The shipped recipe with this data and amount, beside its weights and images in `folder`."""
-    text = (recipe.BUILT_IN / f"{name}.toml").read_text()
+    text = (recipe_file.BUILT_IN / f"{name}.toml").read_text()
     network = tomllib.loads(text)["network"]["network"]
     changes = {
         "path": f'"images-{images}"',
@@ -80,7 +80,7 @@ def small(name: str, images: int, steps: int, folder: Path) -> Path:
 
 def weights(name: str, folder: Path) -> None:
     """Random weights where the recipe looks for published ones."""
-    asked = tomllib.loads((recipe.BUILT_IN / f"{name}.toml").read_text())["network"]
+    asked = tomllib.loads((recipe_file.BUILT_IN / f"{name}.toml").read_text())["network"]
     torch.manual_seed(0)
     made = getattr(models(), asked["network"].partition(":")[2])(num_classes=CLASSES)
     torch.save(made.state_dict(), folder / asked["weights"])

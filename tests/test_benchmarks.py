@@ -38,7 +38,7 @@ from neumeta.manifold import Contract, Manifold
 from neumeta.sample import sample
 from neumeta.space import Space
 from neumeta.statistics import Statistics
-from training import fit, networks, recipe
+from training import fit, networks, recipe_file
 from training import statistics as measured
 from training.data import Dataset, load_from
 from training.trace import trace
@@ -234,8 +234,8 @@ def test_only_manifolds_that_both_versions_have_are_compared(tmp_path: Path) -> 
 def test_a_shipped_imagenet_recipe_is_made_small_and_stays_what_it_is(
     tmp_path: Path, name: str
 ) -> None:
-    shipped = recipe.load(name)
-    small = recipe.load(str(streamed.small(name, 1000, 20, tmp_path)))
+    shipped = recipe_file.load(name)
+    small = recipe_file.load(str(streamed.small(name, 1000, 20, tmp_path)))
     assert round(small.fit.epochs * (1000 // small.fit.batch)) == 20
     assert small.data.size == (64, 64) and small.data.stream and shipped.data.stream
     assert small.network.arguments == {"num_classes": 8}
@@ -284,7 +284,7 @@ def test_random_sizes_are_held_against_widths_of_their_own_cost() -> None:
 def test_a_training_costs_what_its_steps_train_and_a_start_counts_once() -> None:
     held = space("lenet")
     assert held.blocks is None
-    asked = recipe.load("tiny").changed(
+    asked = recipe_file.load("tiny").changed(
         fit={"width": (0.5, 0.5001), "sandwich": False, "widths": (), "resolutions": (0.5, 1.0)}
     )
     half = held.cost(held.architecture(0.5))["macs"] / held.cost(held.full)["macs"]

@@ -13,14 +13,14 @@ import torch
 
 from tests.support import runs
 from tests.support.runs import prepared
-from training import cli, data, divergence, fit, pipeline, recipe, source
+from training import cli, data, divergence, fit, pipeline, recipe, recipe_file, source
 from training.divergence import Diverged
 from training.task import TASKS
 
 TASK = TASKS["classification"]
 
 SMALL = {"layers": 3, "hidden": 16, "num_freq": 4}
-TINY = recipe.load("tiny").changed(
+TINY = recipe_file.load("tiny").changed(
     network={"train": {"epochs": 1, "lr": 0.05, "batch": 256}},
     fit={"epochs": 2.0, "batch": 256, "lr": 1e-3, "sandwich": False, "distill": "none",
          "reconstruction": 0.0},

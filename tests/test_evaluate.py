@@ -14,7 +14,7 @@ from neumeta.representation import build
 from neumeta.space import Space
 from tests.conftest import lenet
 from tests.support.modules import traced
-from training import data, evaluate, recipe
+from training import data, evaluate, recipe_file
 
 PLAIN = Space("plain", traced("plain")[1], (0.25, 1.0), (1, 4))
 GRAPH = traced("resnet")[1]
@@ -43,7 +43,7 @@ def test_the_table_has_the_sizes_that_the_recipe_lists(
     widths: list[float],
     wanted: list[tuple[float, tuple[int, ...]]],
 ) -> None:
-    asked = recipe.load("mnist-resnet-depth").changed(
+    asked = recipe_file.load("mnist-resnet-depth").changed(
         network={"named": {}},
         fit={"width": space.width, "blocks": space.blocks, "widths": []},
         evaluate={"blocks": blocks, "widths": widths},

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from neumeta.sample import sample
 from tests.support.runs import prepared, space
-from training import data, fit, recipe, sizes
+from training import data, fit, recipe, recipe_file, sizes
 from training.data import Dataset
 from training.task import TASKS
 
 TASK = TASKS["classification"]
 
-TINY = recipe.load("tiny").changed(
+TINY = recipe_file.load("tiny").changed(
     network={"train": {"epochs": 1, "lr": 0.1, "batch": 64}},
     order={"strategy": "none"},
     fit={"epochs": 1.5, "batch": 256},
@@ -85,7 +85,7 @@ def test_architectures_come_from_the_pool(digits: Dataset) -> None:
             a <= b <= c
             for a, b, c in zip(smallest.channels, one.channels, largest.channels, strict=True)
         )  # noqa: E501
-    deep = recipe.load("mnist-resnet-depth")
+    deep = recipe_file.load("mnist-resnet-depth")
     covered = space(deep, digits)
     seen = {sizes.choose(deep, covered, generator)[2].depth for _ in range(200)}
     assert seen == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
@@ -94,7 +94,7 @@ def test_architectures_come_from_the_pool(digits: Dataset) -> None:
 def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_depth(
     digits: Dataset,
 ) -> None:
-    asked = recipe.load("cifar10-resnet").changed(
+    asked = recipe_file.load("cifar10-resnet").changed(
         fit={
             "sandwich": False,
             "widths": (0.5,),
@@ -139,7 +139,7 @@ def test_single_networks_are_of_the_pool_of_each_groups_own_width_or_of_another_
 
 
 def test_a_size_that_is_kept_is_not_trained(digits: Dataset) -> None:
-    kept = recipe.load("cifar10-resnet")
+    kept = recipe_file.load("cifar10-resnet")
     colour = replace(digits, train_images=digits.train_images.expand(-1, 3, -1, -1))
     covered, generator = space(kept, colour), torch.Generator().manual_seed(0)
     assert kept.representation.anchored and kept.fit.full_weight == 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import runs
-from training import data, fit, networks, recipe, source
+from training import data, fit, networks, recipe_file, source
 from training.layout import SoundConvolutions, sound
 from training.task import TASKS
 
@@ -80,7 +80,7 @@ def test_an_exported_graph_runs_no_strided_pixel_backwards() -> None:
 
 
 def test_fit_and_source_training_run_no_strided_pixel_backwards(tmp_path: Path) -> None:
-    asked = recipe.load("cifar10-resnet")
+    asked = recipe_file.load("cifar10-resnet")
     digits = data.load("digits")
     few = data.Dataset(
         "few", digits.train_images[:8].expand(-1, 3, -1, -1).contiguous(), digits.train_labels[:8],

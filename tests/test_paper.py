@@ -29,7 +29,7 @@ from benchmarks.paper.bench import Bench, Setting
 from benchmarks.paper.table import Results, Rows, Table, markdown, mean_row
 from neumeta.fold import fold
 from neumeta.program import Program
-from training import data, recipe, source
+from training import data, recipe_file, source
 from training.networks import lenet, vae
 from training.order import cliques
 from training.trace import trace
@@ -232,7 +232,7 @@ def test_the_claim_is_judged_at_the_unseen_size_and_at_half() -> None:
 
 
 def test_only_an_individual_network_is_trained_at_the_unseen_size() -> None:
-    asked = recipe.load("camvid-unet")
+    asked = recipe_file.load("camvid-unet")
     neumeta = asked.changed(fit=pictures.BUDGET).fit
     slimmable = asked.changed(**subject.nested(subject.TRAINED)).fit
     alone = asked.changed(**subject.nested((0.25,))).fit

@@ -25,7 +25,19 @@ from neumeta.manifold import Manifold
 from neumeta.representation import Expanded
 from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
-from training import charts, cli, data, fit, given, networks, pipeline, recipe, source, statistics
+from training import (
+    charts,
+    cli,
+    data,
+    fit,
+    given,
+    networks,
+    pipeline,
+    recipe,
+    recipe_file,
+    source,
+    statistics,
+)
 from training.copied import Copied
 from training.sizes import choose
 from training.task import TASKS
@@ -471,7 +483,7 @@ def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
 def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: Path) -> None:
     def again(text: str) -> Manifold:
         (place / "again.toml").write_text(text)
-        asked, digits = recipe.load(str(place / "again.toml")), data.load("digits")
+        asked, digits = recipe_file.load(str(place / "again.toml")), data.load("digits")
         found = pipeline.check(asked, digits, place, place / "again")
         return given.begun(asked, digits, pipeline.space(asked, found.graph), place)[0]
 
@@ -744,14 +756,14 @@ def test_images_that_cannot_be_trained_on_are_one_line_before_anything_is_writte
 
 def test_a_network_of_which_nothing_can_be_resized_is_told() -> None:
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    asked, digits = recipe.load("tiny"), data.load("digits")
+    asked, digits = recipe_file.load("tiny"), data.load("digits")
     graph = pipeline.traced(asked, digits, net).graph
     with pytest.raises(recipe.BadRecipe, match="fit.width: .*nothing in this network can be"):
         pipeline.space(asked, graph)
 
 
 def test_calibration_images_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
-    told = recipe.load("tiny").as_dict()
+    told = recipe_file.load("tiny").as_dict()
     for name in ("noise", "own"):
         (tmp_path / name).mkdir()
     for name, found in (("noise", "noise"), ("own", str(tmp_path / "own")), ("gone", "gone")):

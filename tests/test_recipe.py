@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from training import recipe
+from training import recipe, recipe_file
 
-TINY = recipe.load("tiny")
+TINY = recipe_file.load("tiny")
 GOOD = """
 title = "x"
 [network]
@@ -22,16 +22,16 @@ width = [0.5, 1]
 """
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in recipe.BUILT_IN.glob("*.toml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipe_file.BUILT_IN.glob("*.toml")))
 def test_built_in_recipes_are_right_and_survive_a_checkpoint(name: str) -> None:
-    asked = recipe.load(name)
+    asked = recipe_file.load(name)
     assert asked.name == name and recipe.parse(asked.as_dict(), asked.file) == asked
 
 
 @pytest.mark.parametrize("name", ["cifar10-resnet-charts", "cifar10-vgg-charts"])
 def test_what_a_chart_is_the_mean_of_is_one_representation(name: str) -> None:
-    for chart in recipe.load(name).charts:
-        made_by = [recipe.of_run(Path(file).parent.name) for file in chart.file]
+    for chart in recipe_file.load(name).charts:
+        made_by = [recipe_file.of_run(Path(file).parent.name) for file in chart.file]
         built = [(each.representation.kind, each.representation.built) for each in made_by]
         assert all(each == built[0] for each in built), chart.file
 
@@ -39,7 +39,7 @@ def test_what_a_chart_is_the_mean_of_is_one_representation(name: str) -> None:
 def test_the_full_size_may_stay_untrained_where_only_widths_morph(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(GOOD + "full_weight = 0\n[representation]\nanchored = { reach = 0.1 }\n")
-    asked = recipe.load(str(path))
+    asked = recipe_file.load(str(path))
     assert asked.fit.full_weight == 0 and asked.fit.blocks is None and not asked.fit.sandwich
 
 
@@ -49,14 +49,14 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
     path = tmp_path / "mine.toml"
     text = 'extends = "base.toml"\ntitle = "y"\n[fit]\nbatch = 32\n[evaluate]\nwidths = [0.5]\n'
     path.write_text(text + "[network]\ntrain = { epochs = 2 }\n")
-    asked = recipe.load(str(path))
+    asked = recipe_file.load(str(path))
     assert (asked.name, asked.title, asked.seed, asked.file) == ("mine", "y", 4, str(path))
     assert (asked.fit.width, asked.fit.batch, asked.evaluate.widths) == ((0.5, 1.0), 32, (0.5,))
     assert asked.network.network == "lenet" and asked.network.train
     assert (asked.network.train.epochs, asked.network.train.batch) == (2, 128)  # a whole value
     path.write_text('extends = "tiny"\ntitle = "y"\n')
     expected = TINY.changed(name="mine", title="y")
-    assert recipe.load(str(path)).as_dict() == expected.as_dict()
+    assert recipe_file.load(str(path)).as_dict() == expected.as_dict()
 
 
 def test_what_is_not_taken_over_is_as_by_default(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_what_is_not_taken_over_is_as_by_default(tmp_path: Path) -> None:
     base = GOOD + "widths = [0.6]\n[evaluate]\nwidths = [0.7]\n"
     (tmp_path / "base.toml").write_text(base)
     path.write_text(f'extends = "base.toml"\n{without}\n[fit]\nstart = "m.safetensors"\n')
-    asked = recipe.load(str(path))
+    asked = recipe_file.load(str(path))
     assert asked.network.train is None and asked.fit.widths == () and asked.fit.start
     assert asked.evaluate == recipe.EvaluateSection()
 
@@ -119,34 +119,34 @@ def test_what_is_extended_is_one_whole_recipe_that_can_be_read(
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(recipe.BadRecipe) as error:
-        recipe.load(str(path))
+        recipe_file.load(str(path))
     assert told in str(error.value)
 
 
 def test_a_file_of_the_users_own_stands_for_the_one_that_is_extended(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('extends = "cifar10-vgg-wide"\n')
-    (tmp_path / "vgg.py").write_text((recipe.BUILT_IN / "vgg.py").read_text())
-    assert recipe.load(str(path)).network.network == "vgg.py:build"
+    (tmp_path / "vgg.py").write_text((recipe_file.BUILT_IN / "vgg.py").read_text())
+    assert recipe_file.load(str(path)).network.network == "vgg.py:build"
     (tmp_path / "vgg.py").rename(tmp_path / "other.py")
     path.write_text('extends = "cifar10-vgg-wide"\n[network]\nnetwork = "other.py:build"\n')
-    assert recipe.load(str(path)).network.network == "other.py:build"
+    assert recipe_file.load(str(path)).network.network == "other.py:build"
 
 
 def test_a_run_is_of_the_recipe_that_its_folder_is_named_after() -> None:
-    asked = recipe.of_run("tiny-seed-3")
+    asked = recipe_file.of_run("tiny-seed-3")
     assert asked.as_dict() == TINY.seeded(3).as_dict()
     assert (asked.name, asked.seed) == ("tiny-seed-3", 3)
-    assert recipe.of_run("tiny").as_dict() == TINY.as_dict()
+    assert recipe_file.of_run("tiny").as_dict() == TINY.as_dict()
     for name in ("tiny-seed-", "tiny-seed-x", "tiny-seed--1", "tiny-seed-1-seed-2", ""):
         with pytest.raises(recipe.BadRecipe, match="neither"):
-            recipe.of_run(name)
+            recipe_file.of_run(name)
 
 
 def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(GOOD)
-    asked = recipe.load(str(path))
+    asked = recipe_file.load(str(path))
     assert asked.name == "mine" and asked.file == str(path)
     assert asked.fit.width == (0.5, 1.0) and asked.fit.batch == 128 and asked.seed == 0
     assert asked.served == "lenet" and asked.representation.kind == "grid" and not asked.folded
@@ -309,7 +309,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(recipe.BadRecipe) as told:
-        recipe.load(str(path))
+        recipe_file.load(str(path))
     assert all(line.startswith(f"{path}: ") for line in str(told.value).splitlines())
     with pytest.raises(recipe.BadRecipe, match="neither a .toml file nor one of .*tiny"):
-        recipe.load("huge")
+        recipe_file.load("huge")

@@ -20,13 +20,13 @@ from neumeta.sites import made, sites
 from neumeta.space import Space
 from tests.support import runs
 from tests.support.modules import images_of, traced
-from training import data, pipeline, recipe, regression
+from training import data, pipeline, recipe, recipe_file, regression
 from training.copied import Copied, free_scales
 from training.data import Dataset
 from training.statistics import raw
 
 OPTIONS = {"layers": 2, "hidden": 16, "num_freq": 4, "blur": 0.5}
-CENTRED = recipe.load("tiny").changed(
+CENTRED = recipe_file.load("tiny").changed(
     network={"train": {"epochs": 0}},
     order={"strategy": "none"},
     representation={

@@ -15,7 +15,7 @@ from neumeta.sample import sample
 from neumeta.space import Architecture, Space
 from tests.conftest import lenet
 from tests.support import runs
-from training import data, fit, frozen, recipe, sizes, source
+from training import data, fit, frozen, recipe, recipe_file, sizes, source
 from training.task import TASKS
 
 TASK = TASKS["classification"]
@@ -27,7 +27,7 @@ def tiny(**changes: Any) -> recipe.Recipe:
         "epochs": 1.0, "batch": 256, "sandwich": False, "distill": "none",
         "reconstruction": 0.0, "regularisation": 0.0,
     }  # fmt: skip
-    asked = recipe.load("tiny").changed(network={"train": {"epochs": 0}}, fit=few | changes)
+    asked = recipe_file.load("tiny").changed(network={"train": {"epochs": 0}}, fit=few | changes)
     return asked.changed(order={"strategy": "none"})
 
 

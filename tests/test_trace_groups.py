@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neumeta.notation import pack, unpack
 from neumeta.program import Program
-from training import modules, networks, recipe
+from training import modules, networks, recipe_file
 from training.trace import trace
 
 
@@ -205,7 +205,7 @@ def test_a_container_has_one_stage() -> None:
 
 
 def test_the_second_source_is_traced_as_a_users_own_network_is() -> None:
-    build = f"{recipe.BUILT_IN}/vgg.py:build"
+    build = f"{recipe_file.BUILT_IN}/vgg.py:build"
     graph, _ = trace(modules.resolve(build), torch.zeros(1, 3, 32, 32))
     assert graph.groups == ("stage1", "stage2", "stage3") and not graph.stages
     assert len(graph.axes) == 6

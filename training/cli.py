@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from neumeta import atomic
-from training import modules, networks, pipeline, recipe
+from training import modules, networks, pipeline, recipe, recipe_file
 from training.divergence import Diverged
 from training.explain import explain
 from training.state import BadState
@@ -145,7 +145,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.explain:
         return _explain(arguments.explain, arguments.shape)
     began = time.monotonic()
-    asked = recipe.load(arguments.recipe)
+    asked = recipe_file.load(arguments.recipe)
     if arguments.seed is not None:
         asked = asked.seeded(arguments.seed)
     folder: Path = arguments.folder or Path("runs") / asked.name

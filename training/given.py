@@ -23,7 +23,8 @@ from neumeta.space import Space
 from neumeta.statistics import Statistics
 from training import charts, statistics
 from training.data import Data
-from training.recipe import BadRecipe, ChartSection, Recipe, refused
+from training.recipe import BadRecipe, Recipe, refused
+from training.sections import ChartSection
 
 
 def files(asked: Recipe, checkpoints: Path) -> dict[str, Path]:

@@ -1,14 +1,12 @@
 """A recipe: every number of one published result, one section per stage, checked as a whole.
 
-Knows no stage's work; each stage reads its own section. One entrance for files, changes and what a
-checkpoint holds: `parse`. All problems that can be seen together are told together.
+Knows no stage's work, each stage reads its own section, and no file. One entrance for files, changes
+and what a checkpoint holds: `parse`. All problems that can be seen together are told together.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
-import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -25,26 +21,20 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from neumeta.representation import KINDS, MOST_CHARTS, WRAPPERS, Sizes, check_sizes
-from neumeta.space import MAX_WIDTH, MOST_BLOCKS
+from neumeta.representation import KINDS, MOST_CHARTS, WRAPPERS, check_sizes
 from training.data import KINDS as DATA_KINDS
 from training.data import KNOWN
 from training.networks import BUILT_IN as NETWORKS
-
-BUILT_IN = Path(__file__).parent / "recipes"
-
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Noise = Annotated[float, Field(ge=0, le=0.5)]
-Width = Annotated[float, Field(gt=0, le=MAX_WIDTH)]
-Count = Annotated[int, Field(ge=1)]
-Resolution = Annotated[float, Field(ge=0.25, le=1)]
-Range = tuple[Count, Count]
-
-
-def _square(size: object) -> object:
-    return (size, size) if isinstance(size, int) else size
+from training.sections import (
+    ChartSection,
+    DataSection,
+    EvaluateSection,
+    FitSection,
+    NetworkSection,
+    OrderSection,
+    RepresentationSection,
+    Section,
+)
 
 
 class BadRecipe(ValueError):
@@ -55,246 +45,7 @@ class BadRecipe(ValueError):
         super().__init__("\n".join(f"{file}: {problem}" for problem in problems))
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Training(_Section):
-    """How the source network is trained: epochs of the training set, the peak of the learning rate,
-    images per step, `resolutions` and `bfloat16` as in [fit]."""
-
-    epochs: Annotated[int, Field(ge=0)]
-    lr: Rate = 0.05
-    batch: Count = 128
-    resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1.0,)
-    bfloat16: bool = False
-
-
-class NetworkSection(_Section):
-    """The source network: a built-in one by its name, or the function that makes the user's own,
-    `file.py:build` (from the recipe's folder) or `module:function`, called with `arguments`.
-
-    `weights` is a file of tensors, looked for beside the recipe and under --checkpoints. Without
-    `train` the network is taken as it is; with it it is trained, from `weights` on if there are any.
-    `groups` are patterns over axis names, one group of widths each (none: one for each block of the
-    module tree). `name` is what the manifold is served as (empty: the network's own), and `named` are
-    names of depths, e.g. { resnet32 = [5, 5, 5] }.
-    """
-
-    network: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    weights: str = ""
-    train: Training | None = None
-    groups: tuple[str, ...] = ()
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
-    named: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
-
-
-class DataSection(_Section):
-    """The images: a set that is known by `name`, or what lies at `path`. The other keys are the data
-    loader's options; a key that is not given is the loader's own choice. `size` is height and width
-    in pixels, one number for both; `mean` and `std` of each channel, in 0..1; `classes` their names.
-
-    `calibration` is how many images travel in the manifold, for the batch statistics of sizes that
-    are not kept: `calibration_images` are 'training' ones, 'noise' where none may travel (sizes that
-    are not kept then lose score), or the user's own, a folder, archive or .npz, of which the statistics
-    that are kept are measured too.
-    """
-
-    name: str = ""
-    path: str = ""
-    kind: str | None = None
-    size: Annotated[tuple[Count, Count] | None, BeforeValidator(_square)] = None
-    channels: Literal[1, 3] | None = None
-    mean: tuple[Share, ...] | None = None
-    std: tuple[Rate, ...] | None = None
-    flips: bool | None = None
-    pad: Annotated[int, Field(ge=0)] | None = None
-    stream: bool | None = None
-    workers: Annotated[int, Field(ge=0)] | None = None
-    ignore: int | None = None
-    classes: tuple[str, ...] | None = None
-    calibration: Annotated[int, Field(ge=2, le=4096)] = 128
-    calibration_images: str = "training"
-
-    def options(self) -> dict[str, Any]:
-        """The loader's options that were given, as it takes them."""
-        others = {"name", "path", "calibration", "calibration_images"}
-        given = self.model_dump(exclude=others, exclude_none=True)
-        return given | {key: list(given[key]) for key in ("mean", "std") if key in given}
-
-
-class OrderSection(_Section):
-    """The channel order."""
-
-    strategy: Literal["none", "random", "layer-greedy", "layer-2opt", "mshp"] = "mshp"
-
-
-class RepresentationSection(_Section):
-    """What holds the weights: its `kind` and that kind's `options`; around it what is `centred` (its
-    filters behind a ReLU sum to zero), what is `anchored` to the source near its size, what is
-    `corrected` and what is `expanded` by size, each with its own options.
-
-    `noise` is the coordinate noise a of Algorithms 2 and 3, in channels; `samples` the default K of
-    Algorithm 3; `scale` is N.
-    """
-
-    kind: Literal["mlp", "grid", "integral"] = "grid"
-    options: dict[str, Any] = Field(default_factory=dict)
-    centred: dict[str, Any] | None = None
-    anchored: dict[str, Any] | None = None
-    corrected: dict[str, Any] | None = None
-    expanded: dict[str, Any] | None = None
-    noise: Noise = 0.0
-    samples: Count = 1
-    scale: Count = 64
-
-    @property
-    def built(self) -> dict[str, Any]:
-        """The options as `representation.build` takes them: those of a wrapper under its name."""
-        around = {name: getattr(self, name) for name in WRAPPERS}
-        return self.options | {name: held for name, held in around.items() if held is not None}
-
-
-def _stages(value: object) -> object:
-    if isinstance(value, list | tuple) and value:
-        if all(type(stage) is int and stage >= 0 for stage in value):
-            return value
-    elif isinstance(value, bool):
-        return value
-    raise ValueError("it must be true, false or a list of stages, the first of which is 0")
-
-
-class FitSection(_Section):
-    """Algorithm 2. Units: rates per step, epochs of the training set, widths as factors.
-
-    `morph` are patterns over axis names; `width` and `blocks` the trained ranges, `most_blocks` a bound
-    beyond them. `folded`: the representation learns the source without its batch norms, which its
-    layers took up (the paper's folded training; what an mlp and an integral do unless told
-    otherwise); else with them, on statistics of each batch. Before any image,
-    `regression_steps` on the smoothed weights. `widths`: the pool that random widths come from
-    (empty: the whole range); `most`: the largest that is trained of each group
-    (empty: the range's). `sandwich`: each step trains the largest, the smallest and one random
-    architecture; where width and depth both morph, the smallest, one of a random width, one of a random
-    depth (at full width as often as not), and the largest if `full_weight` counts it. `smallest`: the
-    share of random widths that are the smallest; `per_group`: of the others, the share that differs by
-    group; `per_depth`: the share of random widths that come with a random depth (half of these with
-    the same in all stages), where both morph; the others have the source's. `shallow`: of every
-    random network one stage, drawn at random, has the fewest blocks; a list says which it may be (the
-    first is 0). `full_weight`: of the largest in the loss; 0 where the representation keeps the
-    source's own size as it is (anchored).
-    `distill`: 'none', 'source' (the source network teaches) or 'inplace' (the full-size sample
-    teaches the smaller ones), with `distill_weight` of the loss. `distill_features`: of feature
-    distillation, added to the loss where the source teaches: what is made inside, wherever that has one
-    shape at every width.
-    `depth_noise`: of the borders between blocks, in blocks. `warm`: the share of steps in which the
-    learning rate rises; `ema`: of the moving average; `clip`: of a gradient's entries, 0 for none.
-    `feature_views`: activations of the frozen leading part computed once for this many augmented
-    passes (0: run it in every step).
-
-    `start` is a manifold's file to go on from, of the same network and representation, in place of a
-    source network: its channel orders stay, and its own full size is the source. Of a manifold of
-    charts, `chart` says from which (the first is 0). `copied` is a manifold's file of the same network
-    whose representation may be another: it too stands in place of a source network, and the regression
-    learns what it makes at the sizes that training draws. `resolutions`: sides
-    of the training images as shares of the full ones, each for an equal part of the steps, e.g. [0.5,
-    0.75, 1.0]: most of what a network learns it learns from small images, at a third of the cost.
-    `teacher_views`: the source's outputs computed once for this many augmented passes, of whole images
-    (0: the source runs in every step). `bfloat16`: the sampled networks, and the hidden layers of an
-    mlp, run in sixteen bits (torch.autocast), weights, losses and the optimiser stay in float32; worth
-    it where the processor has instructions for that.
-    """
-
-    morph: tuple[str, ...] = ("*",)
-    width: tuple[Width, Width]
-    blocks: Range | None = None
-    most_blocks: Annotated[int, Field(ge=1, le=MOST_BLOCKS)] = 9
-    folded: bool | None = None
-    regression_steps: Annotated[int, Field(ge=0)] = 0
-    regression_lr: Rate = 3e-3
-    epochs: Weight = 1.0
-    batch: Count = 128
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    lr: Rate = 1e-3
-    weight_decay: Weight = 1e-2
-    clip: Weight = 10.0
-    warm: Share = 0.1
-    ema: Share = 0.995
-    widths: tuple[Width, ...] = ()
-    most: tuple[Width, ...] = ()
-    sandwich: bool = False
-    smallest: Share = 0.0
-    per_group: Share = 0.0
-    per_depth: Share = 0.0
-    shallow: Annotated[bool | tuple[int, ...], BeforeValidator(_stages)] = False
-    full_weight: Weight = 1.0
-    reconstruction: Weight = 1.0
-    regularisation: Weight = 1e-4
-    distill: Literal["none", "source", "inplace"] = "none"
-    distill_weight: Share = 1.0
-    distill_features: Weight = 0.0
-    depth_noise: Noise = 0.0
-    augment: bool = True
-    feature_views: Annotated[int, Field(ge=0)] = 0
-    start: str = ""
-    chart: Annotated[int, Field(ge=0)] | None = None
-    copied: str = ""
-    resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1.0,)
-    teacher_views: Annotated[int, Field(ge=0)] = 0
-    bfloat16: bool = False
-
-    def widest(self, group: int) -> float:
-        """The largest width of this group that is trained."""
-        return self.most[group] if group < len(self.most) else self.width[1]
-
-    @property
-    def shallow_stages(self) -> tuple[int, ...]:
-        """The stages that `shallow` lists; none if it lists none."""
-        return self.shallow if isinstance(self.shallow, tuple) else ()
-
-
-def _one_or_more(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-def _each(value: object) -> object:
-    return (value,) if type(value) in (int, float) else value
-
-
-class ChartSection(_Section):
-    """One of several manifolds that were trained apart and are put together: its `file`, or several
-    whose mean it is (cycles of one training, or trainings from one start), and the sizes that are
-    drawn from it: all groups have from `least` to `most` of the source's width, all stages from
-    `blocks` to `most_blocks` blocks (lists: of each group, of each stage). Of a file of charts,
-    `chart` says which one it is; beside it may stand a manifold that went on from that chart
-    (`fit.chart`)."""
-
-    file: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more)]
-    chart: Annotated[int, Field(ge=0)] | None = None
-    least: Width
-    blocks: Annotated[int, Field(ge=0)] = 0
-    most: Annotated[
-        Annotated[tuple[Width, ...], Field(min_length=1)] | None, BeforeValidator(_each)
-    ] = None
-    most_blocks: Annotated[
-        Annotated[tuple[Count, ...], Field(min_length=1)] | None, BeforeValidator(_each)
-    ] = None
-
-    @property
-    def sizes(self) -> Sizes:
-        """The sizes, as the representation has them."""
-        most, deepest = self.most or Sizes.most, self.most_blocks or Sizes.most_blocks
-        return Sizes(self.least, self.blocks, most, deepest)
-
-
-class EvaluateSection(_Section):
-    """The sizes of the evaluation table, also outside the trained ranges."""
-
-    widths: tuple[Width, ...] = (1.0,)
-    blocks: Range | None = None
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """One run of the pipeline. `name` is the file's; every random choice follows from `seed`.
 
     With `charts`, the largest sizes first, nothing is trained: the run puts these manifolds together,
@@ -350,110 +101,11 @@ class Recipe(_Section):
     def changed(self, **changes: Any) -> Recipe:
         """This recipe with other values, e.g. `changed(seed=1, fit={"lr": 0.1})`: a section's other
         keys stay. Raises BadRecipe."""
-        return parse(_changed(self.model_dump(), changes), self.file)
+        return parse(changed(self.model_dump(), changes), self.file)
 
     def seeded(self, seed: int) -> Recipe:
         """This recipe with another seed, under a name of its own. Raises BadRecipe."""
         return self.changed(seed=seed, name=f"{self.name}-seed-{seed}")
-
-
-def load(name: str) -> Recipe:
-    """The recipe of this name among the built-in ones, or in this TOML file. Raises BadRecipe.
-
-    Beside the keys of `Recipe` a file may have two more. `extends`, the name of a built-in recipe or
-    of a file in the same folder, takes over the values of that one, which must not extend another: no
-    more than two files are to be read. A key that the file has itself replaces the whole value, a
-    table such as `network.train` too, and all `charts`. `without` lists keys that are not taken over.
-    """
-    path = _path(name, Path())
-    if path is None:
-        raise BadRecipe("recipe", [f"{name!r} is neither a .toml file nor one of {_built_in()}"])
-    own = _read(path)
-    if "extends" not in own:
-        return parse({"name": path.stem, **own}, str(path))
-    values, base = _extended(own, path)
-    return parse({"name": path.stem, **values}, f"{path} (extends {base})", str(path))
-
-
-def of_run(name: str) -> Recipe:
-    """The built-in recipe that makes the run of this name, `seeded` where that says so. Raises
-    BadRecipe."""
-    told = re.fullmatch(r"(.+)-seed-(\d{1,19})", name)
-    return load(told[1]).seeded(int(told[2])) if told else load(name)
-
-
-def _extended(own: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """All values of a file that extends another, and what it extends. Raises BadRecipe."""
-
-    def problem(key: str, given: object, allowed: str) -> BadRecipe:
-        return BadRecipe(str(path), [refused(key, given, allowed)])
-
-    base, without = own.pop("extends"), own.pop("without", [])
-    under = _path(base, path.parent) if isinstance(base, str) and "/" not in base else None
-    if under is None:
-        allowed = f"it must be a .toml file in the same folder, or one of {_built_in(whole=True)}"
-        raise problem("extends", base, allowed)
-    values = _read(under)
-    values.pop("name", None)  # of the file that is read, as its run's folder is
-    if "extends" in values:
-        allowed = f"it extends {values['extends']!r} itself: extend that one"
-        raise problem("extends", base, allowed)
-    if not isinstance(without, list):
-        raise problem("without", without, "it must be a list of keys, like ['fit.start']")
-    for key in without:
-        section, _, inner = str(key).rpartition(".")
-        held = values.get(section) if section else values
-        if not isinstance(held, dict) or held.pop(inner, None) is None:
-            allowed = f"each must be a key of {base}, like 'fit.start', and not be listed twice"
-            raise problem("without", key, allowed)
-    made = _changed(values, own)
-    file = _python_file(values)
-    there = under.parent.resolve() == path.parent.resolve() or (path.parent / file).is_file()
-    if file and not there and _python_file(made) == file:
-        allowed = (
-            f"its network is in {file!r}, which is not in this folder: give network.network, too"
-        )
-        raise problem("extends", base, allowed)
-    return made, base
-
-
-def _python_file(values: Mapping[str, Any]) -> str:
-    section = values.get("network")
-    network = section.get("network") if isinstance(section, dict) else None
-    file = network.rpartition(":")[0] if isinstance(network, str) else ""
-    return file if file.endswith(".py") else ""
-
-
-def _path(name: str, folder: Path) -> Path | None:
-    path = folder / name if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
-    try:
-        return path if path.is_file() else None
-    except OSError:  # a name that is too long for one
-        return None
-
-
-def _built_in(whole: bool = False) -> str:
-    """Their names; only of those which extend no other, if they must be `whole`."""
-    found = sorted(BUILT_IN.glob("*.toml"))
-    return ", ".join(each.stem for each in found if not (whole and "extends" in _read(each)))
-
-
-def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(values)
-    for key, value in changes.items():
-        inside = isinstance(value, Mapping) and isinstance(made.get(key), dict)
-        made[key] = {**made[key], **value} if inside else value
-    return made
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRecipe(str(path), [str(error)]) from None
-    if "without" in values and "extends" not in values:
-        raise BadRecipe(str(path), ["without: there must be `extends` beside it"])
-    return values
 
 
 def parse(values: Mapping[str, Any], told: str, file: str = "") -> Recipe:
@@ -468,6 +120,15 @@ def parse(values: Mapping[str, Any], told: str, file: str = "") -> Recipe:
         raise BadRecipe(told, problems)
     recipe._file = file or told
     return recipe
+
+
+def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values of a recipe with others in place of some: a section's other keys stay."""
+    made = dict(values)
+    for key, value in changes.items():
+        inside = isinstance(value, Mapping) and isinstance(made.get(key), dict)
+        made[key] = {**made[key], **value} if inside else value
+    return made
 
 
 def refused(key: str, given: object, allowed: str) -> str:
@@ -517,7 +178,7 @@ def _keys(section: str) -> str:
     for part in filter(None, section.split(".")):
         hint = held.model_fields[part.partition("[")[0]].annotation
         hints = (hint, *typing.get_args(hint))
-        held = next(each for each in hints if inspect.isclass(each) and issubclass(each, _Section))
+        held = next(each for each in hints if inspect.isclass(each) and issubclass(each, Section))
     where = f"[{section}]" if section else "the top level"
     names = [*held.model_fields, *(() if section else ("extends", "without"))]
     return f"{where} has {', '.join(names)}"
@@ -696,4 +357,4 @@ def _options(made: Any) -> type[BaseModel]:
             limit = Field(gt=0) if positive else Field(ge=0) if numeric else Field()
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (Annotated[hints[name], limit], default)
-    return create_model("Options", __base__=_Section, **fields)  # type: ignore[call-overload, no-any-return]
+    return create_model("Options", __base__=Section, **fields)  # type: ignore[call-overload, no-any-return]

@@ -24,7 +24,7 @@ from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.sample import sample
 from neumeta.space import Architecture
-from training import data, fit, frozen, pipeline, recipe, regression, source
+from training import data, fit, frozen, pipeline, recipe, recipe_file, regression, source
 from training.task import TASKS, Task
 
 UNSEEN = "75 % (unseen)"
@@ -66,7 +66,7 @@ class Bench:
     def asked(self) -> recipe.Recipe:
         """The recipe that every row changes something of."""
         if self.setting.quick:
-            return recipe.load("tiny").changed(
+            return recipe_file.load("tiny").changed(
                 network={"train": {"epochs": 1, "lr": 0.1, "batch": 64}},
                 representation={
                     "kind": "mlp",
@@ -83,7 +83,7 @@ class Bench:
         # The paper's noise, and an MLP that trains in a minute, where what ships has others; in 32 bits
         # on every machine.
         options = {"layers": 5, "hidden": 256, "num_freq": 16, "blur": 0.5}
-        return recipe.load("cifar10-resnet20-last-block-mlp").changed(
+        return recipe_file.load("cifar10-resnet20-last-block-mlp").changed(
             representation={"noise": 0.5, "samples": 1, "options": options},
             fit={
                 "regression_steps": 300, "epochs": 0.5, "feature_views": 1, "smallest": 0.5,

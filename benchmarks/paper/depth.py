@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.paper.bench import Bench
 from benchmarks.paper.table import Row, Rows, Table, holds
 from neumeta import checkpoint
-from training import evaluate, pipeline, plots, recipe
+from training import evaluate, pipeline, plots, recipe, recipe_file
 from training.data import Dataset
 
 MLP = "one MLP for all layers"
@@ -36,7 +36,7 @@ def asked(bench: Bench) -> recipe.Recipe:
         "fit": {**budget, "sandwich": False},
         "network": {"weights": SHIPPED, "train": None},
     }
-    found = recipe.load("mnist-resnet-depth")
+    found = recipe_file.load("mnist-resnet-depth")
     if bench.setting.quick:
         options |= {"layers": 2, "hidden": 8, "num_freq": 2}
         changed["fit"] |= {"regression_steps": 2, "epochs": 0.1}

@@ -17,7 +17,7 @@ from benchmarks.paper.subject import (
     Subject,
 )
 from benchmarks.paper.table import Row, Rows, Table, holds
-from training import plots, recipe
+from training import plots, recipe, recipe_file
 
 
 def verdict(unit: str, level: float) -> Callable[[Rows], str]:
@@ -40,7 +40,7 @@ def verdict(unit: str, level: float) -> Callable[[Rows], str]:
 
 def section8(bench: Bench) -> Table:
     """Segmentation: a U-Net on CamVid."""
-    asked = recipe.load("camvid-unet").changed(
+    asked = recipe_file.load("camvid-unet").changed(
         representation={**CONTINUOUS, "options": {"density": 0.5}, "noise": 0.5, "samples": 8},
         fit={
             **BUDGET, "morph": list(UNET), "per_group": 0.0, "optimiser": "adamw", "lr": 1e-3,
@@ -70,7 +70,7 @@ def section8(bench: Bench) -> Table:
 
 def generation(bench: Bench) -> Table:
     """Generation: a VAE on MNIST."""
-    asked = recipe.load("mnist-vae").changed(
+    asked = recipe_file.load("mnist-vae").changed(
         # Noise costs it more than it gives: 600 steps with noise end 18 nats lower at 50 %.
         representation={**CONTINUOUS, "options": {"density": 0.4}},
         fit={**BUDGET, "morph": list(VAE), "distill_weight": 0.5, "lr": 3e-3, "epochs": 2},

@@ -15,7 +15,7 @@ from benchmarks.paper.variation import PUBLIC
 from neumeta.fold import fold
 from neumeta.graph import Graph
 from neumeta.program import Program
-from training import data, networks, recipe, source
+from training import data, networks, recipe_file, source
 from training.order import apply, cliques, order
 from training.task import TASKS, Task
 from training.trace import trace
@@ -40,7 +40,7 @@ def section9(bench: Bench) -> Table:
         if bench.setting.quick:
             return compared(bench.traced.module, bench.traced.graph, {"": bench.loaded}, 3)
         if name == vae:
-            asked = recipe.load("mnist-vae")
+            asked = recipe_file.load("mnist-vae")
             loaded, found = bench.source("vae", asked)
             assert isinstance(loaded, data.Dataset)
             task = TASKS[asked.task]

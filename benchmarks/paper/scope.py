@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.paper.bench import GAMMAS, Bench
 from benchmarks.paper.table import by_seed
-from training import recipe
+from training import recipe_file
 
 COLUMNS = (*GAMMAS, "mean")
 SCOPE = (
@@ -15,7 +15,7 @@ SCOPE = (
     " file)."
     " The paper's figure stands in brackets; where it gives one number, beside our mean."
 )
-SHIPS = recipe.load("cifar10-resnet20-last-block-mlp")
+SHIPS = recipe_file.load("cifar10-resnet20-last-block-mlp")
 UNORDERED = "no permutation (a random order)"
 
 

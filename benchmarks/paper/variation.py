@@ -14,7 +14,7 @@ from benchmarks.paper.bench import Bench
 from benchmarks.paper.table import Row, Rows, Table, holds
 from neumeta.fold import fold
 from neumeta.graph import Graph
-from training import networks, plots, recipe, source
+from training import networks, plots, recipe_file, source
 from training.order import STRATEGIES, apply, cliques, order, total_variation, tv_in, tv_out
 from training.trace import trace
 
@@ -109,7 +109,7 @@ def _folded(bench: Bench, name: str) -> tuple[Graph, dict[str, Tensor]]:
         graph, _ = trace(net, torch.zeros(1, 3, 32, 32))
     elif name in OWN:
         short, like, changes = OWN[name]
-        asked = recipe.load(like).changed(**changes)
+        asked = recipe_file.load(like).changed(**changes)
         _, own = bench.source(short, asked)
         net, graph = own.module, own.graph
     else:
