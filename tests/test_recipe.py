@@ -230,6 +230,8 @@ def test_a_whole_number_stands_for_a_real_one_and_defaults_for_the_rest(tmp_path
         ({"charts": [{"file": "a", "least": 0.2}], "fit": {"start": "m"}}, "fit.start", "'m'",
          "beside charts"),
         ({"data": {"calibration": 1}}, "data.calibration", "1", "equal to 2"),
+        ({"fit": {"most": [0.5, 2.0]}}, "fit.most", "2.0", "numbers within fit.width"),
+        ({"fit": {"most": [0.5], "sandwich": True}}, "fit.most", "[0.5]", "left out with fit.sandwich"),
         ({"fit": {"full_weight": 0}}, "fit.full_weight", "0.0", "representation.anchored"),
         ({"fit": {"full_weight": 0, "sandwich": True}, "representation": {"anchored": {"reach": 0.1}}},
          "fit.full_weight", "0.0", "no fit.sandwich unless"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from neumeta.coordinates import Coordinates, Site, Span
 from neumeta.representation.base import Representation
 from neumeta.representation.grid import Grid
-from neumeta.representation.wrappers import Corrected
+from neumeta.representation.wrappers import Anchored, Corrected
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,16 @@ class Charts(Representation):
 
     Small and large networks share weights only within a chart, so that neither pulls at the other's.
     Across a border the weights jump, though never within one network. Grids, the source's own among
-    them, are held in eight bits a number; vectors and corrections in sixteen.
+    them, are held in eight bits a number, vectors and corrections in sixteen. The source has all steps
+    that eight bits have room for: others begin at what is taken out of a file.
     """
 
     def __init__(self, parts: Sequence[Representation], sizes: Sequence[Sizes]) -> None:
         super().__init__()
         self.parts, self.sizes = nn.ModuleList(parts), tuple(sizes)
+        for module in self.modules():
+            if isinstance(module, Anchored):
+                module.source.compact(steps=127)
         for module in self.modules():
             if isinstance(module, Grid | Corrected):
                 module.compact()

@@ -46,16 +46,18 @@ class Grid(Representation):
         return True
 
     @torch.no_grad()
-    def compact(self) -> None:
+    def compact(self, steps: int | None = None) -> None:
         """From here on hold every number of a matrix in eight bits, in units of its row's largest over
-        127, and vectors in float16. Such a grid is sampled from, not trained."""
+        127, over 63 where a row is long, or over `steps`; and vectors in float16. Such a grid is
+        sampled from, not trained."""
         for key, value in self.grid.items():
             if key in self.unit:
                 continue
             if value.shape[2:].numel() == 1:
                 held = value.half()
             else:
-                unit = value.float().abs().amax((2, 3), keepdim=True).clamp(min=1e-12) / 127
+                largest = value.float().abs().amax((2, 3), keepdim=True).clamp(min=1e-12)
+                unit = largest / (steps or _steps(value.shape[2:].numel()))
                 held = (value.float() / unit).round().to(torch.int8)
                 self.unit[key] = nn.Parameter(unit, requires_grad=False)
             self.grid[key] = nn.Parameter(held, requires_grad=False)
@@ -94,6 +96,15 @@ class Grid(Representation):
         index = place.round().clamp(0, nodes - 1).long()
         unit = None if unit is None else unit.index_select(0, index)
         return _numbers(grid.index_select(0, index), unit, like)
+
+
+def _steps(numbers: int) -> int:
+    """How many steps a row of so many numbers has from zero to its largest.
+
+    A sum of many terms averages their rounding. So a long row has half of the steps that eight bits
+    have room for, and its numbers deflate to fewer bytes.
+    """
+    return 127 if numbers < 250 else 63
 
 
 def _numbers(held: Tensor, unit: Tensor | None, like: Tensor) -> Tensor:
