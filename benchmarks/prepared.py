@@ -13,7 +13,7 @@ from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.sites import made
 from neumeta.space import Architecture, Space
-from training import data, fit, pipeline, source
+from training import basis, data, fit, pipeline, source
 from training.recipe import Recipe
 from training.task import TASKS, Task
 
@@ -59,9 +59,9 @@ class Prepared:
 
 def prepare(asked: Recipe, root: Path | None, run: Path, checkpoints: Path = Path()) -> Prepared:
     """The recipe's stages before the fit; the trained source is kept in `run`."""
-    loaded = pipeline.dataset(asked, root)
+    loaded = basis.dataset(asked, root)
     run.mkdir(parents=True, exist_ok=True)
-    found = pipeline.check(asked, loaded, checkpoints, run)
+    found = basis.check(asked, loaded, checkpoints, run)
     net = pipeline.trained_source(asked, loaded, found.module, checkpoints, run)
     manifold, smoothed = pipeline.prepare(asked, loaded, found.graph, net)
     task = TASKS[asked.task]

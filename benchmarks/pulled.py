@@ -23,7 +23,7 @@ import torch
 from benchmarks.local import Service, hardware
 from neumeta import checkpoint, network
 from neumeta.manifold import Manifold
-from training import pipeline, recipe, recipe_file, source
+from training import basis, recipe, recipe_file, source
 from training.data import Data
 from training.task import TASKS
 
@@ -78,7 +78,7 @@ def main() -> int:
     manifold = checkpoint.read(file)
     made = recipe.parse(manifold.about["recipe"], str(recipe_file.BUILT_IN / "of-the-run.toml"))
     data, space, chance = (
-        pipeline.dataset(made, asked.data),
+        basis.dataset(made, asked.data),
         manifold.space,
         random.Random(asked.seed),
     )

@@ -13,7 +13,7 @@ import torch
 
 from tests.support import runs
 from tests.support.runs import prepared
-from training import cli, data, divergence, fit, pipeline, recipe, recipe_file, source
+from training import basis, cli, data, divergence, fit, pipeline, recipe, recipe_file, source
 from training.divergence import Diverged
 from training.task import TASKS
 
@@ -111,7 +111,7 @@ def test_a_source_that_is_not_finite_is_refused_by_tensor(tmp_path: Path, bad: f
     digits = data.load("digits")
     manifold, smoothed = prepared(asked, digits, tmp_path)
     net = runs.source(asked, digits, tmp_path)
-    graph = pipeline.traced(asked, digits, net).graph
+    graph = basis.traced(asked, digits, net).graph
     with torch.no_grad():
         smoothed["conv1.bias"][0] = bad
         net.get_parameter("conv2.weight")[0, 0, 0, 0] = bad

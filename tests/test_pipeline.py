@@ -26,6 +26,8 @@ from neumeta.representation import Expanded
 from neumeta.sample import sample
 from tests.support.images import classes, encoded, pixels, write
 from training import (
+    basis,
+    binding,
     charts,
     cli,
     data,
@@ -165,7 +167,7 @@ def test_other_images_may_not_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -
     images = digits.train_images.clone()
     images[7, 0, 3, 3] ^= 1
     other = replace(digits, train_images=images)
-    monkeypatch.setattr(pipeline, "dataset", lambda asked, root: other)
+    monkeypatch.setattr(basis, "dataset", lambda asked, root: other)
     code, (line,) = run("--resume")
     assert code == 2 and "data.sha256" in line and other.digest() in line
 
@@ -209,11 +211,11 @@ def test_a_module_that_is_given_is_bound_by_its_own_weights(place: Path) -> None
     next(net.parameters()).data[0] += 1e-3
     after = source.weights_digest(asked, Path(), net)
     loaded, folder = data.load("digits"), place / "given"
-    pipeline.begin(asked, loaded, before, folder, resume=False)
+    binding.begin(asked, loaded, before, folder, resume=False)
     (folder / "source.safetensors").write_bytes(b"")
-    pipeline.begin(asked, loaded, before, folder, resume=True)
+    binding.begin(asked, loaded, before, folder, resume=True)
     with pytest.raises(ValueError, match="weights_sha256"):
-        pipeline.begin(asked, loaded, after, folder, resume=True)
+        binding.begin(asked, loaded, after, folder, resume=True)
 
 
 def test_a_stage_that_has_not_begun_binds_to_nothing(run: Run, place: Path) -> None:
@@ -373,8 +375,8 @@ def test_of_a_manifold_of_many_depths_the_sources_own_is_copied(tmp_path: Path) 
         },
     }
     asked = recipe.parse(copy, "morph")
-    found = pipeline.check(asked, loaded, tmp_path, tmp_path / "b", net)
-    covered = pipeline.space(asked, found.graph)
+    found = basis.check(asked, loaded, tmp_path, tmp_path / "b", net)
+    covered = basis.space(asked, found.graph)
     manifold, smoothed, model = given.copied(asked, loaded, covered, tmp_path)
     assert not covered.graph.stages and model.space.blocks == (1, 3)
     example = Copied(model, covered, smoothed).at(covered.architecture(0.5))
@@ -385,10 +387,10 @@ def test_of_a_manifold_of_many_depths_the_sources_own_is_copied(tmp_path: Path) 
         fit.fit(manifold, smoothed, loaded, TASKS["classification"], asked, tmp_path / "b")
     with pytest.raises(recipe.BadRecipe, match="fit.folded: True .* with its batch norms"):
         folded = asked.changed(fit={"folded": True})
-        pipeline.check(folded, loaded, tmp_path, tmp_path / "b", net)
+        basis.check(folded, loaded, tmp_path, tmp_path / "b", net)
     with pytest.raises(recipe.BadRecipe, match=r"fit.blocks: \[1, 4\] .*trained on 1 to 3"):
         deeper = asked.changed(fit={"blocks": (1, 4)})
-        pipeline.check(deeper, loaded, tmp_path, tmp_path / "b", net)
+        basis.check(deeper, loaded, tmp_path, tmp_path / "b", net)
 
 
 def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
@@ -420,7 +422,7 @@ def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
             {**common, "fit": sizes, "charts": [{"least": 0.5, "blocks": 1, **first}, rest]},
             "morph",
         )
-        covered = pipeline.space(asked, checkpoint.read(tmp_path / "m").space.graph)
+        covered = basis.space(asked, checkpoint.read(tmp_path / "m").space.graph)
         return given.joined(asked, loaded, covered, tmp_path)
 
     both = joined({"file": "m", "most_blocks": [3, 2, 1]})
@@ -448,13 +450,13 @@ def test_a_chart_that_has_few_blocks_of_one_stage_goes_on_with_no_more_of_it(
     for most, refused in (([], True), ([0.75, *narrow[1:-1], 1.0], True), (narrow, False)):
         asked = recipe.parse({**common, "fit": {**fit, "most": most}}, "morph")
         with pytest.raises(recipe.BadRecipe, match=told) if refused else nullcontext():
-            pipeline.check(asked, loaded, tmp_path, tmp_path / "d", net)
+            basis.check(asked, loaded, tmp_path, tmp_path / "d", net)
 
     def further(**fit: Any) -> set[tuple[int, ...]]:
         told = {**sizes, "start": "b", "chart": 0, "batch": 20, **fit}
         asked = recipe.parse({**common, "fit": told}, "morph")
-        found = pipeline.check(asked, loaded, tmp_path, tmp_path / "c", net)
-        covered, generator = pipeline.space(asked, found.graph), torch.Generator().manual_seed(0)
+        found = basis.check(asked, loaded, tmp_path, tmp_path / "c", net)
+        covered, generator = basis.space(asked, found.graph), torch.Generator().manual_seed(0)
         drawn = [size for _ in range(50) for size in choose(asked, covered, generator)]
         return {size.depth for size in drawn}
 
@@ -484,8 +486,8 @@ def test_a_manifold_goes_on_expanded_if_it_was_not_and_only_so_if_it_was(place: 
     def again(text: str) -> Manifold:
         (place / "again.toml").write_text(text)
         asked, digits = recipe_file.load(str(place / "again.toml")), data.load("digits")
-        found = pipeline.check(asked, digits, place, place / "again")
-        return given.begun(asked, digits, pipeline.space(asked, found.graph), place)[0]
+        found = basis.check(asked, digits, place, place / "again")
+        return given.begun(asked, digits, basis.space(asked, found.graph), place)[0]
 
     expanded = AGAIN.replace("samples = 1", "samples = 1\nexpanded = {}")
     kept = place / "run" / "manifold.safetensors"
@@ -560,7 +562,7 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
             for name, value in sample(cycle, size)
         )
     assert [each["least"] for each in both.about["charts"]] == [0.6, 0.25, 0.25]
-    assert [each.get("most") for each in both.about["charts"]] == [None, (0.4,), None]
+    assert [each.get("most") for each in both.about["charts"]] == [None, [0.4], None]
     assert both.about["source"]["kind"] == "charts"
     # And one of them goes on by itself.
     alone = narrow.replace("run/manifold", "both/manifold").replace("[fit]", "[fit]\nchart = 1")
@@ -757,9 +759,9 @@ def test_images_that_cannot_be_trained_on_are_one_line_before_anything_is_writte
 def test_a_network_of_which_nothing_can_be_resized_is_told() -> None:
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     asked, digits = recipe_file.load("tiny"), data.load("digits")
-    graph = pipeline.traced(asked, digits, net).graph
+    graph = basis.traced(asked, digits, net).graph
     with pytest.raises(recipe.BadRecipe, match="fit.width: .*nothing in this network can be"):
-        pipeline.space(asked, graph)
+        basis.space(asked, graph)
 
 
 def test_calibration_images_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
@@ -774,7 +776,7 @@ def test_calibration_images_are_looked_for_beside_the_recipe(tmp_path: Path) -> 
 def test_images_that_are_too_small_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = data.load("digits")
     small = replace(digits, train_images=digits.train_images[:, :, :3, :])
-    monkeypatch.setattr(pipeline, "dataset", lambda asked, root: small)
+    monkeypatch.setattr(basis, "dataset", lambda asked, root: small)
     code, (line,) = run(folder="new")
     assert code == 2 and "network.network" in line and "lenet" in line
 
@@ -793,10 +795,10 @@ def test_missing_weights_are_told_with_where_they_were_looked_for(place: Path) -
     digits = data.load("digits")
     colour = replace(digits, train_images=digits.train_images.expand(-1, 3, -1, -1))
     with pytest.raises(recipe.BadRecipe, match="network.weights: 'a.th'") as told:
-        pipeline.check(asked, colour, place / "checkpoints", place / "run2")
+        basis.check(asked, colour, place / "checkpoints", place / "run2")
     assert str(place) in str(told.value) and str(place / "checkpoints") in str(told.value)
     (place / "a.th").write_bytes(b"")  # beside the recipe it is found
-    pipeline.check(asked, colour, place / "checkpoints", place / "run2")
+    basis.check(asked, colour, place / "checkpoints", place / "run2")
 
 
 def test_a_result_that_cannot_be_written_is_told_before_anything_is(run: Run, place: Path) -> None:

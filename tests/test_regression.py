@@ -20,7 +20,7 @@ from neumeta.sites import made, sites
 from neumeta.space import Space
 from tests.support import runs
 from tests.support.modules import images_of, traced
-from training import data, pipeline, recipe, recipe_file, regression
+from training import basis, data, pipeline, recipe, recipe_file, regression
 from training.copied import Copied, free_scales
 from training.data import Dataset
 from training.statistics import raw
@@ -49,7 +49,7 @@ def digits() -> Dataset:
 def own(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, nn.Module]:
     """The source network of all recipes here, untrained, and its graph."""
     net = runs.source(CENTRED, digits, tmp_path_factory.mktemp("source"))
-    return pipeline.traced(CENTRED, digits, net).graph, net
+    return basis.traced(CENTRED, digits, net).graph, net
 
 
 def quiet(*logged: object) -> None:

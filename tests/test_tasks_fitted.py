@@ -10,7 +10,7 @@ import pytest
 
 from neumeta import checkpoint
 from tests.support.images import classes, write
-from training import pipeline, recipe
+from training import basis, pipeline, recipe
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -24,7 +24,7 @@ TRAIN = {"epochs": 1, "batch": 4, "lr": 1e-4}
 
 def run(folder: Path, **sections: Any) -> pipeline.Result:
     asked = recipe.parse({**SMALL, **sections}, str(folder / "small.toml"))
-    loaded = pipeline.dataset(asked, folder)
+    loaded = basis.dataset(asked, folder)
     made = pipeline.run(asked, loaded, folder, folder / "run", folder / "out.safetensors")
     assert made is not None
     return made

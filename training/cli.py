@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from neumeta import atomic
-from training import modules, networks, pipeline, recipe, recipe_file
+from training import basis, modules, networks, pipeline, recipe, recipe_file
 from training.divergence import Diverged
 from training.explain import explain
 from training.state import BadState
@@ -153,7 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for path in (folder / "recipe.json", out):
         atomic.check(path)
     # Before the processes meet: what is wrong with the images is the same for all of a machine.
-    loaded = pipeline.dataset(asked, arguments.data)
+    loaded = basis.dataset(asked, arguments.data)
     if "RANK" in os.environ and not dist.is_initialized():
         # While the first process trains the source or evaluates, the others wait for it.
         backend = "nccl" if torch.cuda.is_available() else "gloo"

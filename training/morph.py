@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from training import pipeline, recipe
+from training import basis, pipeline, recipe
 from training.data import KNOWN
 
 
@@ -59,7 +59,7 @@ def morph(
     asked = recipe.parse(given, "morph")
     result = pipeline.run(
         asked,
-        pipeline.dataset(asked, None),
+        basis.dataset(asked, None),
         Path(),
         Path(folder) if folder else target.with_name(target.name + ".run"),
         target,

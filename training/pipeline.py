@@ -6,9 +6,7 @@ no flags and prints nothing.
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,30 +22,11 @@ from neumeta.manifold import Contract, Manifold, roles
 from neumeta.program import Program
 from neumeta.representation import build
 from neumeta.sites import kept
-from neumeta.space import Space
-from training import (
-    data,
-    distillation,
-    evaluate,
-    fit,
-    given,
-    modules,
-    networks,
-    order,
-    plots,
-    source,
-    statistics,
-)
+from training import basis, binding, data, evaluate, fit, given, order, plots, source, statistics
 from training.divergence import check_tensors
-from training.processes import rank, world
-from training.recipe import BadRecipe, Recipe, parse, refused
-from training.resolution import shrunk
+from training.processes import rank
+from training.recipe import Recipe
 from training.task import TASKS
-from training.trace import trace
-
-FITTED = ("teacher.pt", "regression.pt", "fit.pt")
-STATE = ("source.pt", "source.safetensors", *FITTED)
-"""What stages leave in a run's folder to go on with."""
 
 
 class Stopped(Exception):
@@ -62,275 +41,6 @@ class Result:
     rows: list[dict[str, Any]]
     digest: str
     manifold: Manifold
-
-
-@dataclass(frozen=True)
-class Traced:
-    """The source network before it is trained: the module, and the graph of all that it does."""
-
-    module: nn.Module
-    graph: Graph
-
-
-def dataset(asked: Recipe, root: Path | None) -> data.Data:
-    """The images of a recipe's [data]: a path is looked for beside the recipe, and then, as a name is,
-    under `root` or $NEUMETA_DATA.
-
-    Raises DataMissing or ValueError with the option, file or folder that is wrong.
-    """
-    section = asked.data
-    name = section.name or section.path
-    if section.path:
-        path, colon, function = section.path.rpartition(":")
-        beside = Path(asked.file).parent / (path if colon else section.path)
-        if beside.exists():
-            name = f"{beside}:{function}" if colon else str(beside)
-    return data.load_from(name, root, **section.options())
-
-
-def network(asked: Recipe, loaded: data.Data) -> nn.Module:
-    """The untrained source network of a recipe, as its own code makes it. Raises BadRecipe."""
-    name, channels = asked.network.network, loaded.shape[0]
-    torch.manual_seed(asked.seed)
-    if name in networks.BUILT_IN:
-        return networks.BUILT_IN[name](len(loaded.classes), channels)
-    path, _, function = name.rpartition(":")
-    beside = Path(asked.file).parent / path
-    try:
-        return modules.resolve(
-            f"{beside}:{function}" if path.endswith(".py") else name, asked.network.arguments
-        )
-    except ValueError as error:
-        raise BadRecipe(asked.file, [f"network.network: {error}"]) from None
-
-
-def traced(asked: Recipe, loaded: data.Data, module: nn.Module) -> Traced:
-    """The graph of the source network on images of this data.
-
-    Raises BadRecipe if it cannot be traced or does not do the recipe's task on this data.
-    """
-    task, name = TASKS[asked.task], asked.network.network
-    example = torch.zeros(1, *loaded.shape)
-    try:
-        graph, _ = trace(module, example, groups=asked.network.groups)
-    except ValueError as error:
-        raise BadRecipe(asked.file, [f"network.network: {name!r}: {error}"]) from None
-    training = module.training
-    with torch.no_grad():
-        outputs = module.eval()(example)
-    module.train(training)
-    try:
-        outputs = task.read(outputs)
-    except ValueError as error:
-        raise BadRecipe(asked.file, [f"task: {asked.task!r}: {error}"]) from None
-    count = len(loaded.classes)
-    wanted: tuple[int, ...] = loaded.shape
-    if asked.task == "classification":
-        wanted = (count,)
-    elif asked.task == "segmentation":
-        wanted = (count, *loaded.shape[1:])
-    found = tuple((outputs[0] if isinstance(outputs, tuple) else outputs).shape[1:])
-    if found != wanted:
-        allowed = (
-            f"for {asked.task} on {loaded.name!r} each image's output is {wanted}, not {found}"
-        )
-        raise BadRecipe(asked.file, [refused("network.network", name, allowed)])
-    return Traced(module, graph)
-
-
-def space(asked: Recipe, graph: Graph) -> Space:
-    """The architectures that the recipe's manifold covers. Raises BadRecipe."""
-    fit_, deep, problems = asked.fit, asked.fit.blocks is not None, list[str]()
-    made = graph.folded if asked.folded else graph
-    if asked.wide and not made.axes:
-        allowed = "nothing in this network can be resized"
-        raise BadRecipe(asked.file, [refused("fit.width", fit_.width, allowed)])
-    try:
-        # Width that does not morph keeps its axes' sizes.
-        made = made.morphing(fit_.morph if asked.wide else (), depth=deep)
-    except ValueError as error:
-        raise BadRecipe(asked.file, [f"fit.morph: {error}"]) from None
-    if fit_.blocks and not made.stages:
-        allowed = "this network has no stages: no container of blocks that are alike"
-        problems.append(refused("fit.blocks", fit_.blocks, allowed))
-    if fit_.most and len(fit_.most) != len(made.groups):
-        allowed = f"one number for each of {', '.join(made.groups)}"
-        problems.append(refused("fit.most", fit_.most, allowed))
-    for stage in made.stages:
-        if fit_.blocks and fit_.blocks[0] < stage.least:
-            allowed = f"stage {stage.name} has at least {stage.least} blocks"
-            problems.append(refused("fit.blocks", fit_.blocks, allowed))
-    if any(stage >= len(made.stages) for stage in fit_.shallow_stages):
-        allowed = f"of stages 0 to {len(made.stages) - 1}"
-        problems.append(refused("fit.shallow", fit_.shallow, allowed))
-    for name, depth in asked.network.named.items():
-        if len(depth) != len(made.stages) or not all(
-            stage.least <= n <= fit_.most_blocks
-            for n, stage in zip(depth, made.stages, strict=True)
-        ):
-            allowed = f"one number for each of {', '.join(stage.name for stage in made.stages)}"
-            problems.append(refused(f"network.named.{name}", depth, allowed))
-    if fit_.distill_features and not distillation.places(made):
-        allowed = "0: with these fit.morph no value inside has the source's shape at every width"
-        problems.append(refused("fit.distill_features", fit_.distill_features, allowed))
-    if problems:
-        raise BadRecipe(asked.file, problems)
-    return Space(
-        asked.served, made, fit_.width, fit_.blocks, fit_.most_blocks, dict(asked.network.named)
-    )
-
-
-def check(
-    asked: Recipe, loaded: data.Data, checkpoints: Path, run: Path, module: nn.Module | None = None
-) -> Traced:
-    """Everything in the recipe that does not fit the data, the network or this machine: BadRecipe."""
-    problems = list(_misfits(asked, loaded))
-    try:
-        TASKS[asked.task].check(loaded)
-    except ValueError as error:
-        raise BadRecipe(asked.file, [*problems, str(error)]) from None
-    found = None
-    try:
-        # A network that is given stays as it is: a copy is trained.
-        own = network(asked, loaded) if module is None else copy.deepcopy(module)
-        found = traced(asked, loaded, own)
-        covered = space(asked, found.graph)
-        _check_resolutions(asked, loaded, found)
-    except BadRecipe as error:
-        told = str(error).splitlines()
-        problems += [line.removeprefix(f"{asked.file}: ") for line in told]
-    if problems or found is None:
-        raise BadRecipe(asked.file, problems)
-    if asked.network.weights and not (run / "source.safetensors").exists():
-        source.weights_file(asked, checkpoints)
-    if asked.fit.start:
-        given.begun(asked, loaded, covered, checkpoints)
-    if asked.fit.copied:
-        given.copied(asked, loaded, covered, checkpoints)
-    if asked.charts:
-        given.joined(asked, loaded, covered, checkpoints)
-    return found
-
-
-def _check_resolutions(asked: Recipe, loaded: data.Data, found: Traced) -> None:
-    """Raises BadRecipe if the network cannot take images as small as its training shall have them."""
-    program = Program(found.graph, found.graph.full)
-    tensors = source.tensors(found.module, found.graph.tensors)
-    wanted = {"fit": asked.fit.resolutions}
-    if asked.network.train:
-        wanted["network.train"] = asked.network.train.resolutions
-    for section, shares in wanted.items():
-        for share in sorted(set(shares) - {1.0}):
-            x = shrunk(torch.zeros(2, *loaded.shape), share)
-            try:
-                program.run(tensors, x)
-            except RuntimeError:
-                size = tuple(x.shape[2:])
-                allowed = f"{asked.network.network!r} cannot take images of {size} pixels"
-                told = refused(f"{section}.resolutions", share, allowed)
-                raise BadRecipe(asked.file, [told]) from None
-
-
-def _misfits(asked: Recipe, loaded: data.Data) -> Iterator[str]:
-    count = len(loaded)
-    allowed = f"at most {count}, the training images of {loaded.name!r}"
-    if asked.fit.batch > count:
-        yield refused("fit.batch", asked.fit.batch, allowed)
-    if asked.network.train and asked.network.train.batch > count:
-        yield refused("network.train.batch", asked.network.train.batch, allowed)
-    if asked.fit.batch < world():
-        allowed = f"at least one image for each of {world()} processes"
-        yield refused("fit.batch", asked.fit.batch, allowed)
-
-
-def depends(asked: Recipe, loaded: data.Data, weights: str | None) -> dict[str, dict[str, Any]]:
-    """What the result of each stage that keeps state depends on, by stage and dotted key.
-
-    `weights` is the digest of those that the source network begins with.
-    """
-    whole = asked.as_dict()
-    held, built = whole["representation"], whole["network"]
-    del held["samples"]  # of evaluation and use, not of the fit
-    del built["name"], built["named"]  # of use, likewise
-    built["weights_sha256"] = weights
-    images = {
-        "sha256": loaded.digest(),
-        "classes": list(loaded.classes),
-        "mean": list(loaded.mean),
-        "std": list(loaded.std),
-        "flips": getattr(loaded, "flips", asked.data.flips),
-        "pad": getattr(loaded, "pad", asked.data.pad),
-    }
-    stages = {
-        "source": {"seed": asked.seed, "task": asked.task, "network": built, "data": images},
-        "fit": {"order": whole["order"], "representation": held, "fit": whole["fit"]},
-    }
-    return {stage: dict(_flat(keys)) for stage, keys in stages.items()}
-
-
-def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
-def begin(
-    asked: Recipe, loaded: data.Data, weights: str | None, run: Path, *, resume: bool
-) -> None:
-    """Write `run/recipe.json`, what this run is bound to; on resume only what no stage's result that
-    is there depends on may have changed.
-
-    Raises ValueError naming the first key that differs, with both values.
-    """
-    path, now = run / "recipe.json", depends(asked, loaded, weights)
-    left = [name for name in STATE if (run / name).exists()]
-    if not resume and (path.exists() or left):
-        raise ValueError(f"{run} holds an earlier run: add --resume, or choose another --folder")
-    if left:
-        before = _bound(path, now)
-        _same_weights(before["source"], now["source"])
-        for stage in ("source", "fit") if {*FITTED} & {*left} else ("source",):
-            held = before.get(stage, {})
-            for key in {**held, **now[stage]}:
-                old, new = held.get(key), now[stage].get(key)
-                if old != new:
-                    raise ValueError(
-                        f"{run} was begun with {key} = {json.dumps(old)}, and now it is"
-                        f" {json.dumps(new)}: go back to that, or choose another --folder"
-                    )
-    told = {"recipe": asked.as_dict(), "depends": now}
-    atomic.write(path, json.dumps(told, indent=1, sort_keys=True))
-
-
-def _same_weights(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """A file of weights that is gone since is as it was, and so is one whose digest was not written."""
-    key = "network.weights_sha256"
-    now[key] = now[key] or before.get(key)
-    before.setdefault(key, now[key])
-
-
-def _bound(path: Path, now: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What an earlier run wrote down. Of keys that there were not yet it had what they have by default.
-
-    Raises ValueError if that cannot be known.
-    """
-    try:
-        told = json.loads(path.read_text())
-        held = {stage: told["depends"][stage] for stage in now}
-        if all(isinstance(keys, dict) for keys in held.values()):
-            if any(now[stage].keys() - held[stage].keys() for stage in now):
-                begun = dict(_flat(parse(told["recipe"], str(path)).as_dict()))
-                for stage, keys in now.items():
-                    held[stage] = {k: begun[k] for k in keys if k in begun} | held[stage]
-            return held
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(
-        f"{path}: missing, damaged or of another version, so what this run was begun with is"
-        " unknown: choose another --folder"
-    )
 
 
 def trained_source(
@@ -371,7 +81,7 @@ def prepare(
     Raises Diverged if a weight of the source is not finite.
     """
     check_tensors("source", net.state_dict())
-    covered, task = space(asked, graph), TASKS[asked.task]
+    covered, task = basis.space(asked, graph), TASKS[asked.task]
     own, held = source.tensors(net, graph.tensors), asked.representation
     # Orders are of the folded network's weights; batch norm's own tensors follow them.
     folded = fold(graph, {name: value.double() for name, value in own.items()})
@@ -431,25 +141,25 @@ def run(
     before the first step. Raises ValueError (BadRecipe, a run that may not be resumed, damaged state,
     divergence), OSError, and Stopped after `max_minutes`.
     """
-    found = check(asked, loaded, checkpoints, folder, module)
+    found = basis.check(asked, loaded, checkpoints, folder, module)
     if rank() == 0:
         weights = given.digest(asked, checkpoints) or source.weights_digest(
             asked, checkpoints, module
         )
-        begin(asked, loaded, weights, folder, resume=resume)
+        binding.begin(asked, loaded, weights, folder, resume=resume)
     if dist.is_initialized():
         dist.barrier()
     task = TASKS[asked.task]
     if asked.charts:
         if rank() > 0:
             return None
-        made = given.joined(asked, loaded, space(asked, found.graph), checkpoints)
+        made = given.joined(asked, loaded, basis.space(asked, found.graph), checkpoints)
         full = made.space.full
         smoothed = statistics.whole(made, full) if full.key in made.statistics.kept else {}
         return _finish(asked, loaded, made, smoothed, None, folder, out)
     copied = None
     if asked.begun:
-        covered = space(asked, found.graph)
+        covered = basis.space(asked, found.graph)
         if asked.fit.start:
             manifold, smoothed = given.begun(asked, loaded, covered, checkpoints)
         else:

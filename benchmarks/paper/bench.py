@@ -24,7 +24,7 @@ from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.sample import sample
 from neumeta.space import Architecture
-from training import data, fit, frozen, pipeline, recipe, recipe_file, regression, source
+from training import basis, data, fit, frozen, pipeline, recipe, recipe_file, regression, source
 from training.task import TASKS, Task
 
 UNSEEN = "75 % (unseen)"
@@ -60,7 +60,7 @@ class Bench:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self._tested: dict[str, dict[str, tuple[dict[str, Tensor], Tensor]]] = {}
-        self._sources = dict[str, tuple[data.Data, pipeline.Traced]]()
+        self._sources = dict[str, tuple[data.Data, basis.Traced]]()
 
     @cached_property
     def asked(self) -> recipe.Recipe:
@@ -94,7 +94,7 @@ class Bench:
     @cached_property
     def loaded(self) -> data.Dataset:
         """The images that are trained on."""
-        found = pipeline.dataset(self.asked, self.setting.pixels)
+        found = basis.dataset(self.asked, self.setting.pixels)
         assert isinstance(found, data.Dataset)
         return found
 
@@ -106,32 +106,32 @@ class Bench:
         return checkpoint.read(self.setting.models / "resnet20-last-block-mlp.safetensors")
 
     @cached_property
-    def traced(self) -> pipeline.Traced:
+    def traced(self) -> basis.Traced:
         """The source network, trained, and its graph."""
         folder = self.setting.runs / "source"
         folder.mkdir(parents=True, exist_ok=True)
-        net = pipeline.network(self.asked, self.loaded)
-        found = pipeline.traced(self.asked, self.loaded, net)
+        net = basis.network(self.asked, self.loaded)
+        found = basis.traced(self.asked, self.loaded, net)
         given = self.setting.models, folder
         net = pipeline.trained_source(self.asked, self.loaded, found.module, *given)
-        return pipeline.Traced(net, found.graph)
+        return basis.Traced(net, found.graph)
 
-    def source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, pipeline.Traced]:
+    def source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, basis.Traced]:
         """The images of another recipe and its source network, trained once and kept as `name`. Its
         weights are looked for among the manifolds that ship, too."""
         if name not in self._sources:
             self._sources[name] = self._source(name, asked)
         return self._sources[name]
 
-    def _source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, pipeline.Traced]:
+    def _source(self, name: str, asked: recipe.Recipe) -> tuple[data.Data, basis.Traced]:
         folder = self.setting.runs / f"source-{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        loaded = pipeline.dataset(asked, self.setting.data)
-        found = pipeline.traced(asked, loaded, pipeline.network(asked, loaded))
+        loaded = basis.dataset(asked, self.setting.data)
+        found = basis.traced(asked, loaded, basis.network(asked, loaded))
         ships = (self.setting.models / (asked.network.weights or " ")).exists()
         given = self.setting.models if ships else self.setting.checkpoints
         net = pipeline.trained_source(asked, loaded, found.module, given, folder)
-        return loaded, pipeline.Traced(net, found.graph)
+        return loaded, basis.Traced(net, found.graph)
 
     def prepared(self, asked: recipe.Recipe) -> tuple[Manifold, dict[str, Tensor]]:
         """A row's manifold before its fit, and the smoothed source."""

@@ -19,7 +19,7 @@ from neumeta.manifold import Manifold
 from neumeta.sample import sample
 from neumeta.sites import sites
 from neumeta.space import Architecture
-from training import pipeline, recipe, regression
+from training import basis, recipe, regression
 
 SEGMENTS = 16
 NODES = 24
@@ -184,7 +184,7 @@ def section7(bench: Bench) -> Table:
             order={"strategy": strategy},
             fit={"regression_steps": 2 if quick else 1500, "folded": True},
         )
-        space = pipeline.space(asked, bench.traced.graph)
+        space = basis.space(asked, bench.traced.graph)
         numbers = sum(math.prod(site.shape) for site in sites(space, space.full).values())
         hidden = units(round(share * numbers), few, 9)
         options = {"layers": LAYERS, "hidden": hidden, "num_freq": few, "block_based": False}

@@ -17,7 +17,7 @@ from neumeta.manifold import Manifold
 from neumeta.program import Program
 from neumeta.sample import sample
 from neumeta.space import Architecture
-from training import pipeline, recipe, source
+from training import basis, pipeline, recipe, source
 from training.data import Dataset
 from training.task import TASKS
 
@@ -51,7 +51,7 @@ class Subject:
             self.asked, self.every = tiny(self.asked, self.bench.setting.runs / SQUARES), 1
 
     @cached_property
-    def given(self) -> tuple[Dataset, pipeline.Traced]:
+    def given(self) -> tuple[Dataset, basis.Traced]:
         """The images, and the source network."""
         if self.bench.setting.quick:
             squares(self.bench.setting.runs / SQUARES)

@@ -13,7 +13,7 @@ from neumeta.manifold import Manifold, roles
 from neumeta.representation import build
 from neumeta.representation.base import Representation
 from neumeta.space import Architecture, Space
-from training import data, fit, networks, pipeline
+from training import basis, data, fit, networks, pipeline
 from training.recipe import Recipe
 from training.task import TASKS
 from training.trace import trace
@@ -21,14 +21,14 @@ from training.trace import trace
 
 def source(asked: Recipe, loaded: data.Data, folder: Path) -> nn.Module:
     """The source network of a recipe, trained as it says."""
-    net = pipeline.network(asked, loaded)
+    net = basis.network(asked, loaded)
     return pipeline.trained_source(asked, loaded, net, Path("none"), folder)
 
 
 def prepared(asked: Recipe, loaded: data.Data, folder: Path) -> tuple[Manifold, dict[str, Tensor]]:
     """The manifold before its fit, and the tensors of the smoothed source."""
     net = source(asked, loaded, folder)
-    return pipeline.prepare(asked, loaded, pipeline.traced(asked, loaded, net).graph, net)
+    return pipeline.prepare(asked, loaded, basis.traced(asked, loaded, net).graph, net)
 
 
 def gradients(
@@ -63,8 +63,8 @@ def gradients(
 
 def space(asked: Recipe, loaded: data.Data) -> Space:
     """The architectures that a recipe's manifold covers on this data."""
-    net = pipeline.network(asked, loaded)
-    return pipeline.space(asked, pipeline.traced(asked, loaded, net).graph)
+    net = basis.network(asked, loaded)
+    return basis.space(asked, basis.traced(asked, loaded, net).graph)
 
 
 def representation(kind: str, options: dict[str, Any]) -> Representation:
