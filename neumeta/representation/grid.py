@@ -48,7 +48,7 @@ class Grid(Representation):
     @torch.no_grad()
     def compact(self, steps: int | None = None) -> None:
         """From here on hold every number of a matrix in eight bits, in units of its row's largest over
-        127, over 63 where a row is long, or over `steps`; and vectors in float16. Such a grid is
+        127, over 55 where a row is long, or over `steps`; and vectors in float16. Such a grid is
         sampled from, not trained."""
         for key, value in self.grid.items():
             if key in self.unit:
@@ -101,10 +101,10 @@ class Grid(Representation):
 def _steps(numbers: int) -> int:
     """How many steps a row of so many numbers has from zero to its largest.
 
-    A sum of many terms averages their rounding. So a long row has half of the steps that eight bits
-    have room for, and its numbers deflate to fewer bytes.
+    Fewer steps deflate to fewer bytes. Wide networks, which have long rows, lose nothing that can be
+    measured by less than half of those that eight bits have room for; narrow ones do (docs/LOG.md).
     """
-    return 127 if numbers < 250 else 63
+    return 127 if numbers < 250 else 55
 
 
 def _numbers(held: Tensor, unit: Tensor | None, like: Tensor) -> Tensor:
