@@ -59,9 +59,10 @@ class Site:
     and the last layer of a residual branch by its cell, so that blocks are steps of an integrator.
     `deeper` is 2 (L - L_source) / (L + L_source) over all blocks of the layer's stage: 0 at the source.
     `distance` and `growth` say how far the whole network is from the source's size (`Space.distance`),
-    `narrowest` and `widest` which widths its narrowest group and each group may have been asked at
-    (`Space.ends`), `depth` how many blocks each of its stages has. `stage` says among whose blocks that
-    are alike the tensor is (None: no stage's), `occurs` how many blocks that must have for it to be.
+    `narrowest` the largest width that its narrowest extent may have been asked at, `widest` the
+    smallest for each group (`Space.ends`), `depth` how many blocks each of its stages has. `stage`
+    says among whose blocks that are alike the tensor is (None: no stage's), `occurs` how many blocks
+    that must have for it to be.
     `positive` says that what the weight multiplies is never negative: it stands behind a ReLU.
     """
 

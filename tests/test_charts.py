@@ -14,13 +14,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
 from neumeta import checkpoint
 from neumeta.coordinates import coordinates
 from neumeta.graph import extent
 from neumeta.manifold import Contract, Manifold, roles
-from neumeta.representation import Anchored, Corrected, Sizes, build
+from neumeta.representation import Anchored, Corrected, Grid, Sizes, build
 from neumeta.sample import sample
 from neumeta.sites import sites
 from neumeta.space import Architecture, Space
@@ -220,6 +220,14 @@ def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
         rows, columns = site.rows.count, site.columns.count
         if site.rows.leading and site.columns.leading:
             assert torch.equal(found[0], expected[0, :rows, :columns])
+
+
+@pytest.mark.parametrize(("numbers", "most"), [(249, 127), (250, 55)])
+def test_a_row_is_long_from_250_numbers_on(numbers: int, most: int) -> None:
+    made = Grid({})
+    made.grid["role"] = nn.Parameter(torch.randn(1, 2, numbers, 1))
+    made.compact()
+    assert made.grid["role"].abs().amax((2, 3)).tolist() == [[most, most]]
 
 
 def test_corrections_of_a_chart_are_those_rounded_to_sixteen_bits() -> None:

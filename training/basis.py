@@ -101,43 +101,43 @@ def traced(asked: Recipe, loaded: data.Data, module: nn.Module) -> Traced:
 
 def space(asked: Recipe, graph: Graph) -> Space:
     """The architectures that the recipe's manifold covers. Raises BadRecipe."""
-    fit_, deep, problems = asked.fit, asked.fit.blocks is not None, list[str]()
+    fit, deep, problems = asked.fit, asked.fit.blocks is not None, list[str]()
     made = graph.folded if asked.folded else graph
     if asked.wide and not made.axes:
         allowed = "nothing in this network can be resized"
-        raise BadRecipe(asked.file, [refused("fit.width", fit_.width, allowed)])
+        raise BadRecipe(asked.file, [refused("fit.width", fit.width, allowed)])
     try:
         # Width that does not morph keeps its axes' sizes.
-        made = made.morphing(fit_.morph if asked.wide else (), depth=deep)
+        made = made.morphing(fit.morph if asked.wide else (), depth=deep)
     except ValueError as error:
         raise BadRecipe(asked.file, [f"fit.morph: {error}"]) from None
-    if fit_.blocks and not made.stages:
+    if fit.blocks and not made.stages:
         allowed = "this network has no stages: no container of blocks that are alike"
-        problems.append(refused("fit.blocks", fit_.blocks, allowed))
-    if fit_.most and len(fit_.most) != len(made.groups):
+        problems.append(refused("fit.blocks", fit.blocks, allowed))
+    if fit.most and len(fit.most) != len(made.groups):
         allowed = f"one number for each of {', '.join(made.groups)}"
-        problems.append(refused("fit.most", fit_.most, allowed))
+        allowed = allowed if made.groups else "left out: no width morphs"
+        problems.append(refused("fit.most", fit.most, allowed))
     for stage in made.stages:
-        if fit_.blocks and fit_.blocks[0] < stage.least:
+        if fit.blocks and fit.blocks[0] < stage.least:
             allowed = f"stage {stage.name} has at least {stage.least} blocks"
-            problems.append(refused("fit.blocks", fit_.blocks, allowed))
-    if any(stage >= len(made.stages) for stage in fit_.shallow_stages):
+            problems.append(refused("fit.blocks", fit.blocks, allowed))
+    if any(stage >= len(made.stages) for stage in fit.shallow_stages):
         allowed = f"of stages 0 to {len(made.stages) - 1}"
-        problems.append(refused("fit.shallow", fit_.shallow, allowed))
+        problems.append(refused("fit.shallow", fit.shallow, allowed))
     for name, depth in asked.network.named.items():
         if len(depth) != len(made.stages) or not all(
-            stage.least <= n <= fit_.most_blocks
-            for n, stage in zip(depth, made.stages, strict=True)
+            stage.least <= n <= fit.most_blocks for n, stage in zip(depth, made.stages, strict=True)
         ):
             allowed = f"one number for each of {', '.join(stage.name for stage in made.stages)}"
             problems.append(refused(f"network.named.{name}", depth, allowed))
-    if fit_.distill_features and not distillation.places(made):
+    if fit.distill_features and not distillation.places(made):
         allowed = "0: with these fit.morph no value inside has the source's shape at every width"
-        problems.append(refused("fit.distill_features", fit_.distill_features, allowed))
+        problems.append(refused("fit.distill_features", fit.distill_features, allowed))
     if problems:
         raise BadRecipe(asked.file, problems)
     return Space(
-        asked.served, made, fit_.width, fit_.blocks, fit_.most_blocks, dict(asked.network.named)
+        asked.served, made, fit.width, fit.blocks, fit.most_blocks, dict(asked.network.named)
     )
 
 

@@ -226,7 +226,8 @@ def _chart(asked: Recipe, found: Manifold, path: Path) -> Manifold:
         most = sizes.widest(group)
         if wanted.widest(group) > most:
             allowed = f"{held} no channels of {name} beyond a width of {most:g}"
-            problems.append(refused("fit.width", wanted.width, allowed))
+            key, given = ("most", wanted.most) if wanted.most else ("width", wanted.width)
+            problems.append(refused(f"fit.{key}", given, allowed))
             break
     # Beside the random network, a sandwich has others whose depth is any.
     shallow = set() if wanted.sandwich else set(wanted.shallow_stages)

@@ -34,7 +34,7 @@ def morph(
     """Make a manifold of `module` (its weights as they are) at `out`; returns its table and itself.
 
     `images` is a folder, an archive, an .npz, a known data set's name, or a recipe's whole [data].
-    `epochs` are of the fit. `sections` are any other keys of a recipe (see recipe.py), for example
+    `epochs` are of the fit. `sections` are any other keys of a recipe (see sections.py), for example
     `task="segmentation"`, `fit={"lr": 1e-2, "blocks": (1, 4)}` or `network={"train": {"epochs": 5}}`.
     State goes to `folder` (`OUT.run` beside the result). The module itself is left as it is.
 

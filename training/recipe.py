@@ -1,7 +1,7 @@
 """A recipe: every number of one published result, one section per stage, checked as a whole.
 
-Knows no stage's work, each stage reads its own section, and no file. One entrance for files, changes
-and what a checkpoint holds: `parse`. All problems that can be seen together are told together.
+Knows no stage's work (each stage reads its own section) and reads no file. One entrance for files,
+changes and what a checkpoint holds: `parse`. All problems that can be seen together are told together.
 """
 
 from __future__ import annotations
@@ -224,14 +224,11 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         if not values:
             yield refused(key, values, "it must not be empty")
     yield from _ordered("fit.width", fit.width)
-    for width in fit.widths:
-        if not fit.width[0] <= width <= fit.width[1]:
-            low, high = fit.width
-            yield refused("fit.widths", width, f"numbers within fit.width, {low:g} to {high:g}")
-    for width in fit.most:
-        if not fit.width[0] <= width <= fit.width[1]:
-            low, high = fit.width
-            yield refused("fit.most", width, f"numbers within fit.width, {low:g} to {high:g}")
+    low, high = fit.width
+    for key, widths in (("fit.widths", fit.widths), ("fit.most", fit.most)):
+        for width in widths:
+            if not low <= width <= high:
+                yield refused(key, width, f"numbers within fit.width, {low:g} to {high:g}")
     if fit.most and fit.sandwich:
         yield refused("fit.most", fit.most, "left out with fit.sandwich, which trains the largest")
     for key, blocks in (("fit.blocks", fit.blocks), ("evaluate.blocks", listed.blocks)):

@@ -145,8 +145,8 @@ class FitSection(Section):
     otherwise); else with them, on statistics of each batch. Before any image,
     `regression_steps` on the smoothed weights. `widths`: the pool that random widths come from
     (empty: the whole range); `most`: the largest that is trained of each group
-    (empty: the range's). `sandwich`: each step trains the largest, the smallest and one random
-    architecture; where width and depth both morph, the smallest, one of a random width, one of a random
+    (empty: the range's), for a chart that is bounded likewise: the manifold still claims all of
+    `width`. `sandwich`: each step trains the largest, the smallest and one random architecture; where width and depth both morph, the smallest, one of a random width, one of a random
     depth (at full width as often as not), and the largest if `full_weight` counts it. `smallest`: the
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
     group; `per_depth`: the share of random widths that come with a random depth (half of these with
@@ -229,7 +229,11 @@ def _one_or_more(value: object) -> object:
 
 
 def _each(value: object) -> object:
-    return (value,) if type(value) in (int, float) else value
+    if type(value) in (int, float):
+        return (value,)
+    if value is None or isinstance(value, list | tuple):
+        return value
+    raise ValueError("it must be a number or a list of numbers")
 
 
 class ChartSection(Section):
@@ -244,18 +248,15 @@ class ChartSection(Section):
     chart: Annotated[int, Field(ge=0)] | None = None
     least: Width
     blocks: Annotated[int, Field(ge=0)] = 0
-    most: Annotated[
-        Annotated[tuple[Width, ...], Field(min_length=1)] | None, BeforeValidator(_each)
-    ] = None
-    most_blocks: Annotated[
-        Annotated[tuple[Count, ...], Field(min_length=1)] | None, BeforeValidator(_each)
-    ] = None
+    most: Annotated[tuple[Width, ...] | None, BeforeValidator(_each)] = None
+    most_blocks: Annotated[tuple[Count, ...] | None, BeforeValidator(_each)] = None
 
     @property
     def sizes(self) -> Sizes:
         """The sizes, as the representation has them."""
-        most, deepest = self.most or Sizes.most, self.most_blocks or Sizes.most_blocks
-        return Sizes(self.least, self.blocks, most, deepest)
+        given = {key: getattr(self, key) for key in ("most", "most_blocks")}
+        bounds = {key: held for key, held in given.items() if held is not None}
+        return Sizes(self.least, self.blocks, **bounds)
 
 
 class EvaluateSection(Section):

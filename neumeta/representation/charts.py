@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from neumeta.coordinates import Coordinates, Site, Span
 from neumeta.representation.base import Representation
-from neumeta.representation.grid import Grid
+from neumeta.representation.grid import MOST_STEPS, Grid
 from neumeta.representation.wrappers import Anchored, Corrected
 
 
@@ -33,8 +33,8 @@ class Sizes:
         """Whether the network that the tensor belongs to is of such a size."""
         wide = all(width <= self.widest(group) + 1e-9 for group, width in enumerate(site.widest))
         deep = all(blocks <= self.deepest(stage) for stage, blocks in enumerate(site.depth))
-        least = self.least - 1e-9 <= site.narrowest and self.blocks <= min(site.depth, default=0)
-        return least and wide and deep
+        large = self.least - 1e-9 <= site.narrowest and self.blocks <= min(site.depth, default=0)
+        return large and wide and deep
 
     def widest(self, group: int) -> float:
         """The largest width that this group has."""
@@ -63,8 +63,8 @@ class Charts(Representation):
 
     Small and large networks share weights only within a chart, so that neither pulls at the other's.
     Across a border the weights jump, though never within one network. Grids, the source's own among
-    them, are held in eight bits a number, vectors and corrections in sixteen. The source has all steps
-    that eight bits have room for: others begin at what is taken out of a file.
+    them, are held in eight bits a number, vectors and corrections in sixteen. Long rows have fewer
+    steps (`Grid.compact`), but for the source's: trainings that go on from a file begin at it.
     """
 
     def __init__(self, parts: Sequence[Representation], sizes: Sequence[Sizes]) -> None:
@@ -72,7 +72,7 @@ class Charts(Representation):
         self.parts, self.sizes = nn.ModuleList(parts), tuple(sizes)
         for module in self.modules():
             if isinstance(module, Anchored):
-                module.source.compact(steps=127)
+                module.source.compact(steps=MOST_STEPS)
         for module in self.modules():
             if isinstance(module, Grid | Corrected):
                 module.compact()

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from neumeta.coordinates import Coordinates, Site, Span
 from neumeta.representation.base import Representation, module_key
 
+MOST_STEPS = 127
+"""From zero to a row's largest number, in eight bits."""
+
 
 class Grid(Representation):
     """Learned values per role: (nodes along l/L, rows, columns, numbers of a kernel).
@@ -104,7 +107,7 @@ def _steps(numbers: int) -> int:
     Fewer steps deflate to fewer bytes. Wide networks, which have long rows, lose nothing that can be
     measured by less than half of those that eight bits have room for; narrow ones do (docs/LOG.md).
     """
-    return 127 if numbers < 250 else 55
+    return MOST_STEPS if numbers < 250 else 55
 
 
 def _numbers(held: Tensor, unit: Tensor | None, like: Tensor) -> Tensor:
