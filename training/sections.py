@@ -146,8 +146,9 @@ class FitSection(Section):
     `regression_steps` on the smoothed weights. `widths`: the pool that random widths come from
     (empty: the whole range); `most`: the largest that is trained of each group
     (empty: the range's), for a chart that is bounded likewise: the manifold still claims all of
-    `width`. `sandwich`: each step trains the largest, the smallest and one random architecture; where width and depth both morph, the smallest, one of a random width, one of a random
-    depth (at full width as often as not), and the largest if `full_weight` counts it. `smallest`: the
+    `width`. `sandwich`: each step trains the largest, the smallest and one random architecture; where
+    width and depth both morph, the smallest, one of a random width, one of a random depth (at full
+    width as often as not), and the largest if `full_weight` counts it. `smallest`: the
     share of random widths that are the smallest; `per_group`: of the others, the share that differs by
     group; `per_depth`: the share of random widths that come with a random depth (half of these with
     the same in all stages), where both morph; the others have the source's. `shallow`: of every
