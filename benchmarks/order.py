@@ -23,17 +23,8 @@ from benchmarks.local import hardware
 from benchmarks.manifolds import SHAPES, graph_of, module
 from neumeta.fold import fold
 from neumeta.graph import Graph
-from training.order import (
-    STRATEGIES,
-    Side,
-    apply,
-    cliques,
-    distances,
-    length,
-    order,
-    prices,
-    total_variation,
-)
+from training.order import Side, apply, cliques, distances, order, total_variation
+from training.tour import STRATEGIES, length, prices
 
 ORDERS = ("none", "layer-greedy", "layer-2opt", "mshp")
 

@@ -22,17 +22,8 @@ from benchmarks.local import hardware
 from neumeta.fold import fold
 from neumeta.program import Program, output
 from training import networks, source
-from training.order import (
-    EXACT,
-    STRATEGIES,
-    apply,
-    cliques,
-    distances,
-    length,
-    order,
-    prices,
-    total_variation,
-)
+from training.order import apply, cliques, distances, order, total_variation
+from training.tour import EXACT, STRATEGIES, length, prices
 from training.trace import trace
 
 

@@ -5,14 +5,15 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from neumeta.program import Program, output
-from training import networks
+from training import networks, tour
 from training import order as channels
-from training.order import STRATEGIES, Side, cliques, order, total_variation, tv_in, tv_out
+from training.order import Side, cliques, order, total_variation, tv_in, tv_out
+from training.tour import STRATEGIES, length
 from training.trace import trace
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -39,15 +40,9 @@ def weights() -> dict[str, Tensor]:
 def orders(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The orders of every strategy, from fewer kicks than a real run's for the tests' time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channels, "KICKS", 1)
-        patch.setattr(channels, "FEWEST", 30)
+        patch.setattr(tour, "KICKS", 1)
+        patch.setattr(tour, "FEWEST", 30)
         return {name: order(weights, cliques(GRAPH), name, seed=1) for name in STRATEGIES}
-
-
-def matrix(seed: int, n: int) -> np.ndarray:
-    """L1 distances between n random points: symmetric, with a zero diagonal."""
-    points = torch.rand(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.cdist(points, points, p=1).numpy()
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 3), (4, 3, 1, 1), (3, 5, 3, 3)])
@@ -95,7 +90,7 @@ def test_variation_along_a_clique_is_the_length_of_its_path(seed: int) -> None:
     permuted = channels.apply(weights, {"axis": sides}, {"axis": new})
     along = tv_out(permuted["a.weight"]) + tv_out(permuted["a.bias"]) + tv_in(permuted["b.weight"])
     distance = channels.distances(weights, sides)
-    assert channels.length(new.numpy(), distance) == pytest.approx(along, rel=1e-6)
+    assert length(new.numpy(), distance) == pytest.approx(along, rel=1e-6)
 
 
 @given(SEEDS, st.integers(1, 7))
@@ -105,132 +100,9 @@ def test_mshp_equals_exhaustive_search_on_small_cliques(seed: int, n: int) -> No
     sides = {"axis": (Side("a.weight", 0),)}
     found = order(weights, sides, "mshp")["axis"].numpy()
     distance = channels.distances(weights, sides["axis"])
-    shortest = min(channels.length(np.array(path), distance) for path in permutations(range(n)))
+    shortest = min(length(np.array(path), distance) for path in permutations(range(n)))
     assert sorted(found) == list(range(n))
-    assert channels.length(found, distance) == pytest.approx(shortest, rel=1e-12)
-
-
-def test_local_search_finds_the_optimum_of_cliques_that_can_be_solved_exactly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for seed in range(5):
-        distance = matrix(seed, 12)
-        exact = channels.length(STRATEGIES["mshp"](distance, distance, _rng()), distance)
-        with monkeypatch.context() as patch:
-            patch.setattr(channels, "EXACT", 0)
-            searched = STRATEGIES["mshp"](distance, distance, _rng())
-        assert channels.length(searched, distance) == pytest.approx(exact, rel=1e-9)
-
-
-def test_the_search_is_never_above_layer_2opt_or_the_present_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(channels, "STARTS", 0)
-    monkeypatch.setattr(channels, "KICKS", 0)
-    monkeypatch.setattr(channels, "FEWEST", 0)
-    # Without a neighbour to try nothing is improved: the best start comes out as it is.
-    monkeypatch.setattr(channels, "NEAR", 0)
-    best = set()
-    for seed in range(20):
-        whole, layer = matrix(seed, 24), matrix(seed + seed % 2, 24)
-        if seed % 5 == 0:  # the present order is short
-            first = whole[0].argsort()
-            whole = whole[np.ix_(first, first)] + np.abs(np.subtract.outer(*[np.arange(24)] * 2))
-        paths = {name: STRATEGIES[name](whole, layer, _rng()) for name in STRATEGIES}
-        along = {name: channels.length(path, whole) for name, path in paths.items()}
-        names = ("none", "layer-greedy", "layer-2opt")
-        assert along["mshp"] <= min(along[name] for name in names)
-        best.add(min(names, key=lambda name: along[name]))
-    assert best >= {"none", "layer-2opt"}  # else the others would not have been needed
-
-
-@example(1866, 9, 0)
-@given(SEEDS, st.integers(2, 9), st.sampled_from([0, 3]))
-@settings(max_examples=100, deadline=None)
-def test_descents_end_where_no_turned_stretch_shortens_the_path(
-    seed: int, n: int, longest: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    distance, start, price = matrix(seed, n), rng.permutation(n), rng.normal(size=n)
-    tour = channels._Tour(start, distance, price, near=n)
-    gained = 0.0
-    while more := tour.descend(range(n + 1), longest):  # a second round is rarely needed
-        assert more > 0
-        gained += more
-    path = tour.path()
-    reached = channels.length(path, distance)
-    assert sorted(path) == list(range(n))
-    # Prices and the closing node are part of every tour: what is gained is the path's own.
-    assert gained == pytest.approx(channels.length(start, distance) - reached, abs=1e-9)
-    for a in range(n):
-        for b in range(a + 1, n + 1):
-            turned = [*path[:a], *path[a:b][::-1], *path[b:]]
-            assert reached <= channels.length(np.array(turned), distance) + 1e-9
-
-
-@given(SEEDS, st.integers(2, 40))
-@settings(max_examples=50, deadline=None)
-def test_a_kick_and_what_followed_can_be_taken_back(seed: int, n: int) -> None:
-    rng = np.random.default_rng(seed)
-    distance, start = matrix(seed, n), rng.permutation(n)
-    tour = channels._Tour(start, distance, np.zeros(n), near=5)
-    size = max(1, n // 3)
-    low = int(rng.integers(0, n + 2 - 2 * size))
-    first, second = (int(k) for k in rng.integers(1, size + 1, 2))
-    lengths = [channels.length(start, distance)]
-    for change in (lambda: tour.kick(low, first, second), lambda: tour.descend(tour.cut, 3)):
-        gained = change()
-        lengths.append(channels.length(tour.path(), distance))
-        assert sorted(tour.path()) == list(range(n))
-        assert lengths[-2] - gained == pytest.approx(lengths[-1], abs=1e-9)
-    tour.back()
-    assert tour.path().tolist() == start.tolist()
-    assert [tour.nodes[k] for k in tour.at] == list(range(n + 1))
-
-
-@pytest.mark.parametrize("longest", [1, 3])
-def test_or_opt_moves_a_stretch_that_turning_alone_cannot(longest: int) -> None:
-    shorter = 0
-    for seed in range(20):
-        distance, start = matrix(seed, 30), np.random.default_rng(seed).permutation(30)
-        turned = channels._Tour(start, distance, np.zeros(30), near=30)
-        turned.descend(range(31), 0)
-        once = channels.length(turned.path(), distance)
-        turned.descend(range(31), longest)
-        shorter += channels.length(turned.path(), distance) < once - 1e-9
-    assert shorter > 5
-
-
-@given(SEEDS, st.integers(2, 7))
-@settings(max_examples=50, deadline=None)
-def test_no_path_is_below_the_bound_of_prices(seed: int, n: int) -> None:
-    distance = matrix(seed, n)
-    shortest = min(channels.length(np.array(path), distance) for path in permutations(range(n)))
-    _, bound = channels.prices(distance, 1.1 * shortest, rounds=100)
-    assert 0.9 * shortest <= bound <= shortest * (1 + 1e-12)
-
-
-def planted(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distances of points on a noisy curve in 50 dimensions, shuffled, and the order along it."""
-    rng = np.random.default_rng(0)
-    along = rng.permutation(n)[:, None] / n
-    points = np.sin(along * rng.normal(size=50) * 6 + rng.uniform(0, 6, 50))
-    weights = {"a": torch.from_numpy(points + 0.01 * rng.normal(size=points.shape))}
-    return channels.distances(weights, [Side("a", 0)]), along[:, 0].argsort()
-
-
-@pytest.mark.parametrize("n", [64, 600])
-def test_a_planted_path_is_found_again(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "KICKS", 1)
-    distance, curve = planted(n)
-    found = STRATEGIES["mshp"](distance, distance, _rng())
-    assert sorted(found) == list(range(n))
-    assert channels.length(found, distance) <= channels.length(curve, distance)
-    # Neighbours on the path are near along the curve: it was followed, not only made short.
-    place = np.argsort(curve)
-    assert np.abs(np.diff(place[found])).max() <= 0.1 * n
-    again = STRATEGIES["mshp"](distance, distance, _rng())
-    assert again.tolist() == found.tolist()
+    assert length(found, distance) == pytest.approx(shortest, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 40])
@@ -300,8 +172,8 @@ def test_a_paths_length_is_the_variation_along_sides_that_are_the_axis_alone(
     found = order(weights, {"axis": sides}, "mshp")
     permuted = channels.apply(weights, {"axis": sides}, found)
     along = sum((tv_out if side.dimension == 0 else tv_in)(permuted[side.tensor]) for side in sides)
-    length = channels.length(found["axis"].numpy(), channels.distances(weights, sides))
-    assert length == pytest.approx(along, rel=1e-9)
+    reached = length(found["axis"].numpy(), channels.distances(weights, sides))
+    assert reached == pytest.approx(along, rel=1e-9)
 
 
 def test_a_side_without_room_for_the_channels_is_named() -> None:
@@ -310,10 +182,6 @@ def test_a_side_without_room_for_the_channels_is_named() -> None:
     assert channels.distances(weights, sides).shape == (3, 3)
     with pytest.raises(ValueError, match="b: dimension 1 has room for 3 channels, not 4"):
         channels.distances(weights, sides, 4)
-
-
-def _rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -347,7 +215,7 @@ def test_total_variation_falls_from_strategy_to_strategy(
     assert reached["mshp"] < reached["none"]
     for axis, sides in groups.items():
         distance = channels.distances(weights, sides)
-        along = {name: channels.length(orders[name][axis].numpy(), distance) for name in orders}
+        along = {name: length(orders[name][axis].numpy(), distance) for name in orders}
         assert along["mshp"] <= min(along.values()) + 1e-9
 
 
@@ -359,8 +227,7 @@ def test_layer_2opt_is_no_longer_than_greedy_along_its_own_layer(
         distance = channels.distances(weights, sides[:1])
         assert sides[0].dimension == 0
         greedy, improved = (
-            channels.length(orders[name][axis].numpy(), distance)
-            for name in ("layer-greedy", "layer-2opt")
+            length(orders[name][axis].numpy(), distance) for name in ("layer-greedy", "layer-2opt")
         )
         assert improved <= greedy + 1e-9
         shorter += improved < greedy - 1e-9
@@ -371,8 +238,8 @@ def test_layer_2opt_is_no_longer_than_greedy_along_its_own_layer(
 def test_equal_seeds_give_equal_orders_whichever_axes_are_asked_for(
     strategy: str, monkeypatch: pytest.MonkeyPatch, weights: dict[str, Tensor]
 ) -> None:
-    monkeypatch.setattr(channels, "KICKS", 1)
-    monkeypatch.setattr(channels, "FEWEST", 30)
+    monkeypatch.setattr(tour, "KICKS", 1)
+    monkeypatch.setattr(tour, "FEWEST", 30)
     groups = cliques(GRAPH)
     pair = order(weights, groups, strategy, 5, axes=["layer1.0.conv1", "layer2.1.conv1"])
     alone = order(weights, groups, strategy, 5, axes=["layer2.1.conv1"])

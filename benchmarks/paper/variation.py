@@ -15,7 +15,8 @@ from benchmarks.paper.table import Row, Rows, Table, holds
 from neumeta.fold import fold
 from neumeta.graph import Graph
 from training import networks, plots, recipe_file, source
-from training.order import STRATEGIES, apply, cliques, order, total_variation, tv_in, tv_out
+from training.order import apply, cliques, order, total_variation, tv_in, tv_out
+from training.tour import STRATEGIES
 from training.trace import trace
 
 SEEDS = 5
