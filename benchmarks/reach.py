@@ -1,6 +1,6 @@
 """A manifold's scores over all it reaches, on raw pixels and on JPEG copies of the same test images.
 
-    python -m benchmarks.reach models/resnet20-cifar10.safetensors --name thirteen-charts
+    python -m benchmarks.reach models/resnet20-cifar10.safetensors --name fifteen-charts
 
 Widths from 1.0 to 0.25 at the source's depth, 1 to 9 blocks in every stage at full width, and 40 random
 sizes (a width and a depth for each stage, seed 0; on raw pixels alone). Every network is sampled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -352,3 +353,9 @@ def test_shipped_tables_have_the_costs_of_their_own_images(path: Path) -> None:
         architecture = space.architecture(row["width"], row["depth"] or None, extrapolate=True)
         cost = space.cost(architecture)
         assert (row["parameters"], row["macs"]) == (cost["parameters"], cost["macs"])
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_what_shipped_files_say_of_themselves_names_no_folder_of_a_machine(path: Path) -> None:
+    told = json.dumps(checkpoint.read(path).about)
+    assert not re.search(r'["\s,](/|~/|[A-Z]:\\)\w', told)
