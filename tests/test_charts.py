@@ -14,13 +14,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 from neumeta import checkpoint
 from neumeta.coordinates import coordinates
 from neumeta.graph import extent
 from neumeta.manifold import Contract, Manifold, roles
-from neumeta.representation import Anchored, Corrected, Grid, Sizes, build
+from neumeta.representation import Anchored, Corrected, Sizes, build
 from neumeta.sample import sample
 from neumeta.sites import sites
 from neumeta.space import Architecture, Space
@@ -31,18 +31,12 @@ from tests.support.sealed import opened, seal
 from training import charts
 
 
-def steps(grid: Tensor) -> int:
-    """What a row's largest number is rounded to: less where a row is long."""
-    return 55 if grid.shape[2:].numel() >= 250 else 127
-
-
 def manifold(seed: int, reach: float = 0.1) -> Manifold:
     """A manifold of random numbers that eight bits and a unit for each row hold exactly."""
     made = lenet("grid", seed, anchored={"reach": reach}, corrected={})
-    for name, parameter in made.representation.named_parameters():
-        most = 127 if ".source." in name else steps(parameter)
-        numbers = (parameter.data.float() * 64).round().clamp(-most, most)
-        numbers[..., -1, -1] = most
+    for parameter in made.representation.parameters():
+        numbers = (parameter.data.float() * 64).round().clamp(-127, 127)
+        numbers[..., -1, -1] = 127
         parameter.data.copy_(numbers / 128)
     return replace(made, noise=0.0, samples=1)
 
@@ -171,7 +165,7 @@ def test_a_chart_of_narrow_sizes_has_all_that_their_widest_needs_and_no_more(
     gains = {name: site.gain for name, site in sites(SPACE, size).items()}
     for name, value, found in drawn(part, both, size):
         # What is cut off may have held a row's largest number: then it has another unit.
-        off = gains.get(name, 0.0) / 55 / 2
+        off = gains.get(name, 0.0) / 127 / 2
         assert torch.allclose(found, value, atol=off, rtol=1e-6)
     for module in both.representation.parts[0].modules():
         for site in roles(SPACE).values():
@@ -196,20 +190,19 @@ def test_a_size_asked_for_at_a_border_is_one_of_the_charts(width: float) -> None
     assert not any(Sizes(width).holds(site) for site in sites(SPACE, narrower).values())
 
 
-def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
-    """A unit is a 127th of a row's largest, or a 55th of a long row's."""
+@pytest.mark.parametrize("steps", [127, 55])
+def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off(steps: int) -> None:
     torch.manual_seed(0)
     made = build("grid", {"nodes": 3, "stepped": True}, roles(SPACE))
     for parameter in made.parameters():
         parameter.data.normal_()
     whole = {key: value.clone() for key, value in made.grid.items()}
-    made.compact()
-    assert {steps(value) for value in whole.values()} == {55, 127}
+    made.compact(steps)
     for key, value in whole.items():
         held, matrix = made.grid[key], value.shape[2:].numel() > 1
         assert held.dtype == (torch.int8 if matrix else torch.float16)
         largest = value.abs().amax((2, 3), keepdim=True)
-        most = largest / steps(value) / 2 if matrix else value.abs() / 2048
+        most = largest / steps / 2 if matrix else value.abs() / 2048
         back = held * made.unit[key] if matrix else held.float()
         assert bool(((back - value).abs() <= most * 1.001).all())
     size = SPACE.architecture(0.5)
@@ -222,12 +215,21 @@ def test_numbers_of_a_chart_are_at_most_half_a_unit_of_their_row_off() -> None:
             assert torch.equal(found[0], expected[0, :rows, :columns])
 
 
-@pytest.mark.parametrize(("numbers", "most"), [(249, 127), (250, 55)])
-def test_a_row_is_long_from_250_numbers_on(numbers: int, most: int) -> None:
-    made = Grid({})
-    made.grid["role"] = nn.Parameter(torch.randn(1, 2, numbers, 1))
-    made.compact()
-    assert made.grid["role"].abs().amax((2, 3)).tolist() == [[most, most]]
+def test_a_chart_of_few_steps_keeps_the_source_in_all_of_them() -> None:
+    parts = [manifold(1), manifold(2)]
+    for part in parts:
+        for parameter in part.representation.parameters():
+            parameter.data.normal_()
+    both = charts.joined(parts, HALVES, SPACE, [55, 127])
+    first, second = both.representation.parts
+    for grid, most in ((first.inner.inner, 55), (first.inner.source, 127), (second.inner, 127)):
+        held = [value for value in grid.grid.values() if value.dtype == torch.int8]
+        assert held and {int(value.abs().max()) for value in held} == {most}
+    # What is taken out and put back has the same numbers.
+    taken = [charts.taken(both, index) for index in (0, 1)]
+    again = charts.joined(taken, HALVES, SPACE, [55, 127]).representation.state_dict()
+    for name, value in both.representation.state_dict().items():
+        assert torch.equal(again[name], value), name
 
 
 def test_corrections_of_a_chart_are_those_rounded_to_sixteen_bits() -> None:

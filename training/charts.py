@@ -16,6 +16,7 @@ import torch
 from neumeta.manifold import Manifold, roles
 from neumeta.notation import pack
 from neumeta.representation import (
+    MOST_STEPS,
     Anchored,
     Charts,
     Corrected,
@@ -63,9 +64,15 @@ def mean(cycles: Sequence[Manifold]) -> Manifold:
     return replace(last, representation=made, digest="")
 
 
-def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) -> Manifold:
+def joined(
+    parts: Sequence[Manifold],
+    sizes: Sequence[Sizes],
+    covered: Space,
+    steps: Sequence[int] | None = None,
+) -> Manifold:
     """One manifold over `covered`: a size is drawn from the first part whose sizes it is of, or
-    from the last one. Its statistics are still to be measured.
+    from the last one. `steps` are those of each part's numbers, up to a row's largest (None: all that
+    eight bits have room for); the source has all. Its statistics are still to be measured.
 
     Raises ValueError if the parts are not of one network or differ in what they share, or if a part is
     for no size.
@@ -81,7 +88,7 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
     if not sizes[0].bounded:
         away = min(1 - sizes[0].least, _lost(sizes[0].blocks, first.space))
     held = []
-    for part, own in zip(parts, sizes, strict=True):
+    for part, own, few in zip(parts, sizes, steps or [MOST_STEPS] * len(parts), strict=True):
         options, model = dict(part.options), deepcopy(part.representation)
         anchored = options.get("anchored")
         if part is not first and anchored and anchored["reach"] <= away:
@@ -93,6 +100,7 @@ def joined(parts: Sequence[Manifold], sizes: Sequence[Sizes], covered: Space) ->
                 told = "only a grid without noise can be for narrow or shallow sizes alone"
                 raise ValueError(f"{told} (most, most_blocks)")
             model = _cut(model, build_chart(part.kind, options, roles(covered), own))
+        _compact(model, few)
         bounds: dict[str, Any] = {"least": own.least, "blocks": own.blocks}
         for key in ("most", "most_blocks"):
             each = getattr(own, key)
@@ -202,6 +210,14 @@ def _anchored(model: Representation, anchor: Anchored) -> Representation:
         return anchor
     around[-1].inner = anchor
     return model
+
+
+def _compact(model: Representation, steps: int) -> None:
+    """Hold all grids in so many steps, but the source's: what goes on from a file begins at it."""
+    sources = {id(each.source) for each in model.modules() if isinstance(each, Anchored)}
+    for module in model.modules():
+        if isinstance(module, Grid) and id(module) not in sources:
+            module.compact(steps)
 
 
 def _cut(model: Representation, small: Representation) -> Representation:

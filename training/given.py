@@ -107,7 +107,8 @@ def joined(asked: Recipe, loaded: Data, covered: Space, checkpoints: Path) -> Ma
         )
     try:
         parts = [charts.mean(each) for each in cycles]
-        made = charts.joined(parts, [chart.sizes for chart in asked.charts], covered)
+        sizes, steps = zip(*((chart.sizes, chart.steps) for chart in asked.charts), strict=True)
+        made = charts.joined(parts, sizes, covered, steps)
     except ValueError as error:
         problem = str(error).removeprefix("charts: ")
         raise BadRecipe(asked.file, [f"charts: {problem}"]) from None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from neumeta.representation import WRAPPERS, Sizes
+from neumeta.representation import MOST_STEPS, WRAPPERS, Sizes
 from neumeta.space import MAX_WIDTH, MOST_BLOCKS
 
 Rate = Annotated[float, Field(gt=0)]
@@ -243,7 +243,7 @@ class ChartSection(Section):
     drawn from it: all groups have from `least` to `most` of the source's width, all stages from
     `blocks` to `most_blocks` blocks (lists: of each group, of each stage). Of a file of charts,
     `chart` says which one it is; beside it may stand a manifold that went on from that chart
-    (`fit.chart`)."""
+    (`fit.chart`). `steps`: of its numbers, from zero to the largest of a row; fewer are fewer bytes."""
 
     file: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more)]
     chart: Annotated[int, Field(ge=0)] | None = None
@@ -251,6 +251,7 @@ class ChartSection(Section):
     blocks: Annotated[int, Field(ge=0)] = 0
     most: Annotated[tuple[Width, ...] | None, BeforeValidator(_each)] = None
     most_blocks: Annotated[tuple[Count, ...] | None, BeforeValidator(_each)] = None
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = MOST_STEPS
 
     @property
     def sizes(self) -> Sizes:

@@ -9,7 +9,7 @@ from typing import Any
 from neumeta.coordinates import Site
 from neumeta.representation.base import Representation
 from neumeta.representation.charts import Charts, Sizes, bounded, check_sizes
-from neumeta.representation.grid import Grid
+from neumeta.representation.grid import MOST_STEPS, Grid
 from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
 from neumeta.representation.wrappers import Anchored, Centred, Corrected, Expanded
@@ -17,6 +17,7 @@ from neumeta.representation.wrappers import Anchored, Centred, Corrected, Expand
 __all__ = [
     "KINDS",
     "MOST_CHARTS",
+    "MOST_STEPS",
     "WRAPPERS",
     "Anchored",
     "Centred",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from neumeta.coordinates import Coordinates, Site, Span
 from neumeta.representation.base import Representation
-from neumeta.representation.grid import MOST_STEPS, Grid
-from neumeta.representation.wrappers import Anchored, Corrected
+from neumeta.representation.grid import Grid
+from neumeta.representation.wrappers import Corrected
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,12 @@ class Charts(Representation):
 
     Small and large networks share weights only within a chart, so that neither pulls at the other's.
     Across a border the weights jump, though never within one network. Grids, the source's own among
-    them, are held in eight bits a number, vectors and corrections in sixteen. Long rows have fewer
-    steps (`Grid.compact`), but for the source's: trainings that go on from a file begin at it.
+    them, are held in eight bits a number, vectors and corrections in sixteen.
     """
 
     def __init__(self, parts: Sequence[Representation], sizes: Sequence[Sizes]) -> None:
         super().__init__()
         self.parts, self.sizes = nn.ModuleList(parts), tuple(sizes)
-        for module in self.modules():
-            if isinstance(module, Anchored):
-                module.source.compact(steps=MOST_STEPS)
         for module in self.modules():
             if isinstance(module, Grid | Corrected):
                 module.compact()

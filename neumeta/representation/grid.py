@@ -49,10 +49,10 @@ class Grid(Representation):
         return True
 
     @torch.no_grad()
-    def compact(self, steps: int | None = None) -> None:
+    def compact(self, steps: int = MOST_STEPS) -> None:
         """From here on hold every number of a matrix in eight bits, in units of its row's largest over
-        127, over 55 where a row is long, or over `steps`; and vectors in float16. Such a grid is
-        sampled from, not trained."""
+        `steps`, and vectors in float16. Fewer steps deflate to fewer bytes. Such a grid is sampled
+        from, not trained."""
         for key, value in self.grid.items():
             if key in self.unit:
                 continue
@@ -60,7 +60,7 @@ class Grid(Representation):
                 held = value.half()
             else:
                 largest = value.float().abs().amax((2, 3), keepdim=True).clamp(min=1e-12)
-                unit = largest / (steps or _steps(value.shape[2:].numel()))
+                unit = largest / steps
                 held = (value.float() / unit).round().to(torch.int8)
                 self.unit[key] = nn.Parameter(unit, requires_grad=False)
             self.grid[key] = nn.Parameter(held, requires_grad=False)
@@ -99,15 +99,6 @@ class Grid(Representation):
         index = place.round().clamp(0, nodes - 1).long()
         unit = None if unit is None else unit.index_select(0, index)
         return _numbers(grid.index_select(0, index), unit, like)
-
-
-def _steps(numbers: int) -> int:
-    """How many steps a row of so many numbers has from zero to its largest.
-
-    Fewer steps deflate to fewer bytes. Wide networks, which have long rows, lose nothing that can be
-    measured by less than half of those that eight bits have room for; narrow ones do (docs/LOG.md).
-    """
-    return MOST_STEPS if numbers < 250 else 55
 
 
 def _numbers(held: Tensor, unit: Tensor | None, like: Tensor) -> Tensor:
