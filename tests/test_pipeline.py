@@ -613,8 +613,8 @@ def test_manifolds_that_were_trained_apart_are_put_together(run: Run, place: Pat
     code, (line,) = run(text=again.replace("chart = 2", "chart = 3"), folder="new")
     assert code == 2 and "charts[2].chart: 3 is not allowed; its charts are 0 to 2" in line
     for old, new, told in (
-        ("most = 0.4", "most = 0.5", "charts[1].most: [0.5] is not allowed; 0.4 or less"),
-        ("most = 0.4", "most = 1.0", "charts[1].most: [1.0] is not allowed; 0.4 or less"),
+        ("most = 0.4", "most = 0.5", "charts[1].most: 0.5 is not allowed; 0.4 or less"),
+        ("most = 0.4", "most = 1.0", "charts[1].most: 1.0 is not allowed; 0.4 or less"),
         ("chart = 1", "", "charts[1].chart: None is not allowed; it must say which chart"),
         (takes[2], 'file = ["run/manifold.safetensors", "other/manifold.safetensors"]\nchart = 2',
          "charts[2].chart: 2 is not allowed; it is of kind grid, which has no charts"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from neumeta import checkpoint
 from neumeta.manifold import Manifold, roles
 from neumeta.notation import pack
-from neumeta.representation import Charts, Expanded, Sizes, build
+from neumeta.representation import Charts, Expanded, Sizes, build, within
 from neumeta.sites import kept
 from neumeta.space import Space
 from neumeta.statistics import Statistics
@@ -255,14 +255,12 @@ def _part(asked: Recipe, k: int, wanted: ChartSection, found: Manifold, path: Pa
         return found
     chart, sizes = _taken(asked, f"{key}.chart", wanted.chart, found, path)
     problems = []
-    groups = range(len(found.space.groups))
-    if any(wanted.sizes.widest(group) > sizes.widest(group) for group in groups):
-        allowed = f"{', '.join(f'{n:g}' for n in sizes.most)} or less, as it was"
-        problems.append(refused(f"{key}.most", wanted.most, allowed))
-    stages = range(len(found.space.depth))
-    if any(wanted.sizes.deepest(stage) > sizes.deepest(stage) for stage in stages):
-        allowed = f"{', '.join(f'{n:g}' for n in sizes.most_blocks)} or less, as it was"
-        problems.append(refused(f"{key}.most_blocks", wanted.most_blocks, allowed))
+    for bound in ("most", "most_blocks"):
+        here, there, given = (getattr(each, bound) for each in (wanted.sizes, sizes, wanted))
+        if not within(here, there):
+            allowed = f"{', '.join(f'{n:g}' for n in there)} or less, as it was"
+            told = given[0] if given and len(given) == 1 else given
+            problems.append(refused(f"{key}.{bound}", told, allowed))
     if problems:
         raise BadRecipe(asked.file, problems)
     return chart

@@ -8,7 +8,7 @@ from typing import Any
 
 from neumeta.coordinates import Site
 from neumeta.representation.base import Representation
-from neumeta.representation.charts import Charts, Sizes, bounded, check_sizes
+from neumeta.representation.charts import Charts, Sizes, bounded, check_sizes, within
 from neumeta.representation.grid import MOST_STEPS, Grid
 from neumeta.representation.integral import IntegralGrid
 from neumeta.representation.mlp import ResidualMLP
@@ -32,6 +32,7 @@ __all__ = [
     "build",
     "build_chart",
     "check_sizes",
+    "within",
 ]
 
 KINDS: dict[str, Any] = {"mlp": ResidualMLP, "grid": Grid, "integral": IntegralGrid}

@@ -46,16 +46,19 @@ class Sizes:
 
     def covers(self, other: Sizes) -> bool:
         """Whether every one of the other sizes is one of these."""
-        groups = range(max(len(self.most), len(other.most)))
-        stages = range(max(len(self.most_blocks), len(other.most_blocks)))
-        wide = all(other.widest(group) <= self.widest(group) for group in groups)
-        deep = all(other.deepest(stage) <= self.deepest(stage) for stage in stages)
+        wide, deep = within(other.most, self.most), within(other.most_blocks, self.most_blocks)
         return self.least <= other.least and self.blocks <= other.blocks and wide and deep
 
     @property
     def bounded(self) -> bool:
         """Whether some networks are too wide or too deep for it."""
         return any(map(math.isfinite, (*self.most, *self.most_blocks)))
+
+
+def within(bounds: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether no bound is larger than its other, where one number may stand for all."""
+    count = max(len(bounds), len(others))
+    return all(bounds[k % len(bounds)] <= others[k % len(others)] for k in range(count))
 
 
 class Charts(Representation):
