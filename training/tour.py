@@ -15,7 +15,7 @@ Matrix = NDArray[np.float64]
 Path = NDArray[np.int64]
 
 EXACT = 16
-"""Cliques up to this size are solved by dynamic programming: 2^16 subsets x 16 ends, in 0.2 s."""
+"""Up to so many nodes a path is found by dynamic programming: 2^16 subsets x 16 ends, in 0.2 s."""
 STARTS = 4
 """Longer paths: how many nearest-neighbour paths are tried as a start, beside the layer-wise ones."""
 ROUNDS = 60
